@@ -1,0 +1,1 @@
+"""What every script is measured with: environments, frozen encoders, replay, logs, checkpoints."""
