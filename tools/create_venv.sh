@@ -1,0 +1,37 @@
+#!/bin/sh
+# Usage: tools/create_venv.sh DIR
+# Create a virtual environment with pip in DIR, unless a working one is there. The Python is $PYTHON
+# if set, else the first of 3.11 (what the project is tested with), 3.12, 3.13 that is found.
+set -eu
+dir=$1
+here=$(dirname "$0")
+
+supported() {
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+if supported "$dir/bin/python" && "$dir/bin/python" -m pip --version >/dev/null 2>&1; then
+    exit 0
+fi
+
+python=
+for candidate in ${PYTHON:-python3.11 python3 python3.12 python3.13}; do
+    if supported "$candidate"; then
+        python=$candidate
+        break
+    fi
+done
+if [ -z "$python" ]; then
+    echo "error: no Python 3.11, 3.12 or 3.13 found (tried: ${PYTHON:-python3.11 python3 python3.12" \
+        "python3.13}); install one, or name it: make PYTHON=/path/to/python3.11" >&2
+    exit 1
+fi
+
+# Debian and Ubuntu ship Python without ensurepip, which venv needs.
+if ! "$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    "$here/apt_install.sh" "Python's venv module" "python$version-venv"
+fi
+
+echo "Creating $dir with $("$python" --version)"
+"$python" -m venv --clear "$dir"
