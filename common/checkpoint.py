@@ -1,0 +1,246 @@
+"""Checkpoints that hold everything a run needs to continue as if it had not stopped.
+
+    checkpoints/
+      rings/<name>-<start>-<stop>.npz     rows of a ring buffer, written once, never changed
+      step_000010000/state.npz            all else: networks, optimizers, environments, RNGs
+      step_000010000/manifest.json        the sha256 of state.npz and of each ring file it needs
+
+A replay only grows, so each checkpoint writes the rows that are new since the one before. A step
+folder is written under a temporary name and renamed: it is whole, or it is not there. No pickle:
+arrays in .npz, the rest in JSON.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.errors import UserError
+from common.replay import Ring, read_rows
+
+KEEP = 2  # checkpoints kept: the newest, and the one before in case the newest is damaged
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is damaged or does not fit the run."""
+
+
+def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host: Any) -> Path:
+    """Write a checkpoint; earlier ones stay until it is complete.
+
+    Args:
+        run_dir: the run folder.
+        env_steps: environment steps done.
+        tree: pytree of arrays.
+        rings: ring buffers by name.
+        host: nested dicts and lists of numpy arrays, numbers, strings, bools and None.
+
+    Raises:
+        OSError: the disk is full or read-only; what was saved before is untouched.
+    """
+    root = run_dir / "checkpoints"
+    (root / "rings").mkdir(parents=True, exist_ok=True)
+    files: dict[str, str] = {}
+    totals = {}
+    previous = _newest_manifest(root)
+    for name, ring in rings.items():
+        total = int(ring.total)
+        oldest = max(0, total - ring.capacity)
+        totals[name] = total
+        start = oldest
+        for file, digest in (previous or {"files": {}})["files"].items():
+            if not file.startswith(f"rings/{name}-"):
+                continue
+            _, stop = _row_range(file)
+            if oldest < stop <= total:
+                files[file] = digest
+                start = max(start, stop)
+        if start < total:
+            file = f"rings/{name}-{start:010d}-{total:010d}.npz"
+            leaves = jax.tree.leaves(read_rows(ring, start, total))
+            files[file] = _write_npz(root / file, {str(i): x for i, x in enumerate(leaves)})
+    arrays: dict[str, np.ndarray] = {}
+    structure = {"tree": [np.asarray(x) for x in jax.tree.leaves(tree)], "host": host}
+    encoded = _encode(structure, arrays)
+    arrays["json"] = np.frombuffer(json.dumps(encoded).encode(), np.uint8)
+
+    folder = root / f"step_{env_steps:010d}"
+    temporary = root / f".writing_{env_steps:010d}"
+    for stale in (folder, temporary):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary.mkdir()
+    digest = _write_npz(temporary / "state.npz", arrays)
+    manifest = {"env_steps": env_steps, "state": digest, "files": files, "totals": totals}
+    _write_bytes(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+    temporary.rename(folder)
+    _remove_old(root)
+    return folder
+
+
+def load_newest(
+    run_dir: Path, tree: Any, rings: dict[str, Ring], say=print
+) -> tuple[int, Any, dict[str, Ring], Any]:
+    """The newest checkpoint that is whole; a damaged one is named and passed over.
+
+    Args:
+        run_dir: the run folder.
+        tree, rings: freshly initialised, as templates of structure, shape and dtype.
+        say: where warnings go.
+
+    Returns:
+        (env_steps, tree, rings, host), as they were given to `save`.
+
+    Raises:
+        UserError: no checkpoint can be used.
+    """
+    root = run_dir / "checkpoints"
+    folders = sorted(root.glob("step_*"), reverse=True)
+    for folder in folders:
+        try:
+            return _load(root, folder, tree, rings)
+        except (CheckpointError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            say(f"warning: checkpoint {folder.name} is passed over: {error}")
+    raise UserError(f"{run_dir} has no usable checkpoint ({len(folders)} found): start a new run")
+
+
+def check_space(run_dir: Path, rings: dict[str, Ring], total_timesteps: int) -> None:
+    """Make sure that the disk can hold the run's last checkpoint.
+
+    Raises:
+        UserError: it cannot.
+    """
+    need = 200 * 2**20  # networks, environments, curves, videos
+    for ring in rings.values():
+        stored = sum(x.nbytes for x in jax.tree.leaves(ring.data))
+        need += int(stored * min(1.0, total_timesteps / ring.capacity))
+    free = shutil.disk_usage(run_dir).free
+    if free < need:
+        raise UserError(f"the run's checkpoints need up to {need / 2**30:.1f} GiB in {run_dir}, "
+                        f"where {free / 2**30:.1f} GiB are free: choose another --run-dir, or a "
+                        "smaller --buffer-size")
+
+
+def _load(root: Path, folder: Path, tree: Any, rings: dict[str, Ring]):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    state = _read_npz(folder / "state.npz", manifest["state"])
+    structure = _decode(json.loads(state["json"].tobytes()), state)
+    treedef = jax.tree.structure(tree)
+    leaves = structure["tree"]
+    templates = jax.tree.leaves(tree)
+    if len(leaves) != len(templates) or any(
+        a.shape != np.shape(b) for a, b in zip(leaves, templates, strict=True)
+    ):
+        raise CheckpointError("its networks have other shapes than this script's")
+    restored_tree = jax.tree.unflatten(treedef, [jnp.asarray(x) for x in leaves])
+    restored_rings = {}
+    for name, ring in rings.items():
+        data = [np.array(x) for x in jax.tree.leaves(ring.data)]
+        for file, digest in manifest["files"].items():
+            if file.startswith(f"rings/{name}-"):
+                rows = _read_npz(root / file, digest)
+                start, stop = _row_range(file)
+                keep = max(start, manifest["totals"][name] - ring.capacity) - start
+                slots = np.arange(start + keep, stop) % ring.capacity
+                for i, store in enumerate(data):
+                    store[slots] = rows[str(i)][keep:]
+        restored_rings[name] = Ring(
+            jax.tree.unflatten(jax.tree.structure(ring.data), [jnp.asarray(x) for x in data]),
+            jnp.asarray(manifest["totals"][name], jnp.int32),
+        )
+    return manifest["env_steps"], restored_tree, restored_rings, structure["host"]
+
+
+def _newest_manifest(root: Path) -> dict | None:
+    for folder in sorted(root.glob("step_*"), reverse=True):
+        try:
+            return json.loads((folder / "manifest.json").read_text())
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _remove_old(root: Path) -> None:
+    """Delete all but the newest `KEEP` checkpoints, and ring files that none of those needs."""
+    folders = sorted(root.glob("step_*"), reverse=True)
+    for folder in folders[KEEP:]:
+        shutil.rmtree(folder, ignore_errors=True)
+    needed: set[str] = set()
+    for folder in folders[:KEEP]:
+        try:
+            needed |= set(json.loads((folder / "manifest.json").read_text())["files"])
+        except (OSError, ValueError, KeyError):
+            return  # without knowing what is needed, nothing is deleted
+    for file in (root / "rings").glob("*.npz"):
+        if f"rings/{file.name}" not in needed:
+            file.unlink(missing_ok=True)
+
+
+def _row_range(file: str) -> tuple[int, int]:
+    _, start, stop = Path(file).stem.rsplit("-", 2)
+    return int(start), int(stop)
+
+
+def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> str:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return _write_bytes(path, buffer.getbuffer())
+
+
+def _write_bytes(path: Path, data: bytes | memoryview) -> str:
+    """Write through a temporary name, flushed to the disk; returns the sha256."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read_npz(path: Path, digest: str) -> dict[str, np.ndarray]:
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise CheckpointError(f"{path.name} does not match its checksum")
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """JSON for `value`, its arrays moved to `arrays`."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        name = f"a{len(arrays)}"
+        arrays[name] = np.asarray(value)
+        return {"__array__": name}
+    if isinstance(value, dict):
+        return {"__dict__": [[k, _encode(v, arrays)] for k, v in value.items()]}
+    if isinstance(value, list):
+        return [_encode(v, arrays) for v in value]
+    if isinstance(value, tuple):
+        return {"__tuple__": [_encode(v, arrays) for v in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+
+def _decode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, arrays) for v in value]
+    if isinstance(value, dict):
+        if "__array__" in value:
+            return arrays[value["__array__"]]
+        if "__tuple__" in value:
+            return tuple(_decode(v, arrays) for v in value["__tuple__"])
+        return {k: _decode(v, arrays) for k, v in value["__dict__"]}
+    return value

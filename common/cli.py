@@ -1,0 +1,111 @@
+"""The command line that all scripts share: flags from a dataclass, and --resume."""
+
+import dataclasses
+import errno
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from common.errors import UserError
+from common.logger import read_config
+from common.tasks import resolve_env_id
+
+ArgsT = TypeVar("ArgsT")
+
+# What a resumed run may change; anything else would make it another run.
+MAY_CHANGE = {"resume", "total_timesteps", "eval_every", "checkpoint_every", "log_every", "track",
+              "wandb_project", "capture_video"}
+MAY_BE_ZERO = {"seed", "eval_episodes", "checkpoint_every", "camera_id", "learning_starts", "rho",
+               "reward_margin", "l2_margin", "relay_until"}
+DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO}
+
+
+def parse_args(args_type: type[ArgsT], argv: list[str]) -> ArgsT:
+    """Parse `argv` into the script's frozen dataclass.
+
+    With `--resume FOLDER` the stored run's arguments are the defaults, and only bookkeeping flags
+    and `--total-timesteps` may be given other values.
+
+    Raises:
+        UserError: the folder holds no run of this script, or a flag may not change.
+    """
+    folder = resumed_folder(argv)
+    if folder is None:
+        return tyro.cli(args_type, args=argv)
+    stored = read_config(Path(folder))["args"]
+    names = {f.name for f in dataclasses.fields(args_type)}
+    if set(stored) != names:
+        odd = sorted(set(stored) ^ names)[0]
+        raise UserError(f"--resume {folder}: that run is another script's or version's (its "
+                        f"arguments differ in {odd})")
+    default = args_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    args = tyro.cli(args_type, args=argv, default=default)
+    for name in sorted(names - MAY_CHANGE):
+        if getattr(args, name) != getattr(default, name):
+            raise UserError(f"--{name.replace('_', '-')} cannot change in a resumed run: it is "
+                            f"{getattr(default, name)}, not {getattr(args, name)}")
+    return args
+
+
+def check_args(args: ArgsT) -> ArgsT:
+    """`args` with the task's full name.
+
+    Raises:
+        UserError: names the first flag whose value cannot work, and what can.
+    """
+    for field in dataclasses.fields(args):
+        value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
+        if isinstance(value, tuple) and (not value or min(value) < 1):
+            raise UserError(f"{flag} must be whole numbers of 1 or more, not {value}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or value < 0:
+            raise UserError(f"{flag} must not be negative, but is {value}")
+        if value == 0 and field.name not in MAY_BE_ZERO:
+            raise UserError(f"{flag} must be positive, not {value}")
+        if value > 1 and field.name in {"gamma", "tau"}:
+            raise UserError(f"{flag} must be at most 1, not {value}")
+    updates = args.utd * args.num_envs
+    if updates < 1 or abs(updates - round(updates)) > 1e-6:
+        raise UserError(f"--utd {args.utd:g} x --num-envs {args.num_envs} gives {updates:g} "
+                        "updates per iteration: it must be a whole number, 1 or more")
+    if args.total_timesteps % args.num_envs:
+        raise UserError(f"--total-timesteps {args.total_timesteps} is no multiple of --num-envs "
+                        f"{args.num_envs}")
+    if args.buffer_size < args.num_envs:
+        raise UserError(f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}")
+    return dataclasses.replace(args, env_id=resolve_env_id(args.env_id))
+
+
+def resumed_folder(argv: list[str]) -> str | None:
+    """The value of --resume in `argv`, if any; a missing value is left to the parser."""
+    for i, word in enumerate(argv):
+        if word == "--resume" and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith("--resume="):
+            return word.removeprefix("--resume=")
+    return None
+
+
+def run_script(main: Callable[[ArgsT], object], args_type: type[ArgsT]) -> None:
+    """Parse the command line and run `main`.
+
+    What the user can mend, and a full or read-only disk, ends the process with one line on stderr
+    and status 2; any other error keeps its traceback.
+    """
+    try:
+        main(parse_args(args_type, sys.argv[1:]))
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        message = f"{error.strerror}: {error.filename or 'the run folder'}; what was saved is safe"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,106 @@
+"""Evaluation by the mean action, and the video of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from common.envs import VecMetaWorld
+from common.errors import UserError
+
+# Evaluation goals of random-goal runs come from another seed than the goals of training.
+EVAL_SEED_OFFSET = 1_000_003
+VIDEO_SIZE = 256
+VIDEO_FPS = 40  # half of Meta-World's 80 steps a second of simulated time: fast, yet readable
+
+
+class Evaluator:
+    """Evaluates a policy on the same episodes each time it is called.
+
+    A fixed goal is that of the run's seed; random goals are drawn once, unseen in training.
+
+    Args:
+        env_id, seed, goal, quality: as for training.
+        num_episodes: played side by side, one environment each; 0: 1 with a fixed goal, where
+            episodes of the mean action are all the same, else 10 (B.2).
+        capture_video: draw the first episode as well.
+        num_workers: worker processes; default: chosen from the number of cores.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        *,
+        seed: int,
+        goal: str,
+        num_episodes: int,
+        quality: str = "fast",
+        capture_video: bool = False,
+        num_workers: int | None = None,
+    ):
+        self.envs = VecMetaWorld(
+            env_id,
+            num_episodes or (1 if goal == "fixed" else 10),
+            seed=seed if goal == "fixed" else seed + EVAL_SEED_OFFSET,
+            goal=goal,
+            frame_size=VIDEO_SIZE if capture_video else 0,
+            quality=quality,
+            num_workers=num_workers,
+        )
+        self._start = self.envs.get_state()
+
+    def __call__(
+        self, policy: Callable[[np.ndarray], np.ndarray], video_path: Path | None = None
+    ) -> dict[str, float]:
+        """Play one episode in each environment.
+
+        Args:
+            policy: mean action, observations [n, 39] -> [n, 4].
+            video_path: where to write the first episode (.mp4), if frames are drawn.
+
+        Returns:
+            `eval/success_once`: share of episodes with success at any step (Meta-World's own
+            definition); `eval/success_at_end`: at the last step (the FuRL paper's);
+            `eval/return`: mean number of steps in success.
+        """
+        self.envs.set_state(self._start)
+        obs, frames = self.envs.reset()
+        pictures = [] if frames is None else [frames[0]]
+        success_once = np.zeros(self.envs.num_envs, bool)
+        returns = np.zeros(self.envs.num_envs)
+        while True:
+            step = self.envs.step(np.asarray(policy(obs)))
+            obs = step.obs
+            success_once |= step.success
+            returns += step.sparse_reward
+            if step.frames is not None:
+                pictures.append(step.frames[0])
+            if step.truncated.all():  # all episodes have the same length
+                break
+        if pictures and video_path is not None:
+            write_video(video_path, pictures)
+        return {
+            "eval/success_once": success_once.mean(),
+            "eval/success_at_end": step.success.mean(),
+            "eval/return": returns.mean(),
+        }
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def write_video(path: Path, frames: list[np.ndarray]) -> None:
+    """Write RGB uint8 frames [H, W, 3] as H.264 at `VIDEO_FPS`, every second frame.
+
+    Raises:
+        UserError: the encoder or the disk fails.
+    """
+    import imageio
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with imageio.get_writer(path, fps=VIDEO_FPS, macro_block_size=8) as writer:
+            for frame in frames[::2]:
+                writer.append_data(frame)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write the video {path}: {error}") from error

@@ -1,0 +1,238 @@
+"""The run folder's records: config.json, metrics.csv, TensorBoard events, W&B, one live line."""
+
+import csv
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from common.errors import UserError
+
+CSV_HEADER = ("env_steps", "key", "value")
+PACKAGES = ("metaworld", "mujoco", "gymnasium", "jax", "jaxlib", "flax", "optax", "torch", "numpy")
+
+
+def create_run_dir(run_dir: str | None, env_id: str, script: str, seed: int) -> Path:
+    """Make the run folder and return it: `runs/<env>__<script>__<seed>__<time>` by default.
+
+    Raises:
+        UserError: it cannot be written, or already holds a run.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = Path(run_dir) if run_dir else Path("runs") / f"{env_id}__{script}__{seed}__{stamp}"
+    if (path / "config.json").exists():
+        raise UserError(f"{path} already holds a run: continue it with --resume {path}, or choose "
+                        "another --run-dir")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Claimed with O_EXCL, so that of two runs started into one folder only one gets it.
+        with open(path / "config.json", "x"):
+            pass
+    except FileExistsError:
+        raise UserError(f"{path} is not a free folder: choose another --run-dir") from None
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {path}: {error.strerror}; choose another "
+                        "--run-dir") from error
+    return path
+
+
+def git_commit() -> str:
+    """The checked-out commit, with '+dirty' when tracked files differ; 'unknown' outside git."""
+    def git(*args: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(
+            ["git", *args], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        dirty = "+dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "HEAD") + dirty
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Installed version of each package that a result can depend on."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def write_config(run_dir: Path, args: Any, **facts: Any) -> dict[str, Any]:
+    """Write `config.json`: the arguments and the facts that a reader needs to trust the run."""
+    config = {
+        "args": dataclasses.asdict(args),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git_commit(),
+        "versions": versions(),
+        "cpu_count": os.cpu_count(),
+        **facts,
+    }
+    temporary = run_dir / "config.json.tmp"
+    temporary.write_text(json.dumps(config, indent=2, default=str) + "\n")
+    temporary.replace(run_dir / "config.json")
+    return config
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The configuration of the run in `run_dir`.
+
+    Raises:
+        UserError: there is no run in that folder, or its config.json cannot be read.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"--resume {run_dir}: no such folder; give a run folder under runs/")
+    try:
+        config = json.loads((run_dir / "config.json").read_text())
+        config["args"]["env_id"]
+        return config
+    except FileNotFoundError:
+        raise UserError(f"--resume {run_dir}: not a run folder (it has no config.json)") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume {run_dir}: its config.json cannot be read ({error})") from None
+
+
+class Logger:
+    """Writes scalars to metrics.csv and TensorBoard, and to W&B when asked.
+
+    Args:
+        run_dir: the run folder.
+        config: what `write_config` returned.
+        track: send to W&B as well (offline without a login: set WANDB_MODE=offline).
+        project: the W&B project.
+        total_timesteps: for the live line's ETA.
+        resume_from: drop rows with a larger `env_steps` that a killed run left behind.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: dict[str, Any],
+        *,
+        track: bool,
+        project: str,
+        total_timesteps: int,
+        resume_from: int | None = None,
+    ):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run_dir, self.total_timesteps = run_dir, total_timesteps
+        path = run_dir / "metrics.csv"
+        if resume_from is not None and path.exists():
+            keep_rows_until(path, resume_from)
+        self._file: TextIO = open(path, "a", newline="")
+        self._csv = csv.writer(self._file, lineterminator="\n")
+        if path.stat().st_size == 0:
+            self._csv.writerow(CSV_HEADER)
+        purge = None if resume_from is None else resume_from + 1
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self._wandb = start_wandb(run_dir, config, project) if track else None
+        self._start = time.monotonic()
+        self._start_steps = resume_from or 0
+        self._last_time, self._last_steps = self._start, self._start_steps
+        self._line_width = 0
+
+    def log(self, env_steps: int, metrics: dict[str, float]) -> None:
+        """Write each metric as one row (env_steps, key, value). Values are Python or 0-d floats."""
+        for key, value in metrics.items():
+            self._csv.writerow((env_steps, key, format(float(value), ".8g")))
+            self._tensorboard.add_scalar(key, float(value), env_steps)
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({"env_steps": env_steps, **{k: float(v) for k, v in metrics.items()}})
+
+    def speed(self, env_steps: int) -> float:
+        """Environment steps per second since the last call."""
+        now = time.monotonic()
+        rate = (env_steps - self._last_steps) / max(now - self._last_time, 1e-9)
+        self._last_time, self._last_steps = now, env_steps
+        return rate
+
+    def live(self, env_steps: int, **fields: Any) -> None:
+        """One line that overwrites itself on a terminal; one line per call when piped to a file."""
+        now = time.monotonic()
+        done = env_steps - self._start_steps
+        remaining = (self.total_timesteps - env_steps) * (now - self._start) / max(done, 1)
+        parts = [f"{env_steps:>9,}/{self.total_timesteps:,}"]
+        parts += [f"{key} {value}" for key, value in fields.items()]
+        parts.append(f"ETA {format_duration(remaining)}")
+        line = " | ".join(parts)
+        if sys.stdout.isatty():
+            line = line[: shutil.get_terminal_size().columns - 1]
+            print("\r" + line.ljust(self._line_width), end="", flush=True)
+            self._line_width = len(line)
+        else:
+            print(line, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, which the live line does not overwrite."""
+        if self._line_width:
+            print()
+            self._line_width = 0
+        print(text, flush=True)
+
+    def close(self) -> None:
+        if self._line_width:
+            print()
+        self._file.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def keep_rows_until(path: Path, env_steps: int) -> None:
+    """Drop the rows of metrics.csv beyond `env_steps`, and a last line that was cut off."""
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))
+    kept = [row for row in rows[1:] if len(row) == 3 and int(row[0]) <= env_steps]
+    temporary = path.with_suffix(".csv.tmp")
+    with open(temporary, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([CSV_HEADER, *kept])
+    temporary.replace(path)
+
+
+def format_duration(seconds: float) -> str:
+    """'1h02m', '3m20s' or '12s'."""
+    seconds = round(max(seconds, 0))
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def first_not_finite(metrics: dict[str, Any]) -> str | None:
+    """The name of the first metric that is NaN or infinite, if any."""
+    return next((k for k, v in metrics.items() if not math.isfinite(np.asarray(v).item())), None)
+
+
+def start_wandb(run_dir: Path, config: dict[str, Any], project: str):
+    """A W&B run with the configuration; the same id on --resume, so that its curve continues."""
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=project, name=run_dir.name, id=run_dir.name[-64:], resume="allow",
+            config=config, dir=str(run_dir),
+        )
+    except ImportError:
+        raise UserError("--track needs the wandb package: pip install wandb") from None
+    except Exception as error:  # wandb's own errors share no base class worth naming
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"--track: W&B could not start ({first_line}); log in with 'wandb login', or set "
+            "WANDB_MODE=offline"
+        ) from error
+    run.define_metric("*", step_metric="env_steps")
+    return run

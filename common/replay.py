@@ -1,0 +1,191 @@
+"""Ring buffers that live on the device: the replay of transitions and the embedding buffers.
+
+A ring is a pytree of arrays with a counter. `add` is meant to be jitted with the ring donated, so
+that a row is written in place whatever the capacity; rows are read inside the jitted update.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.errors import UserError
+
+Rows = Any  # a pytree whose leaves share their leading axis
+
+
+class Ring(NamedTuple):
+    """`data`: pytree of arrays [capacity, ...]; `total`: int32 [], rows ever written."""
+
+    data: Rows
+    total: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        return jax.tree.leaves(self.data)[0].shape[0]
+
+    @property
+    def size(self) -> jax.Array:
+        """Number of rows that can be read, int32 []."""
+        return jnp.minimum(self.total, self.capacity)
+
+
+class Transition(NamedTuple):
+    """One environment step; leaves carry a leading axis [n].
+
+    `embedding` is the frozen VLM's Phi_I of the picture of the state reached, `next_obs`, in
+    float16: the VLM reward is recomputed at sampling time because the projection heads move.
+    """
+
+    obs: jax.Array  # [n, obs_dim] float32
+    action: jax.Array  # [n, action_dim] float32
+    next_obs: jax.Array  # [n, obs_dim] float32
+    sparse_reward: jax.Array  # [n] float32, 1 on success, else 0
+    terminated: jax.Array  # [n] float32; truncation does not cut the bootstrap
+    embedding: jax.Array  # [n, embed_dim] float16
+
+
+class Frame(NamedTuple):
+    """One frame of a finished trajectory in an embedding buffer; leaves have a leading axis [n]."""
+
+    embedding: jax.Array  # [n, embed_dim] float16
+    trajectory: jax.Array  # [n] int32, the trajectory's number
+    time: jax.Array  # [n] int32, steps since the trajectory's start
+
+
+def init_ring(example_row: Rows, capacity: int) -> Ring:
+    """An empty ring for rows like `example_row` (leaves without the leading axis).
+
+    Raises:
+        UserError: the buffer does not fit into memory.
+    """
+    try:
+        data = jax.tree.map(lambda x: jnp.zeros((capacity, *np.shape(x)), x.dtype), example_row)
+        return jax.block_until_ready(Ring(data, jnp.zeros((), jnp.int32)))
+    except (MemoryError, RuntimeError) as error:  # XLA raises a RuntimeError when out of memory
+        row_bytes = sum(np.asarray(x).nbytes for x in jax.tree.leaves(example_row))
+        raise UserError(
+            f"a buffer of {capacity:,} rows needs {capacity * row_bytes / 2**30:.1f} GiB, which "
+            "this device does not have: choose a smaller --buffer-size"
+        ) from error
+
+
+def add(ring: Ring, rows: Rows, num_valid: jax.Array | int | None = None) -> Ring:
+    """Write `rows` (leaves [n, ...], n <= capacity) behind the newest row, over the oldest ones.
+
+    Only the first `num_valid` rows are written (default: all), so that trajectories of any length
+    can be passed padded to one shape.
+    """
+    n = jax.tree.leaves(rows)[0].shape[0]
+    num_valid = n if num_valid is None else num_valid
+    slots = (ring.total + jnp.arange(n)) % ring.capacity
+    slots = jnp.where(jnp.arange(n) < num_valid, slots, ring.capacity)  # out of range: dropped
+    data = jax.tree.map(
+        lambda store, x: store.at[slots].set(x.astype(store.dtype), mode="drop"), ring.data, rows
+    )
+    return Ring(data, ring.total + num_valid)
+
+
+def take(ring: Ring, slots: jax.Array) -> Rows:
+    """The rows at `slots` ([n] int), leaves [n, ...]."""
+    return jax.tree.map(lambda x: x[slots], ring.data)
+
+
+def sample_slots(ring: Ring, key: jax.Array, batch_size: int) -> jax.Array:
+    """Uniform slots of written rows, int32 [batch_size]; slot 0 (zeros) while the ring is empty."""
+    return jax.random.randint(key, (batch_size,), 0, jnp.maximum(ring.size, 1))
+
+
+def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax.Array]:
+    """The frames `lag` steps before those at `slots` in the same trajectory.
+
+    Args:
+        ring: a ring of `Frame`s, trajectories written one after another.
+        slots: [n] int.
+        lag: k of Eq. 4.
+
+    Returns:
+        (slots of the earlier frames [n], whether they exist [n] bool). A frame has none in the
+        first `lag` steps of its trajectory, nor when that part has been overwritten.
+    """
+    earlier = (slots - lag) % ring.capacity
+    frames: Frame = ring.data
+    exists = (frames.trajectory[earlier] == frames.trajectory[slots]) & (
+        frames.time[earlier] == frames.time[slots] - lag
+    )
+    return earlier, exists & (slots < ring.size)
+
+
+def read_rows(ring: Ring, start: int, stop: int) -> Rows:
+    """Rows number `start` to `stop` (counted from the first ever written), as numpy arrays."""
+    slots = np.arange(start, stop) % ring.capacity
+    return jax.tree.map(lambda x: np.asarray(x[slots]), ring.data)
+
+
+add_rows = jax.jit(add, donate_argnums=0)
+
+
+class Trajectories(NamedTuple):
+    """The running episodes' embeddings on the host, written in place until they are sorted."""
+
+    embeddings: np.ndarray  # [num_envs, max_episode_steps, embed_dim] float16
+    time: np.ndarray  # [num_envs] int64, frames so far
+    succeeded: np.ndarray  # [num_envs] bool
+
+
+def init_trajectories(num_envs: int, max_episode_steps: int, embed_dim: int) -> Trajectories:
+    return Trajectories(
+        np.zeros((num_envs, max_episode_steps, embed_dim), np.float16),
+        np.zeros(num_envs, np.int64),
+        np.zeros(num_envs, bool),
+    )
+
+
+def collect(
+    trajectories: Trajectories, embeddings: np.ndarray, success: np.ndarray, truncated: np.ndarray
+) -> list[tuple[str, np.ndarray]]:
+    """Append one step and return what is known to be positive or negative now.
+
+    Positives are the frames of an episode up to and including its first success, negatives those
+    of a whole episode without one (section 3.3.1 of the FuRL paper).
+
+    Args:
+        trajectories: changed in place.
+        embeddings: [num_envs, embed_dim] of the states reached in this step.
+        success, truncated: [num_envs] bool.
+
+    Returns:
+        ("positives" | "negatives", embeddings [length, embed_dim]) of each such trajectory.
+    """
+    everyone = np.arange(len(success))
+    trajectories.embeddings[everyone, trajectories.time] = embeddings
+    trajectories.time[:] += 1
+    first_success = success & ~trajectories.succeeded
+    trajectories.succeeded[:] |= success
+    failed = truncated & ~trajectories.succeeded
+
+    def frames(i: int) -> np.ndarray:
+        return trajectories.embeddings[i, : trajectories.time[i]].copy()
+
+    known = [("positives", frames(i)) for i in np.flatnonzero(first_success)]
+    known += [("negatives", frames(i)) for i in np.flatnonzero(failed)]
+    trajectories.time[truncated] = 0
+    trajectories.succeeded[truncated] = False
+    return known
+
+
+def add_trajectory(ring: Ring, embeddings: np.ndarray, number: int) -> Ring:
+    """Write one trajectory [length, embed_dim] into an embedding buffer (donated).
+
+    Args:
+        ring: of `Frame`s.
+        embeddings: in order of time.
+        number: the trajectory's, unlike that of any other in the ring.
+    """
+    length, embed_dim = embeddings.shape
+    padded_length = -(-length // 500) * 500  # few shapes, so few compilations
+    padded = np.zeros((padded_length, embed_dim), np.float16)
+    padded[:length] = embeddings
+    time = np.arange(padded_length, dtype=np.int32)
+    return add_rows(ring, Frame(padded, np.full_like(time, number), time), length)
