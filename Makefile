@@ -1,13 +1,16 @@
 # FuRL. `make train` and `make test` set up everything they need; see README.md.
 
 # What `make train` runs, e.g. make train TRAIN_ARGS="--env-id drawer-open-v3 --seed 1"
-TRAIN_ARGS ?= --env-id drawer-close-v3
+TRAIN_ARGS = --env-id drawer-close-v3 --total-timesteps 40000 --learning-starts 2000
 
 VENV := .venv
 PY := $(VENV)/bin/python
 
-# 1 installs JAX's CUDA build. Found out from the driver; GPU=0 or GPU=1 overrides.
-GPU ?= $(shell if nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/nvidia0 ]; then echo 1; else echo 0; fi)
+# 1 installs JAX's CUDA build. Found out from the driver; `make GPU=0` or `make GPU=1` overrides.
+ifneq ($(origin GPU),command line)
+GPU := $(shell for p in $(PYTHON) python3.11 python3; do \
+	$$p -c "" 2>/dev/null && $$p tools/detect_gpu.py && break; done || echo 0)
+endif
 REQUIREMENTS := $(if $(filter 1,$(GPU)),requirements-gpu.txt,requirements.txt)
 
 # Named by what was installed, so that changed pins install again and a mere git checkout does not.
@@ -34,6 +37,7 @@ test: setup
 	@$(PY) -m pytest tests
 
 setup: $(STAMP)
+	@mkdir -p "$$HOME"
 	@tools/install_egl.sh $(PY)
 
 lint: $(STAMP)
@@ -43,9 +47,12 @@ clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# A CUDA build that an earlier set-up left would crash JAX where there is no driver: it is removed.
+# --no-compile: Python compiles what it imports anyway; compiling every module costs 40 s more.
 $(STAMP):
 	@tools/create_venv.sh $(VENV)
 	@rm -f $(VENV)/installed-*
+	@[ $(GPU) = 1 ] || $(PY) -m pip uninstall -q -y jax-cuda13-plugin jax-cuda13-pjrt 2>/dev/null
 	@echo "Installing $(REQUIREMENTS) (several GB, a few minutes)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r $(REQUIREMENTS)
 	@touch $@
