@@ -1,0 +1,222 @@
+"""Pictures of Meta-World: headless EGL, upright RGB, in two qualities.
+
+`paper` is MuJoCo's default. `fast` leaves out the 4096 px shadow map, multisampling and
+reflections, and draws meshes with 5 % of their faces: nearly all faces belong to the Sawyer arm's
+purely visual meshes, which physics never touches. The model that is simulated is never changed;
+only the GL context gets the simplified meshes.
+"""
+
+import hashlib
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import mujoco
+import numpy as np
+
+from common.errors import UserError
+
+QUALITIES = ("fast", "paper")
+CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
+# Meta-World mounts these upside down, so that OpenGL's bottom-up rows are the upright picture.
+UPSIDE_DOWN = ("corner", "corner2", "corner3")
+KEPT_FACES = 0.05
+MIN_FACES = 300  # smaller meshes stay as they are
+EGL_COMMAND = "apt-get install -y libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libopengl0"
+SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "software")
+
+
+@cache
+def _gl_context():
+    """This process's one GL context: every picture is drawn through it.
+
+    Raises:
+        UserError: EGL cannot be used.
+    """
+    os.environ["MUJOCO_GL"] = "egl"
+    os.environ["PYOPENGL_PLATFORM"] = "egl"
+    try:
+        from mujoco.egl import GLContext
+
+        context = GLContext(64, 64)
+        context.make_current()
+    except Exception as error:  # PyOpenGL and MuJoCo raise a dozen kinds when a library is missing
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"headless drawing (EGL) does not work here ({reason[0]}): run '{EGL_COMMAND}' as root"
+        ) from error
+    return context
+
+
+def gl_info() -> dict[str, str | bool]:
+    """Vendor and renderer of the GL in use, and whether it draws in software.
+
+    A GPU that JAX or torch could use while drawing is done in software costs a factor of 50: the
+    caller sees it in `software` and `gpu_present`.
+    """
+    _gl_context()
+    from OpenGL import GL
+
+    vendor, renderer = (GL.glGetString(name).decode() for name in (GL.GL_VENDOR, GL.GL_RENDERER))
+    software = any(word in renderer.lower() for word in SOFTWARE_RENDERERS)
+    gpu_present = os.path.exists("/dev/nvidia0")
+    if software and gpu_present:
+        print(f"WARNING: this machine has a GPU, but pictures are drawn in software ({renderer}), "
+              "50 times slower: check that the driver's EGL is installed (libnvidia-gl)",
+              file=sys.stderr)
+    return {"vendor": vendor, "renderer": renderer, "software": software,
+            "gpu_present": gpu_present}
+
+
+def camera_number(model: mujoco.MjModel, camera: int | str) -> int:
+    """The id of a camera given by name or id.
+
+    Raises:
+        UserError: the model has no such camera.
+    """
+    names = [model.camera(i).name for i in range(model.ncam)]
+    if camera in names:
+        return names.index(camera)
+    if isinstance(camera, int) and 0 <= camera < model.ncam:
+        return camera
+    listed = ", ".join(f"{i} ({name})" for i, name in enumerate(names))
+    raise UserError(f"unknown camera {camera}; this task has {listed}")
+
+
+class Renderer:
+    """Draws environments of one task, as many as share its model.
+
+    Args:
+        model: the task's model.
+        size: width and height of the picture, pixels.
+        camera_id: id or name of the camera.
+        quality: `fast` or `paper`.
+
+    Raises:
+        UserError: unknown camera or quality, a size below 1, or no EGL.
+    """
+
+    def __init__(
+        self, model: mujoco.MjModel, size: int, camera_id: int | str = 2, quality: str = "fast"
+    ):
+        if quality not in QUALITIES:
+            raise UserError(f"unknown quality {quality!r}; allowed: {', '.join(QUALITIES)}")
+        if size < 1:
+            raise UserError(f"a picture of {size} px cannot be drawn: the size must be positive")
+        self._gl = _gl_context()
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._camera.fixedcamid = camera_number(model, camera_id)
+        self._bottom_up = model.camera(self._camera.fixedcamid).name in UPSIDE_DOWN
+        drawn = _drawn_model(model, size, quality)
+        self._gl.make_current()
+        self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_50.value)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
+        self._scene = mujoco.MjvScene(drawn, maxgeom=2000)
+        self._option = mujoco.MjvOption()
+        if quality == "fast":
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+        self._rect = mujoco.MjrRect(0, 0, size, size)
+        self._pixels = np.empty((size, size, 3), np.uint8)
+
+    def render(self, model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:
+        """The picture of `data`, uint8 [size, size, 3], a copy. `model`: the simulated one."""
+        self._gl.make_current()
+        mujoco.mjv_updateScene(
+            model, data, self._option, None, self._camera,
+            mujoco.mjtCatBit.mjCAT_ALL.value, self._scene,
+        )
+        mujoco.mjr_render(self._rect, self._scene, self._context)
+        mujoco.mjr_readPixels(self._pixels, None, self._rect, self._context)
+        rows = self._pixels if self._bottom_up else self._pixels[::-1]
+        return rows.copy()
+
+    def close(self) -> None:
+        self._context.free()
+
+
+def _drawn_model(model: mujoco.MjModel, size: int, quality: str) -> mujoco.MjModel:
+    """A copy for the GL context: sized off-screen buffer, and for `fast` simplified meshes."""
+    import copy
+
+    drawn = copy.copy(model)
+    drawn.vis.global_.offwidth = drawn.vis.global_.offheight = size
+    if quality == "fast":
+        drawn.vis.quality.shadowsize = 0
+        drawn.vis.quality.offsamples = 0
+        for mesh in range(drawn.nmesh):
+            _simplify_mesh(drawn, mesh)
+    return drawn
+
+
+def _simplify_mesh(model: mujoco.MjModel, mesh: int) -> None:
+    """Replace a mesh's faces by 5 % of them, in place; the arrays keep their size."""
+    num_faces = model.mesh_facenum[mesh]
+    if num_faces * KEPT_FACES < MIN_FACES * KEPT_FACES:
+        return
+    first_vertex, first_face = model.mesh_vertadr[mesh], model.mesh_faceadr[mesh]
+    first_normal = model.mesh_normaladr[mesh]
+    vertices = model.mesh_vert[first_vertex : first_vertex + model.mesh_vertnum[mesh]]
+    faces = model.mesh_face[first_face : first_face + num_faces]
+    new_vertices, new_faces = _simplified(vertices.copy(), faces.copy())
+    if len(new_vertices) > min(len(vertices), model.mesh_normalnum[mesh]):
+        return
+    count, num_new = len(new_vertices), len(new_faces)
+    # Smooth shading: a vertex's normal is the area-weighted mean of its faces' normals.
+    corners = new_vertices[new_faces]  # [faces, 3, 3]
+    face_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals = np.zeros_like(new_vertices)
+    for corner in range(3):
+        np.add.at(normals, new_faces[:, corner], face_normals)
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+    model.mesh_vert[first_vertex : first_vertex + count] = new_vertices
+    model.mesh_normal[first_normal : first_normal + count] = normals
+    model.mesh_face[first_face : first_face + num_new] = new_faces
+    model.mesh_facenormal[first_face : first_face + num_new] = new_faces
+    model.mesh_facenum[mesh], model.mesh_vertnum[mesh] = num_new, count
+    model.mesh_graphadr[mesh] = -1  # its convex hull is not drawn
+
+
+def cache_dir() -> Path:
+    """Where derived data may be kept between runs: $FURL_CACHE_DIR or ~/.cache/furl."""
+    chosen = os.environ.get("FURL_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "furl"
+
+
+def cached_arrays(kind: str, key: str, compute) -> dict[str, np.ndarray]:
+    """`compute()`, a dict of arrays, kept on disk under `kind/key` when the disk allows."""
+    path = cache_dir() / kind / f"{key}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except Exception:  # missing or damaged: a cache is only ever recomputed
+        pass
+    arrays = compute()
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(temporary, **arrays)
+        temporary.replace(path)
+    except OSError:  # a read-only home is no reason to stop
+        pass
+    return arrays
+
+
+def _simplified(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices [n, 3] float32 and faces [m, 3] int32 after quadric decimation, cached on disk."""
+    digest = hashlib.sha256(vertices.tobytes() + faces.tobytes() + repr(KEPT_FACES).encode())
+
+    def decimate() -> dict[str, np.ndarray]:
+        import fast_simplification
+
+        points, triangles = fast_simplification.simplify(
+            vertices.astype(np.float32), faces.astype(np.int32), 1 - KEPT_FACES
+        )
+        return {"vertices": points.astype(np.float32), "faces": triangles.astype(np.int32)}
+
+    mesh = cached_arrays("meshes", digest.hexdigest()[:32], decimate)
+    return mesh["vertices"], mesh["faces"]
