@@ -1,0 +1,185 @@
+"""`mini`: the embedded vision-language model, small enough to be shipped and used offline.
+
+A convolutional net embeds pictures. A sentence is the weighted mean of token vectors, distilled
+from a sentence encoder, through a small MLP; unknown words fall into word pieces. Both embeddings
+have unit length. `tools/pretrain_mini.py` makes the weights; docs/mini.md says what they are worth.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from common.errors import UserError
+
+EMBED_DIM = 128
+FRAME_SIZE = 112  # what is drawn; the centre CROP_SIZE square is seen
+CROP_SIZE = 84
+TOKEN_DIM = 128
+WEIGHTS = Path(__file__).parent / "assets" / "mini.safetensors"
+
+
+class Mini(nn.Module):
+    """The image and the text encoder.
+
+    Args:
+        vocabulary: word pieces in BERT's notation (continuations start with '##').
+        token_vectors: [len(vocabulary), TOKEN_DIM] int8.
+        token_scale: [TOKEN_DIM] float32, vector = int8 * scale.
+        token_weights: [len(vocabulary)] float32, rarer pieces count more.
+    """
+
+    def __init__(
+        self,
+        vocabulary: list[str],
+        token_vectors: torch.Tensor,
+        token_scale: torch.Tensor,
+        token_weights: torch.Tensor,
+    ):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self._number = {piece: i for i, piece in enumerate(vocabulary)}
+        self.register_buffer("token_vectors", token_vectors)
+        self.register_buffer("token_scale", token_scale)
+        self.register_buffer("token_weights", token_weights)
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(3, 24, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(24, 48, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(48, 96, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(96, 96, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(96, 32, 1), nn.ReLU(),
+        )  # [B, 3, 84, 84] -> [B, 32, 11, 11]: where things are must survive, so no pooling
+        self.image_head = nn.Sequential(
+            nn.Flatten(), nn.Linear(32 * 11 * 11, 256), nn.ReLU(), nn.Linear(256, EMBED_DIM)
+        )
+        self.text_head = nn.Sequential(
+            nn.Linear(TOKEN_DIM, 256), nn.ReLU(), nn.Linear(256, EMBED_DIM)
+        )
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, H, W, 3], square, RGB -> unit vectors, float32 [B, EMBED_DIM]."""
+        return self.encode_crops(centre_crop(images))
+
+    def encode_crops(self, crops: torch.Tensor) -> torch.Tensor:
+        """float32 [B, 3, CROP_SIZE, CROP_SIZE] in [0, 1] -> unit vectors [B, EMBED_DIM]."""
+        crops = (crops - 0.5).contiguous(memory_format=torch.channels_last)
+        return F.normalize(self.image_head(self.convolutions(crops)), dim=-1)
+
+    def encode_text(self, sentences: list[str]) -> torch.Tensor:
+        """N sentences -> unit vectors, float32 [N, EMBED_DIM]."""
+        return self.encode_token_means(torch.stack([self.token_mean(s) for s in sentences]))
+
+    def encode_token_means(self, means: torch.Tensor) -> torch.Tensor:
+        """[N, TOKEN_DIM] of `token_mean` -> unit vectors [N, EMBED_DIM]."""
+        return F.normalize(self.text_head(means), dim=-1)
+
+    def token_mean(self, sentence: str) -> torch.Tensor:
+        """The weighted mean of a sentence's token vectors, scaled to unit length, [TOKEN_DIM]."""
+        numbers = [self._number[piece] for piece in word_pieces(sentence, self._number)]
+        if not numbers:
+            return torch.zeros(TOKEN_DIM)
+        vectors = self.token_vectors[numbers].float() * self.token_scale
+        weights = self.token_weights[numbers, None]
+        return F.normalize((vectors * weights).sum(0), dim=0)
+
+
+def centre_crop(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, CROP_SIZE, CROP_SIZE] in [0, 1]."""
+    crops = images.permute(0, 3, 1, 2).float() / 255
+    if crops.shape[-2:] != (FRAME_SIZE, FRAME_SIZE):
+        crops = F.interpolate(
+            crops, (FRAME_SIZE, FRAME_SIZE), mode="bilinear", antialias=True, align_corners=False
+        )
+    margin = (FRAME_SIZE - CROP_SIZE) // 2
+    return crops[..., margin : margin + CROP_SIZE, margin : margin + CROP_SIZE]
+
+
+def word_pieces(sentence: str, vocabulary: dict[str, int]) -> list[str]:
+    """BERT's uncased scheme: words and marks, each split greedily into the longest known pieces."""
+    text = unicodedata.normalize("NFD", sentence.lower())
+    text = "".join(c for c in text if unicodedata.category(c) != "Mn")
+    pieces = []
+    for word in re.findall(r"\w+|[^\w\s]", text):
+        start = 0
+        while start < len(word):
+            prefix = "##" if start else ""
+            for end in range(len(word), start, -1):
+                if prefix + word[start:end] in vocabulary:
+                    pieces.append(prefix + word[start:end])
+                    start = end
+                    break
+            else:
+                start += 1  # a character that no piece holds
+    return pieces
+
+
+def save_mini(model: Mini, path: Path) -> None:
+    """Write the weights as safetensors, the trained part in float16."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        trained = not name.startswith("token_")
+        tensors[name] = (tensor.half() if trained else tensor).contiguous()
+    save_file(tensors, path, metadata={"vocabulary": json.dumps(model.vocabulary)})
+
+
+def load_mini(path: Path | None = None) -> Mini:
+    """The shipped model, or the one in the file `path` (safetensors written by `save_mini`).
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it holds something else.
+    """
+    path = WEIGHTS if path is None else Path(path)
+    vocabulary, tensors = _read(path)
+    try:
+        model = Mini(vocabulary, *(tensors[f"token_{k}"] for k in ("vectors", "scale", "weights")))
+        state = {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold mini's weights: {str(error).splitlines()[0]}") from None
+    return model.eval().requires_grad_(False)
+
+
+def init_mini(seed: int) -> Mini:
+    """The same network and token vectors with untrained weights drawn from `seed`."""
+    vocabulary, tensors = _read(WEIGHTS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Mini(vocabulary, *(tensors[f"token_{k}"] for k in ("vectors", "scale", "weights")))
+    return model.eval().requires_grad_(False)
+
+
+@cache
+def weights_digest(path: Path = WEIGHTS) -> str:
+    """The first 12 characters of the file's sha256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def _read(path: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return json.loads(metadata["vocabulary"]), {k: file.get_tensor(k) for k in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read mini's weights {path}: {error}") from None
+    except (KeyError, ValueError):
+        raise UserError(f"{path} is a safetensors file, but not of mini") from None
+
+
+def quantise(vectors: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """float [n, d] -> (int8 [n, d], scale float32 [d])."""
+    scale = np.abs(vectors).max(0) / 127
+    return (
+        torch.from_numpy(np.round(vectors / scale).astype(np.int8)),
+        torch.from_numpy(scale.astype(np.float32)),
+    )
