@@ -264,9 +264,9 @@ def sac_loss(
 
 
 def cosine_similarity(text: jax.Array, images: jax.Array) -> jax.Array:
-    """Eq. 2: text [D], images [n, D] -> [n]."""
-    norms = jnp.linalg.norm(text) * jnp.linalg.norm(images, axis=-1)
-    return images @ text / jnp.maximum(norms, 1e-8)
+    """Eq. 2: text [D], images [n, D] -> [n]; 0, with finite gradients, for a zero vector."""
+    squares = (text**2).sum() * (images**2).sum(-1)
+    return images @ text * jax.lax.rsqrt(squares + 1e-12)
 
 
 def vlm_reward(projection_params: dict, images: jax.Array, vlm: VLMInputs, args: Args) -> jax.Array:

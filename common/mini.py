@@ -144,7 +144,8 @@ def load_mini(path: Path | None = None) -> Mini:
         state = {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
         model.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold mini's weights: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} does not hold mini's weights: {reason}") from None
     return model.eval().requires_grad_(False)
 
 

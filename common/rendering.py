@@ -208,7 +208,8 @@ def cached_arrays(kind: str, key: str, compute) -> dict[str, np.ndarray]:
 
 def _simplified(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Vertices [n, 3] float32 and faces [m, 3] int32 after quadric decimation, cached on disk."""
-    digest = hashlib.sha256(vertices.tobytes() + faces.tobytes() + repr((KEPT_FACES, WELD)).encode())
+    settings = repr((KEPT_FACES, WELD)).encode()
+    digest = hashlib.sha256(vertices.tobytes() + faces.tobytes() + settings)
 
     def decimate() -> dict[str, np.ndarray]:
         import fast_simplification

@@ -4,7 +4,7 @@
     python -m tools.pretrain_mini distill              # token vectors from a sentence encoder
     python -m tools.pretrain_mini train --holdout      # design choices: 34 tasks, judged on 6
     python -m tools.pretrain_mini train --seed 0       # the real thing: 40 tasks
-    python -m tools.pretrain_mini evaluate             # MT10, once, all seeds: docs/mini_results.json
+    python -m tools.pretrain_mini evaluate        # MT10, once, all seeds -> docs/
 
 `distill` needs the packages of requirements-pretrain.txt; the rest needs requirements.txt. The ten
 tasks of MT10 are unseen in training: their pictures are rendered for `evaluate` alone.
@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -94,7 +93,8 @@ def play_episode(env, task: str, noise: float | None, rng: np.random.Generator):
             action = np.clip(expert_action(policy, obs) + noise * rng.normal(size=4), -1, 1)
         obs, _, _, _, info = env.step(action.astype(np.float32))
         record(bool(info["success"]))
-        steps_left = min(steps_left, 10) if any(success[-2:-1]) and sum(success) == 2 else steps_left
+        if sum(success) == 2 and success[-2]:  # success holds: a few more steps and the end
+            steps_left = min(steps_left, 10)
         steps_left -= 1
     return np.array(states), np.array(success)
 
