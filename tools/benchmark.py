@@ -1,0 +1,299 @@
+"""Measure how fast every part is, and how near to what the machine allows: one table.
+
+    python -m tools.benchmark                   # about ten minutes on two cores
+    python -m tools.benchmark --only updates    # one part
+    python -m tools.benchmark --output docs/benchmark.md
+
+Each figure is the median of several rounds; parts that are compared take turns within a round, so
+that a noisy machine disturbs them alike. End-to-end figures come from real runs of the script.
+"""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import furl_sac_state as furl
+from common import replay
+from common.envs import VecMetaWorld, usable_cores
+from common.errors import UserError
+from common.rendering import Renderer, gl_info
+from common.vlm import load_vlm
+
+PARTS = ("environments", "frames", "embeddings", "updates", "scripts")
+TASK = "drawer-open-v3"
+
+
+@dataclass(frozen=True)
+class Args:
+    only: tuple[Literal["environments", "frames", "embeddings", "updates", "scripts"], ...] = PARTS
+    """parts to measure"""
+    rounds: int = 5
+    """rounds that the medians are taken over"""
+    output: Path | None = None
+    """Markdown file to write the table to"""
+
+
+Row = tuple[str, str, str]  # what, figure, share of the floor or remark
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def medians(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each function; they take turns, after one warm-up call each."""
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            seconds[name].append(timed(function))
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def measure_environments(rounds: int) -> list[Row]:
+    """Environment steps per second without frames, by number of environments."""
+    rows = []
+    for num_envs in (1, 8, 32):
+        envs = VecMetaWorld(TASK, num_envs, seed=0)
+        envs.reset()
+        actions = np.random.default_rng(0).uniform(-1, 1, (num_envs, 4)).astype(np.float32)
+        steps = max(20, 400 // num_envs)
+
+        def play(envs=envs, actions=actions, steps=steps) -> None:
+            for _ in range(steps):
+                envs.step(actions)
+
+        seconds = medians({"play": play}, rounds)["play"]
+        envs.close()
+        rows.append((f"environment steps/s, {num_envs} environments",
+                     f"{num_envs * steps / seconds:,.0f}", "physics alone"))
+    return rows
+
+
+def measure_frames(rounds: int) -> list[Row]:
+    """Milliseconds per frame on one core."""
+    from common.envs import make_env
+
+    env = make_env(TASK, seed=0, index=0, goal="fixed", show_goal=False)
+    rows = []
+    for quality in ("fast", "paper"):
+        for size in (84, 112, 224):
+            renderer = Renderer(env.model, size, 2, quality)
+            count = 20 if quality == "fast" else 3
+
+            def draw(renderer=renderer, count=count) -> None:
+                for _ in range(count):
+                    renderer.render(env.model, env.data)
+
+            seconds = medians({"draw": draw}, rounds)["draw"] / count
+            renderer.close()
+            rows.append((f"frame, {quality}, {size} px", f"{seconds * 1e3:.1f} ms",
+                         f"{1 / seconds:,.0f} a second and core"))
+    return rows
+
+
+def measure_embeddings(rounds: int) -> list[Row]:
+    """Milliseconds per image at batch 16."""
+    rows = []
+    for name, pretrained in (("mini", True), ("clip", False)):
+        vlm = load_vlm(name, pretrained=pretrained)
+        size = (16, vlm.frame_size, vlm.frame_size, 3)
+        frames = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+        seconds = medians({"embed": lambda v=vlm, f=frames: v.embed_images(f)}, rounds)["embed"]
+        label = "mini" if name == "mini" else "RN50 (CLIP's, random weights)"
+        rows.append((f"image embedding, {label}, batch 16", f"{seconds / 16 * 1e3:.2f} ms",
+                     f"D = {vlm.embed_dim}, {vlm.frame_size} px"))
+    return rows
+
+
+# Multiply-adds of one SAC update per sample, by the shapes of the networks: forward passes of the
+# actor (3) and the critics (8), and the backward products that their gradients need.
+def sac_flops(args: furl.Args) -> float:
+    """Floating-point operations of the matrix products in one SAC update."""
+    hidden, batch = args.hidden_features[0], args.batch_size
+    obs, act = furl.OBS_DIM, furl.ACTION_DIM
+    actor = obs * hidden + hidden * hidden + hidden * 2 * act
+    critic = (obs + act) * hidden + hidden * hidden + hidden
+    critic_inner = hidden * hidden + hidden  # what passes a gradient between layers
+    products = (
+        actor + 2 * critic  # target: next action, both target critics
+        + 2 * (2 * critic + critic_inner)  # critics: forward, weights' and layers' gradients
+        + 2 * actor + (hidden * hidden + hidden * 2 * act)  # actor: the same
+        + 2 * 2 * critic  # critics under the actor: forward and back to the action
+    )
+    return 2.0 * batch * products
+
+
+def measure_updates(rounds: int) -> list[Row]:
+    """Milliseconds per update in each phase, beside the same matrix products alone."""
+    rows = []
+    weights = jnp.ones((256, 256)) / 256
+
+    @jax.jit
+    def products(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 200, lambda _, y: y @ weights, x)
+
+    functions: dict[str, Callable[[], object]] = {
+        "floor": lambda: jax.block_until_ready(products(jnp.ones((256, 256))))
+    }
+    num_updates = {}
+    for embed_dim in (128, 1024):
+        args = furl.Args(buffer_size=100_000, num_envs=8)
+        rng = np.random.default_rng(0)
+        buffers = furl.init_buffers(embed_dim, args)
+        for number in range(4):
+            images = rng.normal(size=(500, embed_dim)).astype(np.float16)
+            buffers = buffers._replace(
+                positives=replay.add_trajectory(buffers.positives, images, number),
+                negatives=replay.add_trajectory(buffers.negatives, images[::-1], number),
+            )
+        transition = furl.Transition(
+            rng.normal(size=(4096, 39)).astype(np.float32),
+            rng.uniform(-1, 1, (4096, 4)).astype(np.float32),
+            rng.normal(size=(4096, 39)).astype(np.float32),
+            np.zeros(4096, np.float32), np.zeros(4096, np.float32),
+            rng.normal(size=(4096, embed_dim)).astype(np.float16),
+        )
+        buffers = buffers._replace(transitions=replay.add_rows(buffers.transitions, transition))
+        inputs = furl.VLMInputs(jnp.ones(embed_dim), jnp.zeros(embed_dim))
+        phases = {"SAC": furl.Phase(False, "none"), "relaying": furl.Phase(True, "goal-image"),
+                  "relaying, Eq. 4": furl.Phase(True, "success"),
+                  "aligned": furl.Phase(False, "success")}
+        for name, phase in phases.items():
+            holder = [furl.init_state(jax.random.PRNGKey(0), embed_dim, args)]
+
+            def run(holder=holder, buffers=buffers, inputs=inputs, args=args, phase=phase) -> None:
+                holder[0], _ = furl.update(
+                    holder[0], buffers, inputs, jax.random.PRNGKey(1), args, phase
+                )
+                jax.block_until_ready(holder[0])
+
+            functions[f"{name}, D = {embed_dim}"] = run
+            num_updates[f"{name}, D = {embed_dim}"] = args.updates_per_iteration
+    seconds = medians(functions, rounds * 3)
+    flops_per_second = 200 * 2 * 256**3 / seconds.pop("floor")
+    rows.append(("matrix products 256 x 256 x 256 alone", f"{flops_per_second / 1e9:.0f} GFLOP/s",
+                 "the floor of the updates"))
+    sac_floor = sac_flops(furl.Args()) / flops_per_second
+    for name, total in seconds.items():
+        per_update = total / num_updates[name]
+        agents = 2 if "relaying" in name else 1
+        rows.append((f"update, {name}", f"{per_update * 1e3:.2f} ms",
+                     f"{agents * sac_floor / per_update:.0%} of it is SAC's matrix products"))
+    return rows
+
+
+def measure_scripts(_rounds: int) -> list[Row]:
+    """Steps per second and peak memory of real runs, after compilation."""
+    common_flags = ["--env-id", "drawer-close-v3", "--learning-starts", "1000", "--eval-every",
+                    "1000000", "--checkpoint-every", "0", "--log-every", "500"]
+    runs = {
+        "mini, relaying": (["--relay-until", "1000000000"], 5000),
+        "mini, aligned": (["--relay-until", "0"], 5000),
+        "RN50, relaying": (["--vlm", "clip", "--no-pretrained", "--relay-until", "1000000000"],
+                           3000),
+        "RN50, aligned": (["--vlm", "clip", "--no-pretrained", "--relay-until", "0"], 3000),
+    }
+    rows = []
+    for name, (flags, steps) in runs.items():
+        with tempfile.TemporaryDirectory() as folder:
+            speed, memory = run_script([*common_flags, *flags, "--total-timesteps", str(steps)],
+                                       Path(folder) / "run")
+        rows.append((f"furl_sac_state.py, {name}", f"{speed:.0f} steps/s",
+                     f"peak memory {memory / 2**30:.1f} GiB with its workers, replay of 1e6"))
+    return rows
+
+
+def run_script(flags: list[str], run_dir: Path) -> tuple[float, float]:
+    """(median steps/s of the rows after the third that trains, peak PSS in bytes)."""
+    command = [sys.executable, furl.__file__, *flags, "--run-dir", str(run_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak = [0]
+
+    def watch() -> None:
+        while process.poll() is None:
+            peak[0] = max(peak[0], sum(map(proportional_memory, descendants(process.pid))))
+            time.sleep(1.0)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, errors = process.communicate()
+    watcher.join()
+    if process.returncode:
+        raise UserError(f"the run failed: {errors.decode()[-500:]}")
+    with open(run_dir / "metrics.csv", newline="") as file:
+        speeds = [float(row["value"]) for row in csv.DictReader(file)
+                  if row["key"] == "time/steps_per_second" and int(row["env_steps"]) > 2000]
+    return float(np.median(speeds)), peak[0]
+
+
+def descendants(pid: int) -> list[int]:
+    """The process and all below it."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(d for child in children for d in descendants(int(child)))]
+
+
+def proportional_memory(pid: int) -> int:
+    """Bytes of memory, shared pages divided among those that share them (PSS)."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines()
+                 if line.startswith("Pss:")), 0)
+
+
+def machine() -> str:
+    """Cores, processor and versions in one line."""
+    try:
+        model = next(line.split(":")[1].strip() for line in
+                     Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    except (OSError, StopIteration):
+        model = platform.processor()
+    devices = ", ".join(str(device) for device in jax.devices())
+    return (f"{usable_cores()} cores, {model}, {os.sysconf('SC_PHYS_PAGES') * 4096 / 2**30:.0f} "
+            f"GiB; drawing: {gl_info()['renderer']}; JAX {jax.__version__} on {devices}")
+
+
+def main(args: Args) -> None:
+    measures = {"environments": measure_environments, "frames": measure_frames,
+                "embeddings": measure_embeddings, "updates": measure_updates,
+                "scripts": measure_scripts}
+    lines = [f"Machine: {machine()}.", "", "| what | figure | remark |", "| --- | --- | --- |"]
+    print("\n".join(lines), flush=True)
+    results: list[Row] = []
+    for part in args.only:
+        for row in measures[part](args.rounds):
+            results.append(row)
+            lines.append("| " + " | ".join(row) + " |")
+            print(lines[-1], flush=True)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        title = ["# Benchmark", "", f"`python -m tools.benchmark --rounds {args.rounds}`", ""]
+        args.output.write_text("\n".join(title + lines) + "\n")
+        args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
