@@ -21,7 +21,7 @@ import mujoco
 import numpy as np
 
 from common.errors import UserError
-from common.rendering import QUALITIES, Renderer, cached_arrays, camera_number
+from common.rendering import QUALITIES, Renderer, cached_arrays
 from common.tasks import expert_action, expert_policy, resolve_env_id
 
 OBS_DIM, ACTION_DIM = 39, 4
@@ -416,11 +416,6 @@ def goal_image(
     versions = f"{getattr(metaworld, '__version__', '')}-mujoco{mujoco.__version__}"
     key = f"{env_id}-{goal}-{seed}-{size}-{camera_id}-{quality}-{versions}"
     return cached_arrays("goal_images", key, play)["picture"]
-
-
-def check_camera(env_id: str, camera_id: int | str) -> None:
-    """Raise a UserError for a camera that the task does not have."""
-    camera_number(make_env(env_id, seed=0, index=0, goal="fixed", show_goal=False).model, camera_id)
 
 
 def _main(socket_fd: int, memory_fd: int) -> None:

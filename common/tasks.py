@@ -1,6 +1,7 @@
 """The task table: Meta-World's 50 tasks, their instructions and their scripted experts."""
 
 import difflib
+import warnings
 
 import numpy as np
 
@@ -115,6 +116,8 @@ def expert_policy(env_id: str):
     to an action [4] that the caller clips to [-1, 1]."""
     from metaworld.policies import ENV_POLICY_MAP
 
+    # It says that actions will be clipped, which is known and meant.
+    warnings.filterwarnings("ignore", message=r"Constant\(s\) may be too high")
     return ENV_POLICY_MAP[env_id]()
 
 
