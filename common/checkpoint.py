@@ -121,7 +121,9 @@ def check_space(run_dir: Path, rings: dict[str, Ring], total_timesteps: int) -> 
     for ring in rings.values():
         stored = sum(x.nbytes for x in jax.tree.leaves(ring.data))
         need += int(stored * min(1.0, total_timesteps / ring.capacity))
-    free = shutil.disk_usage(run_dir).free
+    existing = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents)
+                    if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < need:
         raise UserError(f"the run's checkpoints need up to {need / 2**30:.1f} GiB in {run_dir}, "
                         f"where {free / 2**30:.1f} GiB are free: choose another --run-dir, or a "

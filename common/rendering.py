@@ -41,6 +41,7 @@ def _gl_context():
     try:
         from mujoco.egl import GLContext
 
+        GLContext._context = None  # its destructor needs it, also when the constructor fails
         context = GLContext(64, 64)
         context.make_current()
     except Exception as error:  # PyOpenGL and MuJoCo raise a dozen kinds when a library is missing

@@ -117,8 +117,8 @@ def start_run(args: Any, script: str, rings: dict, **facts: Any) -> Run:
     if args.resume:
         run_dir = Path(args.resume)
         return Run(args, run_dir, read_config(run_dir))
+    checkpoint.check_space(Path(args.run_dir or "runs"), rings, args.total_timesteps)
     run_dir = create_run_dir(args.run_dir, args.env_id, script, args.seed)
-    checkpoint.check_space(run_dir, rings, args.total_timesteps)
     run = Run(args, run_dir, write_config(run_dir, args, script=script, **facts))
     run.logger.say(f"run folder: {run_dir}")
     for key, value in facts.items():

@@ -103,9 +103,10 @@ def play_episode(env, task: str, noise: float | None, rng: np.random.Generator):
 def collect_task(task: str, episodes: int, seed: int) -> Path:
     """Render `episodes` episodes of a task to DATA/<task>.npz, in groups of four with one goal.
 
-    Three of a group are the expert's, with different noise; one is random behaviour. Arrays, one row a picture: frames uint8 [n, 112, 112, 3]; episode, group, step, success_step int32 (-1:
-    the episode fails); success bool; kind: ORDINARY or COUNTERFACTUAL, the robot where it is at
-    that step with the object where it was at the start.
+    Three of a group are the expert's, with different noise; one is random behaviour. Arrays, one
+    row a picture: frames uint8 [n, 112, 112, 3]; episode, group, step, success_step int32 (-1: the
+    episode fails); success bool; kind: ORDINARY or COUNTERFACTUAL, the robot where it is at that
+    step with the object where it was at the start.
     """
     path = DATA / f"{task}.npz"
     if path.exists():
@@ -118,8 +119,8 @@ def collect_task(task: str, episodes: int, seed: int) -> Path:
     for joint in joints:
         if joint.name.startswith(ROBOT_JOINTS):
             robot[joint.qposadr[0]] = True
-    rows: dict[str, list] = {k: [] for k in
-                             ("frames", "episode", "group", "step", "success_step", "success", "kind")}
+    names = ("frames", "episode", "group", "step", "success_step", "success", "kind")
+    rows: dict[str, list] = {name: [] for name in names}
 
     def draw(physics, episode, step, success_step, success, kind, start=None) -> None:
         mujoco.mj_setState(env.model, env.data, physics, PHYSICS)
@@ -270,8 +271,8 @@ def draw_batch(data: Episodes, rng: np.random.Generator, batch_size: int):
     """Rows [batch, 6]: earlier, later, success, goal, counterfactual, failure; and their tasks.
 
     The goal is the success of another episode, three times in four one with the same goal: that is
-    what Eq. 5 compares with, and the rest keeps the distance from meaning the goal alone. Without a counterfactual (the task
-    moves nothing) the failure stands in for it.
+    what Eq. 5 compares with, and the rest keeps the distance from meaning the goal alone. Without
+    a counterfactual (the task moves nothing) the failure stands in for it.
     """
     rows = np.empty((batch_size, 6), np.int64)
     tasks = rng.choice(data.trainable, batch_size)
@@ -420,8 +421,8 @@ def measure(
     """The figures of docs/mini.md for one task; `model` None: raw pixels.
 
     The goal picture is always another episode's success: of an episode with the same goal, as in
-    the paper's main setting, or with `same_goal` False of one with another goal. Spearman: per successful episode up to
-    its first success, then the mean.
+    the paper's main setting, or with `same_goal` False of one with another goal. Spearman: per
+    successful episode up to its first success, then the mean.
     """
     data = Episodes((task,))
     if model is None:
