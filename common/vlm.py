@@ -249,6 +249,7 @@ def load_vlm(
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         try:
+            _reach_text_side(architecture)
             # pretrained_text: never fetch a part of the network behind the user's back.
             model = open_clip.create_model(
                 architecture, pretrained=None, pretrained_text=False,
@@ -257,8 +258,9 @@ def load_vlm(
             tokenize = open_clip.get_tokenizer(architecture)
         except Exception as error:  # some need the transformers package and files of the hub
             raise UserError(
-                f"{architecture} cannot be built here ({_first_line(error)}): it needs a tokenizer "
-                "or text encoder from the Hugging Face hub; clip and liv do not"
+                f"{architecture} cannot be built here ({_first_line(error)}): its tokenizer or "
+                "text encoder needs the package transformers and files of the Hugging Face hub; "
+                "clip and liv do not"
             ) from None
     if state is not None:
         _load_into(model, state, weights or name)
@@ -332,6 +334,20 @@ def _download(name: str, config: dict[str, Any]) -> Path:
         ) from None
 
 
+def _reach_text_side(architecture: str) -> None:
+    """Raise at once where files for the text are out of reach: transformers would try for long."""
+    import open_clip
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    text = open_clip.get_model_config(architecture)["text_cfg"]
+    for key in ("hf_tokenizer_name", "hf_model_name"):
+        if key in text:
+            try:
+                _hub_file(text[key], ["tokenizer_config.json", "config.json"])
+            except RemoteEntryNotFoundError:  # not every repository has it, but this one answers
+                pass
+
+
 def _hub_file(repository: str, files: list[str]) -> Path:
     """The first of `files` that the repository has."""
     from huggingface_hub import (
@@ -340,7 +356,7 @@ def _hub_file(repository: str, files: list[str]) -> Path:
         hf_hub_url,
         try_to_load_from_cache,
     )
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     for file in files:
         cached = try_to_load_from_cache(repository, file)
@@ -350,7 +366,7 @@ def _hub_file(repository: str, files: list[str]) -> Path:
         try:
             # Asked once here, because the download itself would try for half a minute.
             get_hf_file_metadata(hf_hub_url(repository, file), timeout=TIMEOUT)
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             if file == files[-1]:
                 raise
             continue

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -465,6 +466,14 @@ def test_without_network_for_a_plain_url(tmp_path, monkeypatch):
     monkeypatch.setattr(open_clip, "get_pretrained_cfg",
                         lambda model, tag: {"url": "http://127.0.0.1:9/rn50.pt"})
     one_line_error("127.0.0.1:9/rn50.pt.*--vlm-weights PATH", "RN50/cc12m")
+
+
+def test_a_tokenizer_out_of_reach_is_said_at_once(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    one_line_error("ViT-B-16-SigLIP cannot be built here.*clip and liv do not",
+                   "ViT-B-16-SigLIP/webli", pretrained=False)
+    assert time.monotonic() - start < 10
 
 
 def test_a_cached_download_is_used_without_network(source, tmp_path, monkeypatch):
