@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import furl_sac_state
+from common.cli import run_script
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "furl_sac_state.py"
 TINY = [
@@ -121,15 +124,29 @@ def test_a_worker_that_dies_ends_the_run_which_can_be_resumed(tmp_path):
         (["--run-dir", "/proc/run"], "/proc/run"),
     ],
 )
-def test_bad_input_ends_in_one_clear_line(flags, message, tmp_path):
-    result = run(*flags, cwd=tmp_path, timeout=60)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+def test_bad_input_ends_in_one_clear_line(flags, message, tmp_path, monkeypatch, capfd):
+    """In this process, which saves the imports; the next test looks at a real one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["furl_sac_state.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        run_script(furl_sac_state.main, furl_sac_state.Args)
+    assert stop.value.code == 2
+    errors = capfd.readouterr().err
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1, errors
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_unknown_goal_mode_names_the_allowed_ones():
-    result = run("--goal", "moving", timeout=60)
+def test_an_error_is_one_line_and_status_2_on_the_command_line(tmp_path):
+    result = run("--camera-id", "99", cwd=tmp_path, timeout=120)
     assert result.returncode == 2
-    assert "random-hidden" in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: unknown camera 99; this task has 0 (topview)")
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+def test_an_unknown_goal_mode_names_the_allowed_ones(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["furl_sac_state.py", "--goal", "moving"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(furl_sac_state.main, furl_sac_state.Args)
+    assert stop.value.code == 2
+    assert "random-hidden" in capfd.readouterr().err
