@@ -20,7 +20,9 @@ Deviations from the paper, whose Table 5 is the default, and choices where it is
     The ranking losses draw from the latest 100,000 frames of either kind.
  5. Lag pairs (Eq. 4) are k steps apart in one trajectory; earlier frames have no pair.
  6. 10,000 random steps before learning, as in the authors' code; the paper does not say.
- 7. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv.
+ 7. The temperature starts at 0.1 (DrQ's value; the paper does not say): at 1, 30,000 updates pass
+    before the sparse reward counts for more than entropy.
+ 8. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv.
 """
 
 from dataclasses import dataclass
@@ -78,6 +80,7 @@ class Args:
     learning_rate: float = 1e-4  # Adam's, for all networks
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # step of the target critics
+    init_temperature: float = 0.1  # alpha before learning
     hidden_features: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics
     # --- VLM reward
     vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
@@ -343,7 +346,7 @@ def init_agent(key: jax.Array, args: Args) -> AgentState:
     params = {
         "actor": actor.init(actor_key, obs),
         "critic": critic.init(critic_key, obs, action),
-        "log_alpha": jnp.zeros(()),
+        "log_alpha": jnp.log(args.init_temperature),
     }
     target_critic = jax.tree.map(jnp.copy, params["critic"])
     return AgentState(params, target_critic, optax.adam(args.learning_rate).init(params))
