@@ -1,0 +1,264 @@
+"""Rings and trajectories: every field of every row encodes the number of the row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import replay
+from common.errors import UserError
+from common.replay import Frame, Transition
+
+
+def transitions(ids) -> Transition:
+    """Rows whose fields all encode the row's number, each in its own way."""
+    ids = np.asarray(ids, np.float32)
+    return Transition(
+        obs=np.stack([ids, ids + 0.25], 1),
+        action=-ids[:, None],
+        next_obs=np.stack([ids + 1, ids + 1.25], 1),
+        sparse_reward=ids * 2,
+        terminated=ids * 3,
+        embedding=np.stack([ids, -ids, ids / 2], 1).astype(np.float16),
+    )
+
+
+def empty_transitions(capacity: int) -> replay.Ring:
+    return replay.init_ring(jax.tree.map(lambda x: x[0], transitions([0])), capacity)
+
+
+def empty_frames(capacity: int, embed_dim: int = 2) -> replay.Ring:
+    number = np.zeros((), np.int32)
+    return replay.init_ring(Frame(np.zeros(embed_dim, np.float16), number, number), capacity)
+
+
+def assert_rows(rows: Transition, ids) -> None:
+    for actual, expected in zip(rows, transitions(ids), strict=True):
+        np.testing.assert_array_equal(np.asarray(actual), expected)
+
+
+# ------------------------------------------------------------------------------- ring
+
+
+def test_an_empty_ring_has_no_rows():
+    ring = empty_transitions(7)
+    assert (ring.capacity, int(ring.size), int(ring.total)) == (7, 0, 0)
+    assert ring.data.embedding.dtype == jnp.float16 and ring.data.obs.shape == (7, 2)
+    np.testing.assert_array_equal(replay.sample_slots(ring, jax.random.key(0), 5), np.zeros(5))
+
+
+def test_rows_wrap_around_a_capacity_that_their_number_does_not_divide():
+    ring, capacity = empty_transitions(7), 7
+    expected = np.full(capacity, -1)
+    for start in range(1, 40, 3):  # three at a time
+        ids = np.arange(start, start + 3)
+        expected[(ids - 1) % capacity] = ids
+        ring = replay.add_rows(ring, transitions(ids))
+        written = np.flatnonzero(expected >= 0)
+        assert int(ring.total) == start + 2
+        assert int(ring.size) == len(written) == min(start + 2, capacity)
+        assert_rows(replay.take(ring, written), expected[written])
+    assert sorted(expected.tolist()) == list(range(33, 40)), "the newest seven"
+
+
+def test_a_ring_takes_as_many_rows_as_it_can_hold():
+    ring = replay.add_rows(empty_transitions(4), transitions([1]))
+    ring = replay.add_rows(ring, transitions([2, 3, 4, 5]))
+    assert_rows(replay.take(ring, np.arange(4)), [5, 2, 3, 4])
+
+
+def test_padding_is_not_written():
+    ring = replay.add_rows(empty_transitions(7), transitions(np.arange(1, 7)))
+    ring = replay.add_rows(ring, transitions([7, 8, 9, 99, 98]), 3)
+    assert (int(ring.total), int(ring.size)) == (9, 7)
+    assert_rows(replay.take(ring, np.arange(7)), [8, 9, 3, 4, 5, 6, 7])
+    ring = replay.add_rows(ring, transitions([97, 96]), 0)
+    assert int(ring.total) == 9
+    assert_rows(replay.take(ring, np.arange(7)), [8, 9, 3, 4, 5, 6, 7])
+
+
+def test_padding_may_exceed_the_capacity():
+    ring = replay.add_rows(empty_transitions(4), transitions([1, 2, 3]))
+    ring = replay.add_rows(ring, transitions([4, 5, 91, 92, 93, 94, 95]), 2)
+    assert_rows(replay.take(ring, np.arange(4)), [5, 2, 3, 4])
+
+
+def test_samples_are_uniform_over_written_rows_only():
+    ring = replay.add_rows(empty_transitions(50), transitions(np.arange(5)))
+    slots = np.asarray(replay.sample_slots(ring, jax.random.key(1), 5000))
+    counts = np.bincount(slots, minlength=50)
+    assert counts[5:].sum() == 0
+    assert np.abs(counts[:5] - 1000).max() < 150  # five standard deviations
+    ring = replay.add_rows(empty_transitions(5), transitions(np.arange(3)))
+    ring = replay.add_rows(ring, transitions(np.arange(3, 7)))
+    slots = np.asarray(replay.sample_slots(ring, jax.random.key(2), 500))
+    assert set(slots.tolist()) == {0, 1, 2, 3, 4}, "a full ring is sampled whole"
+
+
+def test_read_rows_counts_from_the_first_row_ever_written():
+    ring = empty_transitions(7)
+    for start in range(0, 12, 3):
+        ring = replay.add_rows(ring, transitions(np.arange(start, start + 3)))
+    assert_rows(replay.read_rows(ring, 5, 12), np.arange(5, 12))
+    assert_rows(replay.read_rows(ring, 9, 11), [9, 10])
+
+
+def test_a_buffer_beyond_the_memory_is_a_user_error():
+    with pytest.raises(UserError, match="--buffer-size"):
+        empty_transitions(2**50)
+
+
+# ------------------------------------------------------------------------ trajectories
+
+
+def frames_of(number: int, length: int) -> np.ndarray:
+    """Embeddings [length, 2] that encode (trajectory, time)."""
+    return np.stack([np.full(length, number), np.arange(length)], 1).astype(np.float16)
+
+
+def test_add_trajectory_writes_its_frames_in_order():
+    ring = empty_frames(20)
+    ring = replay.add_trajectory(ring, frames_of(3, 8), 3)
+    ring = replay.add_trajectory(ring, frames_of(4, 7), 4)
+    ring = replay.add_trajectory(ring, frames_of(5, 9), 5)  # its last four over trajectory 3
+    number = np.array([5] * 4 + [3] * 4 + [4] * 7 + [5] * 5)
+    time = np.array([5, 6, 7, 8, *range(4, 8), *range(7), *range(5)])
+    assert int(ring.total) == 24
+    np.testing.assert_array_equal(ring.data.trajectory, number)
+    np.testing.assert_array_equal(ring.data.time, time)
+    np.testing.assert_array_equal(ring.data.embedding, np.stack([number, time], 1))
+
+
+def test_add_trajectory_takes_any_length():
+    ring = empty_frames(1200)
+    for number, length in enumerate([1, 499, 500, 501]):
+        before = int(ring.total)
+        ring = replay.add_trajectory(ring, frames_of(number, length), number)
+        rows = replay.read_rows(ring, max(before, int(ring.total) - 1200), int(ring.total))
+        expected = frames_of(number, length)[-len(rows.time):]
+        np.testing.assert_array_equal(rows.embedding, expected)
+    assert int(ring.total) == 1501
+
+
+def check_lagged(ring: replay.Ring, lag: int) -> np.ndarray:
+    """Compare with a search through the whole ring; returns where a pair exists."""
+    slots = np.arange(ring.capacity)
+    earlier, exists = (np.asarray(x) for x in replay.lagged_slots(ring, slots, lag))
+    number, time = np.asarray(ring.data.trajectory), np.asarray(ring.data.time)
+    for slot in slots:
+        found = [
+            i for i in slots[: int(ring.size)]
+            if slot < int(ring.size) and number[i] == number[slot] and time[i] == time[slot] - lag
+        ]
+        assert exists[slot] == bool(found), slot
+        if found:
+            assert [earlier[slot]] == found
+    return exists
+
+
+def test_lagged_slots_stay_in_their_trajectory():
+    ring = replay.add_trajectory(empty_frames(20), frames_of(0, 6), 0)
+    ring = replay.add_trajectory(ring, frames_of(1, 3), 1)
+    ring = replay.add_trajectory(ring, frames_of(2, 5), 2)
+    exists = check_lagged(ring, lag=3)
+    # trajectory 0: times 3, 4, 5; trajectory 1 is too short; trajectory 2: times 3, 4.
+    np.testing.assert_array_equal(np.flatnonzero(exists), [3, 4, 5, 12, 13])
+    earlier, _ = replay.lagged_slots(ring, np.array([5, 13]), 3)
+    np.testing.assert_array_equal(earlier, [2, 10])
+
+
+@pytest.mark.parametrize("lag", [1, 2, 5])
+def test_lagged_slots_after_overwriting(lag):
+    ring = empty_frames(11)
+    for number, length in enumerate([6, 4, 7, 3, 11, 2, 8]):
+        ring = replay.add_trajectory(ring, frames_of(number, length), number)
+        check_lagged(ring, lag)
+
+
+def test_lagged_slots_of_an_overwritten_start():
+    ring = replay.add_trajectory(empty_frames(8), frames_of(0, 8), 0)
+    ring = replay.add_trajectory(ring, frames_of(1, 3), 1)  # over times 0, 1, 2 of trajectory 0
+    exists = check_lagged(ring, lag=2)
+    np.testing.assert_array_equal(np.flatnonzero(exists), [2, 5, 6, 7])
+
+
+def test_an_empty_ring_has_no_pairs():
+    _, exists = replay.lagged_slots(empty_frames(6), np.arange(6), 1)
+    assert not exists.any()
+    # Not even with a lag of the whole ring, where unwritten slots would be their own partners.
+    assert not replay.lagged_slots(empty_frames(6), np.arange(6), 6)[1].any()
+
+
+# --------------------------------------------------------------------------- sorting
+
+
+def run_collect(success: list[str], truncated: list[str]):
+    """Step environments given as strings of '.' and 'x'; frames encode (environment, step)."""
+    num_envs, num_steps = len(success), len(success[0])
+    trajectories = replay.init_trajectories(num_envs, 10, 2)
+    events = []
+    for step in range(num_steps):
+        embeddings = np.array([[i, step] for i in range(num_envs)], np.float16)
+        known = replay.collect(
+            trajectories, embeddings,
+            np.array([row[step] == "x" for row in success]),
+            np.array([row[step] == "x" for row in truncated]),
+        )
+        for kind, frames in known:
+            assert frames.dtype == np.float16
+            assert len(set(frames[:, 0].tolist())) == 1, "frames of one environment"
+            events.append((step, kind, int(frames[0, 0]), frames[:, 1].astype(int).tolist()))
+    return events
+
+
+def test_positives_end_with_the_first_success():
+    # A second success, and the frames after the first, are neither positive nor negative.
+    assert run_collect(["..x.x."], [".....x"]) == [(2, "positives", 0, [0, 1, 2])]
+
+
+def test_a_failed_episode_is_negative_whole():
+    assert run_collect(["....."], ["....x"]) == [(4, "negatives", 0, [0, 1, 2, 3, 4])]
+
+
+def test_an_episode_is_not_known_before_its_end():
+    assert run_collect(["....."], ["....."]) == []
+
+
+def test_success_in_an_episodes_first_and_last_step():
+    assert run_collect(["x....x"], ["..x..x"]) == [
+        (0, "positives", 0, [0]), (5, "positives", 0, [3, 4, 5])
+    ]
+
+
+def test_episodes_follow_one_another():
+    assert run_collect([".x......x"], ["..x..x..x"]) == [
+        (1, "positives", 0, [0, 1]),
+        (5, "negatives", 0, [3, 4, 5]),
+        (8, "positives", 0, [6, 7, 8]),
+    ]
+
+
+def test_environments_are_sorted_on_their_own():
+    events = run_collect(
+        ["..x...",   # succeeds, then runs on
+         "......",   # two failures
+         "..x.x."],  # succeeds in both of its episodes
+        [".....x",
+         "..x..x",
+         "..x..x"],
+    )
+    assert sorted(events) == [
+        (2, "negatives", 1, [0, 1, 2]),
+        (2, "positives", 0, [0, 1, 2]),
+        (2, "positives", 2, [0, 1, 2]),
+        (4, "positives", 2, [3, 4]),
+        (5, "negatives", 1, [3, 4, 5]),
+    ]
+
+
+def test_collected_frames_outlive_the_buffer():
+    trajectories = replay.init_trajectories(1, 4, 1)
+    ends = np.array([True])
+    [(kind, frames)] = replay.collect(trajectories, np.array([[7.0]]), ends, ends)
+    replay.collect(trajectories, np.array([[8.0]]), ~ends, ~ends)
+    assert kind == "positives" and frames.tolist() == [[7.0]]
