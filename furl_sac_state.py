@@ -1,11 +1,12 @@
-"""FuRL: vision-language models as fuzzy rewards for reinforcement learning, on state observations.
+r"""FuRL: vision-language models as fuzzy rewards for reinforcement learning, on state observations.
 
 A frozen VLM scores the picture of the scene against the instruction; this dense but fuzzy reward is
 added to the sparse one. Two small projection heads are trained online to align it with what the
 task rewards (ranking losses), and a second SAC agent, which sees the sparse reward alone, relays
 with the VLM agent until successes have been found. Fu et al., ICML 2024, arXiv 2406.00645.
 
-    python furl_sac_state.py --env-id drawer-close-v3 --total-timesteps 40000 --learning-starts 2000
+    python furl_sac_state.py --env-id drawer-close-v3 --total-timesteps 24000 \
+        --learning-starts 4000 --learning-rate 3e-4
     python furl_sac_state.py --env-id drawer-open-v3 --vlm liv --quality paper --track
 
 docs/furl_sac_state.md explains every metric and shows measured curves with their wall-clock.

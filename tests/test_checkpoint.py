@@ -1,0 +1,391 @@
+"""Checkpoints come back as they were, and a damaged or half-written one costs only itself."""
+
+import builtins
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import checkpoint, replay
+from common.errors import UserError
+
+CAPACITY = 10
+
+
+def rows(start: int, stop: int) -> dict:
+    ids = np.arange(start, stop)
+    return {"id": ids.astype(np.int32), "half": np.stack([ids, -ids], 1).astype(np.float16)}
+
+
+def empty() -> replay.Ring:
+    return replay.init_ring(jax.tree.map(lambda x: x[0], rows(0, 1)), CAPACITY)
+
+
+def ring_of(total: int) -> replay.Ring:
+    """A ring into which the rows 0 to `total` have been written one after another."""
+    ring = empty()
+    for start in range(0, total, 5):
+        ring = replay.add_rows(ring, rows(start, min(start + 5, total)))
+    return ring
+
+
+def tree_of(step: int) -> dict:
+    return {
+        "w": jnp.arange(6.0).reshape(2, 3) + step,
+        "count": jnp.asarray(step, jnp.int32),
+        "key": jax.random.PRNGKey(step),
+    }
+
+
+def save(run_dir: Path, step: int, total: int | None = None, host=None) -> Path:
+    """A checkpoint at `step`; its ring holds `total` (default: `step`) rows."""
+    ring = ring_of(step if total is None else total)
+    return checkpoint.save(run_dir, step, tree_of(step), {"replay": ring}, {"step": step, **(host or {})})
+
+
+def load(run_dir: Path, warnings: list | None = None):
+    say = print if warnings is None else warnings.append
+    return checkpoint.load_newest(run_dir, tree_of(0), {"replay": empty()}, say)
+
+
+def assert_same(actual, expected) -> None:
+    """Equal values, types and dtypes, all the way down."""
+    if isinstance(expected, np.ndarray):
+        assert isinstance(actual, np.ndarray) and actual.dtype == expected.dtype
+        np.testing.assert_array_equal(actual, expected)
+        return
+    assert type(actual) is type(expected)
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        for key in expected:
+            assert_same(actual[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected)
+        for a, b in zip(actual, expected, strict=True):
+            assert_same(a, b)
+    else:
+        assert actual == expected
+
+
+def assert_checkpoint(run_dir: Path, step: int, total: int | None = None) -> list[str]:
+    """The newest usable checkpoint is that of `step`, whole; returns the warnings."""
+    total, warnings = step if total is None else total, []
+    env_steps, tree, rings, host = load(run_dir, warnings)
+    assert env_steps == step == host["step"]
+    jax.tree.map(np.testing.assert_array_equal, tree, tree_of(step))
+    assert jax.tree.map(lambda x: x.dtype, tree) == jax.tree.map(lambda x: x.dtype, tree_of(step))
+    expected = ring_of(total)
+    assert int(rings["replay"].total) == total
+    jax.tree.map(np.testing.assert_array_equal, rings["replay"].data, expected.data)
+    assert rings["replay"].data["half"].dtype == jnp.float16
+    return warnings
+
+
+def ring_files(run_dir: Path) -> list[str]:
+    return sorted(f.name for f in (run_dir / "checkpoints" / "rings").iterdir())
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+# ------------------------------------------------------------------------- round trip
+
+
+def test_host_values_come_back_as_they_were(tmp_path):
+    host = {
+        "rng": np.random.default_rng(3).bit_generator.state,  # holds integers of 128 bits
+        "huge": 2**200 + 1, "negative": -(2**70), "none": None, "yes": True, "no": False,
+        "text": 'ü "quoted"\n', "float": 0.1, "tiny": 5e-324, "inf": float("inf"),
+        "tuple": (1, (2.5, None), [np.zeros((0, 3)), ()]), "empty": [{}, [], ()],
+        "arrays": [np.arange(3, dtype=np.int64), np.array([True, False]), np.array(7, np.uint8)],
+        "frames": np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3), "nan": np.array([np.nan]),
+        "numbers as keys": {0: "zero", 1: np.float16([1.5])},
+        "words of the format": {"__array__": 1, "__tuple__": [2], "__dict__": {"json": 3}},
+    }
+    save(tmp_path, 7, host=host)
+    restored = load(tmp_path)[3]
+    assert_same(restored, {"step": 7, **host})
+    generator = np.random.default_rng(0)
+    generator.bit_generator.state = restored["rng"]
+    np.testing.assert_array_equal(generator.random(4), np.random.default_rng(3).random(4))
+
+
+def test_tree_and_ring_come_back_as_they_were(tmp_path):
+    save(tmp_path, 7)
+    assert assert_checkpoint(tmp_path, 7) == []
+
+
+def test_an_empty_ring_and_several_rings(tmp_path):
+    rings = {"positives": empty(), "positives2": ring_of(13), "negatives": ring_of(4)}
+    checkpoint.save(tmp_path, 1, (), rings, {})
+    restored = checkpoint.load_newest(tmp_path, (), dict.fromkeys(rings, empty()))[2]
+    for name, ring in rings.items():
+        jax.tree.map(np.testing.assert_array_equal, restored[name], ring)
+
+
+def test_only_plain_values_can_be_saved(tmp_path):
+    with pytest.raises(TypeError, match="set"):
+        save(tmp_path, 7, host={"bad": {1, 2}})
+
+
+# -------------------------------------------------------------------------- ring files
+
+
+def test_ring_files_hold_only_new_rows_and_are_reused(tmp_path):
+    save(tmp_path, 4)
+    first = tmp_path / "checkpoints/rings/replay-0000000000-0000000004.npz"
+    before = (first.stat().st_mtime_ns, first.stat().st_ino)
+    save(tmp_path, 9)
+    assert ring_files(tmp_path) == [
+        "replay-0000000000-0000000004.npz", "replay-0000000004-0000000009.npz"
+    ]
+    assert (first.stat().st_mtime_ns, first.stat().st_ino) == before
+    assert_checkpoint(tmp_path, 9)
+
+
+def test_no_new_rows_need_no_new_file(tmp_path):
+    save(tmp_path, 4)
+    save(tmp_path, 5, total=4)
+    assert ring_files(tmp_path) == ["replay-0000000000-0000000004.npz"]
+    assert_checkpoint(tmp_path, 5, total=4)
+
+
+def test_the_ring_wraps_between_checkpoints(tmp_path):
+    """Capacity 10: a file is needed as long as one of its rows has not been overwritten."""
+    for step, files in [
+        (7, [(0, 7)]),
+        (12, [(0, 7), (7, 12)]),
+        (14, [(0, 7), (7, 12), (12, 14)]),  # rows 4, 5 and 6 of the first file are still there
+        (17, [(0, 7), (7, 12), (12, 14), (14, 17)]),  # the first is kept for step 14
+        (18, [(7, 12), (12, 14), (14, 17), (17, 18)]),
+        (40, [(7, 12), (12, 14), (14, 17), (17, 18), (30, 40)]),  # overwritten twice over
+        (41, [(30, 40), (40, 41)]),
+    ]:
+        save(tmp_path, step)
+        assert assert_checkpoint(tmp_path, step) == []
+        assert ring_files(tmp_path) == [f"replay-{a:010d}-{b:010d}.npz" for a, b in files]
+
+
+def test_two_checkpoints_are_kept(tmp_path):
+    for step in (3, 6, 9):
+        save(tmp_path, step)
+    folders = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
+    assert folders == ["rings", "step_0000000006", "step_0000000009"]
+    shutil.rmtree(tmp_path / "checkpoints/step_0000000009")
+    assert_checkpoint(tmp_path, 6)
+
+
+def test_a_step_can_be_saved_again(tmp_path):
+    save(tmp_path, 4)
+    save(tmp_path, 4, host={"again": True})
+    assert load(tmp_path)[3] == {"step": 4, "again": True}
+
+
+# -------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("file", [
+    "step_0000000009/state.npz", "step_0000000009/manifest.json",
+    "rings/replay-0000000004-0000000009.npz",
+])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "removed"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, file, damage):
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+    path = tmp_path / "checkpoints" / file
+    if damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "cut" else 0])
+    [warning] = assert_checkpoint(tmp_path, 4)
+    assert "step_0000000009 is passed over" in warning
+
+
+@pytest.mark.parametrize("file", [
+    "step_0000000009/state.npz", "rings/replay-0000000004-0000000009.npz",
+])
+def test_a_flipped_bit_is_noticed(tmp_path, file):
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+    flip_bit(tmp_path / "checkpoints" / file)
+    [warning] = assert_checkpoint(tmp_path, 4)
+    assert "step_0000000009 is passed over" in warning and "does not match its checksum" in warning
+
+
+def test_nothing_usable_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"no usable checkpoint \(0 found\)"):
+        load(tmp_path)
+    save(tmp_path, 4)
+    flip_bit(tmp_path / "checkpoints/step_0000000004/state.npz")
+    with pytest.raises(UserError, match=r"no usable checkpoint \(1 found\)"):
+        load(tmp_path)
+
+
+def test_saving_goes_on_after_a_damaged_manifest(tmp_path):
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+    (tmp_path / "checkpoints/step_0000000009/manifest.json").write_text("{")
+    save(tmp_path, 12)
+    assert_checkpoint(tmp_path, 12)
+
+
+@pytest.mark.parametrize("file", ["step_0000000009/state.npz",
+                                  "rings/replay-0000000004-0000000009.npz"])
+def test_a_damaged_ring_file_is_not_used_again(tmp_path, file):
+    """Resumed from step 4, a run comes to step 9 again: what it saves there must be whole."""
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+    flip_bit(tmp_path / "checkpoints" / file)
+    assert_checkpoint(tmp_path, 4)
+    save(tmp_path, 9)
+    assert assert_checkpoint(tmp_path, 9) == []
+
+
+def test_a_resumed_runs_other_rows_are_the_ones_saved(tmp_path):
+    """The second way from step 4 to step 9 may differ from the first, which is passed over."""
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+    flip_bit(tmp_path / "checkpoints/step_0000000009/state.npz")
+    ring = replay.add_rows(load(tmp_path, [])[2]["replay"], rows(104, 109))
+    checkpoint.save(tmp_path, 9, tree_of(9), {"replay": ring}, {"step": 9})
+    restored = load(tmp_path, [])[2]["replay"]
+    np.testing.assert_array_equal(
+        restored.data["id"], [0, 1, 2, 3, 104, 105, 106, 107, 108, 0]
+    )
+
+
+@pytest.mark.parametrize("other", [
+    {"w": jnp.zeros((2, 4)), "count": jnp.zeros((), jnp.int32), "key": jax.random.PRNGKey(0)},
+    {"w": jnp.zeros((2, 3)), "count": jnp.zeros((), jnp.int32)},
+])
+def test_networks_of_other_shapes_are_refused(tmp_path, other):
+    save(tmp_path, 4)
+    warnings: list[str] = []
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        checkpoint.load_newest(tmp_path, other, {"replay": empty()}, warnings.append)
+    assert "other shapes" in warnings[0]
+
+
+def test_rows_of_other_shapes_are_refused(tmp_path):
+    save(tmp_path, 4)
+    wide = replay.init_ring({"id": np.zeros((), np.int32), "half": np.zeros(3, np.float16)}, 10)
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        checkpoint.load_newest(tmp_path, tree_of(0), {"replay": wide}, print)
+
+
+# ----------------------------------------------------------------------------- disk full
+
+
+class FullDisk:
+    """Lets `budget` bytes through, then fails as a full disk does."""
+
+    def __init__(self, file, budget: int):
+        self.file, self.budget = file, budget
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        if len(data) > self.budget:
+            self.file.write(bytes(data)[: self.budget])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+
+@pytest.mark.parametrize("name", ["replay-0000000004", "state.npz", "manifest.json"])
+@pytest.mark.parametrize("budget", [0, 50])
+def test_a_full_disk_leaves_earlier_checkpoints(tmp_path, monkeypatch, name, budget):
+    save(tmp_path, 2)
+    save(tmp_path, 4)
+
+    def full_open(path, mode="r", *args, **kwargs):
+        file = open(path, mode, *args, **kwargs)
+        return FullDisk(file, budget) if "w" in mode and name in str(path) else file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "open", full_open, raising=False)
+        with pytest.raises(OSError) as caught:
+            save(tmp_path, 9)
+    assert caught.value.errno == errno.ENOSPC
+    assert assert_checkpoint(tmp_path, 4) == []
+    left = [f for f in tmp_path.rglob("*") if f.name.endswith(".tmp")]
+    assert not left, "a half-written file still takes space"
+    save(tmp_path, 9)  # there is space again
+    assert assert_checkpoint(tmp_path, 9) == []
+
+
+def test_a_disk_that_cannot_be_opened_or_flushed(tmp_path, monkeypatch):
+    save(tmp_path, 4)
+
+    def no_space(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "open", no_space, raising=False)
+        with pytest.raises(OSError):
+            save(tmp_path, 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        with pytest.raises(OSError):
+            save(tmp_path, 9)
+    assert builtins.open is open
+    assert assert_checkpoint(tmp_path, 4) == []
+
+
+def test_a_run_killed_while_writing(tmp_path):
+    """What a kill leaves: ring files nobody names, a folder under its temporary name."""
+    save(tmp_path, 4)
+    root = tmp_path / "checkpoints"
+    (root / "rings/replay-0000000004-0000000009.npz").write_bytes(b"other rows")
+    (root / "rings/replay-0000000004-0000000010.npz.tmp").write_bytes(b"half of them")
+    (root / ".writing_0000000009").mkdir()
+    (root / ".writing_0000000009/state.npz").write_bytes(b"stale")
+    assert assert_checkpoint(tmp_path, 4) == []
+    save(tmp_path, 9)
+    assert assert_checkpoint(tmp_path, 9) == []
+    assert not list(root.glob(".writing*"))
+
+
+# ------------------------------------------------------------------------------- space
+
+
+def test_check_space_counts_what_the_run_can_fill(tmp_path, monkeypatch):
+    row_bytes = 4 + 2 * 2
+    base = 200 * 2**20
+
+    def with_free(free):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+    rings = {"replay": empty()}
+    with_free(base + CAPACITY * row_bytes)
+    checkpoint.check_space(tmp_path, rings, 1000)
+    with_free(base + CAPACITY * row_bytes - 1)
+    with pytest.raises(UserError, match="--run-dir"):
+        checkpoint.check_space(tmp_path, rings, 1000)
+    with_free(base + 4 * row_bytes)  # a run of four steps never fills the ring
+    checkpoint.check_space(tmp_path, rings, 4)
+    with pytest.raises(UserError, match="--buffer-size"):
+        checkpoint.check_space(tmp_path, rings, 5)
+
+
+def test_the_manifest_names_every_file(tmp_path):
+    folder = save(tmp_path, 9)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["env_steps"] == 9 and manifest["totals"] == {"replay": 9}
+    assert list(manifest["files"]) == ["rings/replay-0000000000-0000000009.npz"]
