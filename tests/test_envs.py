@@ -1,0 +1,197 @@
+"""Vectorised Meta-World: episodes, goals, determinism, exact states, faults."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from common.envs import VecMetaWorld, WorkerError, goal_image
+from common.errors import UserError
+from common.tasks import MT10, expert_action, expert_policy
+
+
+def actions(num_steps: int, num_envs: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.uniform(-1, 1, (num_steps, num_envs, 4)).astype(np.float32)
+
+
+def play(envs: VecMetaWorld, sequence: np.ndarray) -> list:
+    return [envs.step(action) for action in sequence]
+
+
+def make(num_envs: int = 3, **options) -> VecMetaWorld:
+    return VecMetaWorld("drawer-open-v3", num_envs, **({"seed": 0} | options))
+
+
+def test_the_final_observation_is_kept_at_truncation():
+    short, long = make(max_episode_steps=5), make()
+    first_obs, frames = short.reset()
+    long.reset()
+    assert frames is None and first_obs.dtype == np.float32 and first_obs.shape == (3, 39)
+    sequence = actions(5, 3)
+    steps, reference = play(short, sequence), play(long, sequence)
+    for step, other in zip(steps[:-1], reference[:-1], strict=True):
+        assert not step.truncated.any()
+        np.testing.assert_array_equal(step.obs, step.final_obs)
+        np.testing.assert_array_equal(step.obs, other.obs)
+    last = steps[-1]
+    assert last.truncated.all() and not last.terminated.any()
+    np.testing.assert_array_equal(last.final_obs, reference[-1].final_obs)
+    np.testing.assert_array_equal(last.obs, first_obs)  # a fixed goal starts alike every time
+    assert np.abs(last.final_obs - last.obs).max() > 1e-3
+    assert not reference[-1].truncated.any()
+
+
+def test_a_seed_gives_the_same_episodes_whatever_the_number_of_workers():
+    results = []
+    for num_workers in (1, 2):
+        envs = make(goal="random", num_workers=num_workers, max_episode_steps=6)
+        results.append((envs.reset()[0], play(envs, actions(15, 3))))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    for one, two in zip(results[0][1], results[1][1], strict=True):
+        np.testing.assert_array_equal(one.obs, two.obs)
+        np.testing.assert_array_equal(one.final_obs, two.final_obs)
+
+
+def test_a_fixed_goal_is_the_same_everywhere_and_belongs_to_the_seed():
+    def goals(seed: int) -> np.ndarray:
+        envs = make(2, seed=seed, show_goal=True, max_episode_steps=2)
+        starts = [envs.reset()[0], play(envs, actions(2, 2))[-1].obs]
+        return np.concatenate(starts)[:, -3:]
+
+    zero, one = goals(0), goals(1)
+    assert (zero == zero[0]).all() and (one == one[0]).all()
+    assert np.abs(zero[0]).max() > 0 and not np.array_equal(zero[0], one[0])
+
+
+def test_a_fixed_goal_is_hidden():
+    envs = make()
+    assert (envs.reset()[0][:, -3:] == 0).all()
+    assert (play(envs, actions(2, 3))[-1].obs[:, -3:] == 0).all()
+
+
+def test_random_goals_differ_and_are_seen_unless_hidden():
+    envs = make(goal="random", max_episode_steps=2)
+    first = envs.reset()[0][:, -3:]
+    second = play(envs, actions(2, 3))[-1].obs[:, -3:]
+    goals = np.concatenate([first, second])
+    assert len(np.unique(goals, axis=0)) == 6
+    hidden = make(goal="random-hidden", max_episode_steps=2)
+    start = hidden.reset()[0]
+    assert (start[:, -3:] == 0).all()
+    # The same generator: what is observed of the scene is that of the visible goals.
+    np.testing.assert_array_equal(start[:, :36], make(goal="random").reset()[0][:, :36])
+
+
+@pytest.mark.parametrize("goal", ["fixed", "random"])
+def test_a_state_continues_exactly_with_other_workers_and_across_episodes(goal):
+    options = {"goal": goal, "max_episode_steps": 12, "frame_size": 32}
+    envs = make(num_workers=2, **options)
+    envs.reset()
+    play(envs, actions(7, 3))
+    state = envs.get_state()
+    sequence = actions(20, 3, seed=1)
+    expected = play(envs, sequence)
+    other = make(num_workers=1, **options)
+    other.set_state(state)
+    for one, two in zip(expected, play(other, sequence), strict=True):
+        for name in ("obs", "final_obs", "frames", "success", "truncated"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
+def test_frames_show_the_state_reached_and_reset_frames_the_new_episode():
+    envs = make(2, frame_size=48, max_episode_steps=4, draw_resets=True)
+    _, first = envs.reset()
+    step = play(envs, np.ones((4, 2, 4), np.float32))[-1]
+    assert step.frames.shape == (2, 48, 48, 3) and step.frames.dtype == np.uint8
+    np.testing.assert_array_equal(step.reset_frames, first)
+    assert np.abs(step.frames.astype(int) - first).mean() > 0.3
+
+
+@pytest.mark.parametrize("task", MT10)
+def test_scripted_experts_succeed_through_these_environments(task):
+    envs = VecMetaWorld(task, 2, seed=1, goal="random", show_goal=True)
+    obs, _ = envs.reset()
+    policy = expert_policy(task)
+    succeeded = np.zeros(2, bool)
+    for _ in range(500):
+        step = envs.step(np.stack([expert_action(policy, o) for o in obs]))
+        assert (step.sparse_reward == step.success).all()
+        succeeded |= step.success
+        obs = step.obs
+        if succeeded.all():
+            break
+    envs.close()
+    assert succeeded.all()
+
+
+def test_a_goal_image_shows_another_scene_than_the_start_and_is_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("FURL_CACHE_DIR", str(tmp_path))
+    picture = goal_image("drawer-close-v3", seed=0, goal="fixed", size=64)
+    envs = VecMetaWorld("drawer-close-v3", 1, seed=0, frame_size=64)
+    start = envs.reset()[1][0]
+    assert np.abs(picture.astype(int) - start).mean() > 0.5
+    files = list(tmp_path.rglob("goal_images/*.npz"))
+    assert len(files) == 1
+    files[0].write_bytes(b"damaged")
+    np.testing.assert_array_equal(
+        goal_image("drawer-close-v3", seed=0, goal="fixed", size=64), picture
+    )
+
+
+def test_a_killed_worker_is_an_error_and_no_hang():
+    envs = make(num_workers=2)
+    envs.reset()
+    os.kill(envs._workers[1][0].pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match="has died"):
+        for action in actions(3, 3):
+            envs.step(action)
+
+
+def test_a_worker_that_raises_ends_with_its_traceback():
+    envs = make(1)
+    envs.reset()
+    state = envs.get_state()
+    state[0]["physics"] = state[0]["physics"][:-1]  # does not fit the model
+    with pytest.raises(WorkerError, match=r"Traceback(.|\n)*set_env_state"):
+        envs.set_state(state)
+
+
+def test_workers_end_with_their_environments():
+    envs = make(num_workers=2)
+    processes = [process for process, _ in envs._workers]
+    envs.close()
+    deadline = time.monotonic() + 10
+    while any(process.poll() is None for process in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_nothing_else_may_happen_between_step_async_and_step_wait():
+    envs = make(1)
+    envs.reset()
+    envs.step_async(np.zeros((1, 4), np.float32))
+    with pytest.raises(RuntimeError, match="reset before step_wait"):
+        envs.reset()
+    assert envs.step_wait().obs.shape == (1, 39)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"env_id": "drawer-opn-v3"}, "did you mean drawer-open-v3"),
+        ({"goal": "moving"}, "allowed: fixed, random, random-hidden"),
+        ({"quality": "best"}, "allowed: fast, paper"),
+        ({"num_envs": 0}, "must be positive"),
+        ({"seed": -1}, "not negative"),
+        ({"num_workers": 0}, "num_workers must be positive"),
+        ({"max_episode_steps": 501}, "1 to 500"),
+        ({"frame_size": 32, "camera_id": 77}, "unknown camera 77"),
+    ],
+)
+def test_bad_arguments_say_what_is_allowed(options, message):
+    options = {"env_id": "drawer-open-v3", "num_envs": 1, "seed": 0} | options
+    with pytest.raises(UserError, match=message):
+        VecMetaWorld(options.pop("env_id"), options.pop("num_envs"), **options)
