@@ -1,0 +1,178 @@
+"""The embedded VLM: its file, its text side, its losses, and that MT10 is unseen."""
+
+import math
+
+import mujoco
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from common.envs import make_env
+from common.errors import UserError
+from common.mini import (
+    EMBED_DIM,
+    WEIGHTS,
+    Mini,
+    init_mini,
+    load_mini,
+    quantise,
+    save_mini,
+    word_pieces,
+)
+from common.rendering import Renderer
+from common.tasks import ENV_IDS, MT10, MT10_INSTRUCTIONS, expert_action, expert_policy
+from tools.mini_sentences import MT10_PARAPHRASES, TRAINING_SENTENCES, overlap
+from tools.pretrain_mini import HELD_OUT, SHARPNESS, TRAINING_TASKS, auc, batch_loss, ranking
+
+
+@pytest.fixture(scope="module")
+def model() -> Mini:
+    return load_mini()
+
+
+def pictures(n: int, size: int = 112) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=generator)
+
+
+def test_the_shipped_file_is_small():
+    assert WEIGHTS.stat().st_size <= 8 * 2**20
+
+
+def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(model):
+    images = model.encode_images(pictures(5))
+    assert images.shape == (5, EMBED_DIM) and images.dtype == torch.float32
+    torch.testing.assert_close(images.norm(dim=-1), torch.ones(5))
+    torch.testing.assert_close(model.encode_images(pictures(5)[2:3]), images[2:3],
+                               atol=1e-5, rtol=1e-4)
+    assert model.encode_images(pictures(2, size=224)).shape == (2, EMBED_DIM)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["Open a drawer.", "None", "Défenestrate the zyzzyva!", "?!", "", "   ", "push " * 2000,
+     "机器人 打开 抽屉", "OPEN THE DRAWER"],
+)
+def test_any_prompt_works(model, prompt):
+    text = model.encode_text([prompt])
+    torch.testing.assert_close(text.norm(dim=-1), torch.ones(1))
+    torch.testing.assert_close(text, load_mini().encode_text([prompt]))
+
+
+def test_words_have_meaning_beyond_their_letters(model):
+    def similarity(a: str, b: str) -> float:
+        return float(model.token_mean(a) @ model.token_mean(b))
+
+    assert similarity("shut the drawer", "close the drawer") > similarity(
+        "shut the drawer", "eat the banana")
+    assert similarity("Open A Drawer", "open a drawer") == pytest.approx(1, abs=1e-6)
+
+
+def test_word_pieces_take_the_longest_known_piece():
+    pieces = ["draw", "drawer", "##er", "##s", "un", "##lock", "."]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    assert word_pieces("Drawers.", vocabulary) == ["drawer", "##s", "."]
+    assert word_pieces("unlock", vocabulary) == ["un", "##lock"]
+    assert word_pieces("drawlock", vocabulary) == ["draw", "##lock"]
+    assert word_pieces("xyz", vocabulary) == []
+
+
+def test_quantised_vectors_are_near(model):
+    vectors = np.random.default_rng(0).normal(size=(50, 8))
+    numbers, scale = quantise(vectors)
+    assert numbers.dtype == torch.int8
+    assert np.abs(numbers.numpy() * scale.numpy() - vectors).max() <= scale.max() * 0.51
+
+
+def test_saved_and_loaded_weights_give_the_same_embeddings(model, tmp_path):
+    save_mini(model, tmp_path / "copy.safetensors")
+    copy = load_mini(tmp_path / "copy.safetensors")
+    assert torch.equal(copy.encode_images(pictures(3)), model.encode_images(pictures(3)))
+    assert torch.equal(copy.encode_text(["lift"]), model.encode_text(["lift"]))
+
+
+def test_random_weights_belong_to_their_seed(model):
+    one, again, two = (init_mini(seed).encode_images(pictures(2)) for seed in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.allclose(one, two)
+    assert not torch.allclose(one, model.encode_images(pictures(2)))
+
+
+def test_damaged_files_are_one_clear_line(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    for content in (WEIGHTS.read_bytes()[:-1000], b"garbage", b""):
+        path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            load_mini(path)
+        assert "\n" not in str(error.value) and "weights.safetensors" in str(error.value)
+    with pytest.raises(UserError, match="cannot read"):
+        load_mini(tmp_path / "missing.safetensors")
+
+
+def test_mt10_is_unseen_in_pictures_and_words():
+    assert set(TRAINING_TASKS) == set(ENV_IDS) - set(MT10) == set(TRAINING_SENTENCES)
+    assert set(HELD_OUT) < set(TRAINING_TASKS)
+    unseen = [*MT10_INSTRUCTIONS.values(), *(s for p in MT10_PARAPHRASES.values() for s in p)]
+    for sentences in TRAINING_SENTENCES.values():
+        for sentence in sentences:
+            worst = max(unseen, key=lambda other: overlap(sentence, other))
+            assert overlap(sentence, worst) < 0.6, (sentence, worst)
+            assert max(overlap(sentence, s) for s in MT10_INSTRUCTIONS.values()) < 0.5
+
+
+def test_overlap_counts_content_words():
+    assert overlap("Open a drawer.", "open the drawer") == 1
+    assert overlap("Open a drawer.", "Open a window") == pytest.approx(1 / 3)
+
+
+def test_ranking_by_hand():
+    better, worse = torch.tensor([0.5, 0.1]), torch.tensor([0.2, 0.4])
+    first, second = (math.log1p(math.exp(SHARPNESS * x)) for x in (-0.3, 0.3))
+    assert ranking(better, worse).item() == pytest.approx((first + second) / 2, rel=1e-5)
+    masked = ranking(better, worse, torch.tensor([0.0, 1.0]))
+    assert masked.item() == pytest.approx(second, rel=1e-5)
+    assert ranking(better, worse, torch.zeros(2)).item() == 0
+
+
+def test_batch_loss_by_hand():
+    """One sample in the plane: success is the goal, all else 90 degrees away."""
+    success, other = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    images = torch.stack([other, success, success, success, other, other])[None]
+    losses = batch_loss(images, success[None], torch.ones(1))
+    far, similar = math.sqrt(2), 1.0
+    for name, gap in (("goal_time", far), ("goal_counterfactual", far), ("goal_failure", far),
+                      ("text_time", similar), ("text_failure", similar)):
+        assert losses[name].item() == pytest.approx(
+            math.log1p(math.exp(-SHARPNESS * gap)), rel=1e-4, abs=1e-7)
+    assert losses["contrast"].item() == pytest.approx(0, abs=1e-6)  # one task: nothing to confuse
+
+
+def test_auc_by_hand():
+    assert auc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1
+    assert auc(np.array([1.0]), np.array([0.0, 1.0, 2.0, 3.0])) == pytest.approx((1 + 0.5) / 4)
+    assert math.isnan(auc(np.array([]), np.array([1.0])))
+
+
+def test_a_scripted_episode_approaches_the_goal_picture_of_another(model):
+    """Behaviour, on a task outside MT10: distance to the goal falls with time."""
+    env = make_env("plate-slide-v3", seed=3, index=0, goal="fixed", show_goal=True)
+    renderer = Renderer(env.model, 112, 2, "fast")
+    policy = expert_policy("plate-slide-v3")
+    rng = np.random.default_rng(0)
+
+    def episode(noise: float) -> np.ndarray:
+        obs, _ = env.reset()
+        frames = []
+        for _ in range(300):
+            action = expert_action(policy, obs) + noise * rng.normal(size=4)
+            obs, _, _, _, info = env.step(np.clip(action, -1, 1).astype(np.float32))
+            frames.append(renderer.render(env.model, env.data))
+            if info["success"]:
+                break
+        mujoco.mj_resetData(env.model, env.data)
+        return np.stack(frames)
+
+    goal = model.encode_images(torch.from_numpy(episode(0.3)[-1:]))[0]
+    distance = (model.encode_images(torch.from_numpy(episode(0.0))) - goal).norm(dim=-1).numpy()
+    assert spearmanr(np.arange(len(distance)), -distance).statistic > 0.7
+    assert distance[-1] < 0.5 * distance[0]
