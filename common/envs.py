@@ -5,6 +5,7 @@ training script. Commands go through a socket, arrays through shared memory. A w
 is gone ends itself; a worker that fails ends the run with its traceback.
 """
 
+import hashlib
 import mmap
 import os
 import signal
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,14 @@ import mujoco
 import numpy as np
 
 from common.errors import UserError
-from common.rendering import QUALITIES, Renderer, cached_arrays
+from common.rendering import (
+    KEPT_FACES,
+    MIN_FACES,
+    QUALITIES,
+    WELD,
+    Renderer,
+    cached_arrays,
+)
 from common.tasks import expert_action, expert_policy, resolve_env_id
 
 OBS_DIM, ACTION_DIM = 39, 4
@@ -31,6 +40,9 @@ GOALS = ("fixed", "random", "random-hidden")
 MODEL_FIELDS = ("body_pos", "body_quat", "site_pos", "site_quat", "geom_pos", "geom_quat",
                 "eq_data")
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
+# Some tasks keep views of these arrays as attributes, so that what they call an initial position
+# moves along with the simulation.
+VIEWED_FIELDS = ("xpos", "xipos", "site_xpos", "geom_xpos")
 
 
 class WorkerError(RuntimeError):
@@ -80,17 +92,28 @@ def get_env_state(env) -> dict[str, Any]:
     physics = np.empty(mujoco.mj_stateSize(env.model, PHYSICS))
     mujoco.mj_getState(env.model, env.data, physics, PHYSICS)
     plain = bool | int | float | str | np.ndarray | np.generic | None
-    attributes = {
-        name: value.copy() if isinstance(value, np.ndarray) else value
-        for name, value in vars(env).items()
-        if isinstance(value, plain)
-    }
+    attributes, views = {}, {}
+    for name, value in vars(env).items():
+        if isinstance(value, np.ndarray) and (view := _view_of(env.data, value)):
+            views[name] = view
+        elif isinstance(value, plain):
+            attributes[name] = value.copy() if isinstance(value, np.ndarray) else value
     return {
         "physics": physics,
         "model": {name: getattr(env.model, name).copy() for name in MODEL_FIELDS},
         "attributes": attributes,
+        "views": views,
         "rng": env.np_random.bit_generator.state,
     }
+
+
+def _view_of(data: mujoco.MjData, value: np.ndarray) -> tuple[str, int, int] | None:
+    """The field, first element and size of the simulator's array that `value` is a view of."""
+    for name in VIEWED_FIELDS:
+        field = getattr(data, name)
+        if np.may_share_memory(value, field):
+            return name, (value.ctypes.data - field.ctypes.data) // field.itemsize, value.size
+    return None
 
 
 def set_env_state(env, state: dict[str, Any]) -> None:
@@ -99,6 +122,8 @@ def set_env_state(env, state: dict[str, Any]) -> None:
         getattr(env.model, name)[:] = value
     for name, value in state["attributes"].items():
         setattr(env, name, value.copy() if isinstance(value, np.ndarray) else value)
+    for name, (field, start, size) in state["views"].items():
+        setattr(env, name, getattr(env.data, field).reshape(-1)[start : start + size])
     env.np_random.bit_generator.state = state["rng"]
     mujoco.mj_setState(env.model, env.data, state["physics"], PHYSICS)
     mujoco.mj_forward(env.model, env.data)  # derived quantities; it also moves the warm start ...
@@ -224,6 +249,8 @@ class VecMetaWorld:
 
     def step_async(self, actions: np.ndarray) -> None:
         """Let the workers step and draw; `actions` [N, 4], clipped to [-1, 1] by Meta-World."""
+        if np.shape(actions) != self.action_space.shape:
+            raise ValueError(f"actions must be {self.action_space.shape}, not {np.shape(actions)}")
         self._arrays["actions"][:] = actions
         self._send("step")
         self._is_stepping = True
@@ -328,7 +355,8 @@ def _start_worker(memory_fd: int, options: dict) -> tuple[subprocess.Popen, Conn
         "LP_NUM_THREADS": os.environ.get("LP_NUM_THREADS", "0"),
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "common.envs", str(theirs.fileno()), str(memory_fd)],
+        # -P: a folder named `common` where the user happens to be is not ours.
+        [sys.executable, "-P", "-m", "common.envs", str(theirs.fileno()), str(memory_fd)],
         pass_fds=(theirs.fileno(), memory_fd), env=environment, stdin=subprocess.DEVNULL,
     )
     theirs.close()
@@ -394,8 +422,11 @@ def goal_image(
     With a fixed goal it is the run's own; with random goals it is one goal's (B.2 of the paper).
 
     Raises:
-        UserError: the expert does not succeed within 500 steps.
+        UserError: an argument is not allowed, or the expert does not succeed within 500 steps.
     """
+    env_id = resolve_env_id(env_id)
+    if goal not in GOALS:
+        raise UserError(f"unknown goal mode {goal!r}; allowed: {', '.join(GOALS)}")
 
     def play() -> dict[str, np.ndarray]:
         env = make_env(env_id, seed=seed, index=0, goal=goal, show_goal=True)
@@ -411,10 +442,11 @@ def goal_image(
         raise UserError(f"the scripted expert fails on {env_id} with seed {seed}, so there is no "
                         "goal image: use --no-goal-image or another --seed")
 
-    import metaworld
-
-    versions = f"{getattr(metaworld, '__version__', '')}-mujoco{mujoco.__version__}"
-    key = f"{env_id}-{goal}-{seed}-{size}-{camera_id}-{quality}-{versions}"
+    drawing = (KEPT_FACES, WELD, MIN_FACES) if quality == "fast" else ()
+    settings = (goal, camera_id, quality, drawing, metadata.version("metaworld"),
+                mujoco.__version__)
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    key = f"{env_id}-{seed}-{size}-{digest}"
     return cached_arrays("goal_images", key, play)["picture"]
 
 

@@ -63,7 +63,7 @@ def gl_info() -> dict[str, str | bool]:
 
     vendor, renderer = (GL.glGetString(name).decode() for name in (GL.GL_VENDOR, GL.GL_RENDERER))
     software = any(word in renderer.lower() for word in SOFTWARE_RENDERERS)
-    gpu_present = os.path.exists("/dev/nvidia0")
+    gpu_present = any(Path("/dev").glob("nvidia[0-9]*"))
     if software and gpu_present:
         print(f"WARNING: this machine has a GPU, but pictures are drawn in software ({renderer}), "
               "50 times slower: check that the driver's EGL is installed (libnvidia-gl)",

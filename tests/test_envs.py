@@ -2,12 +2,22 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from common.envs import VecMetaWorld, WorkerError, goal_image
+from common.envs import (
+    VecMetaWorld,
+    WorkerError,
+    get_env_state,
+    goal_image,
+    make_env,
+    set_env_state,
+)
 from common.errors import UserError
 from common.tasks import MT10, expert_action, expert_policy
 
@@ -101,6 +111,25 @@ def test_a_state_continues_exactly_with_other_workers_and_across_episodes(goal):
             np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
 
 
+# Tasks whose attributes are views of the simulator's arrays, and one that moves its model.
+@pytest.mark.parametrize("task", ["door-lock-v3", "soccer-v3", "sweep-v3", "assembly-v3"])
+def test_a_state_continues_exactly_with_the_dense_reward(task):
+    env = make_env(task, seed=0, index=0, goal="random", show_goal=True)
+    policy, (obs, _) = expert_policy(task), env.reset()
+    for _ in range(40):
+        obs = env.step(expert_action(policy, obs))[0]
+    state = get_env_state(env)
+    other = make_env(task, seed=3, index=1, goal="random", show_goal=True)
+    other.reset()
+    set_env_state(other, state)
+    for number, action in enumerate(actions(30, 1)[:, 0]):
+        if number == 20:
+            np.testing.assert_array_equal(env.reset()[0], other.reset()[0])
+        one, two = env.step(action), other.step(action)
+        np.testing.assert_array_equal(one[0], two[0])
+        assert one[1] == two[1] and one[4]["success"] == two[4]["success"]
+
+
 def test_frames_show_the_state_reached_and_reset_frames_the_new_episode():
     envs = make(2, frame_size=48, max_episode_steps=4, draw_resets=True)
     _, first = envs.reset()
@@ -141,6 +170,13 @@ def test_a_goal_image_shows_another_scene_than_the_start_and_is_cached(tmp_path,
     )
 
 
+def test_a_goal_image_says_what_is_wrong():
+    with pytest.raises(UserError, match="did you mean drawer-close-v3"):
+        goal_image("drawer-closed", seed=0, goal="fixed", size=64)
+    with pytest.raises(UserError, match="unknown goal mode"):
+        goal_image("drawer-close-v3", seed=0, goal="moving", size=64)
+
+
 def test_a_killed_worker_is_an_error_and_no_hang():
     envs = make(num_workers=2)
     envs.reset()
@@ -167,6 +203,59 @@ def test_workers_end_with_their_environments():
     while any(process.poll() is None for process in processes):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    program = tmp_path / "parent.py"
+    program.write_text(
+        "import os, signal\n"
+        "from common.envs import VecMetaWorld\n"
+        "envs = VecMetaWorld('reach-v3', 2, seed=0, num_workers=2)\n"
+        "print(*[process.pid for process, _ in envs._workers], flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # Started where another package has the name of ours.
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "envs.py").write_text("raise RuntimeError('the wrong module')")
+    root = Path(__file__).resolve().parent.parent
+    result = subprocess.run(
+        [sys.executable, "-P", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True, text=True, timeout=120,
+    )
+    pids = [int(pid) for pid in result.stdout.split()]
+    assert len(pids) == 2, result.stderr
+    deadline = time.monotonic() + 10
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rsplit(")", 1)[1].split()[0] not in "ZX"  # ended, whoever has to collect it
+
+
+def test_actions_of_the_wrong_shape_are_refused():
+    envs = make(2)
+    envs.reset()
+    with pytest.raises(ValueError, match=r"actions must be \(2, 4\)"):
+        envs.step(np.zeros(4, np.float32))
+
+
+def test_steps_go_on_while_the_caller_does_something_else():
+    envs = make(2, frame_size=32)
+    envs.reset()
+    envs.step(np.zeros((2, 4), np.float32))
+    before = envs._arrays["obs"].copy()
+    envs.step_async(np.ones((2, 4), np.float32))
+    deadline = time.monotonic() + 10
+    while np.array_equal(envs._arrays["obs"], before):  # it changes without step_wait
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert envs.step_wait().obs.shape == (2, 39)
 
 
 def test_nothing_else_may_happen_between_step_async_and_step_wait():
