@@ -88,7 +88,7 @@ def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host:
 def load_newest(
     run_dir: Path, tree: Any, rings: dict[str, Ring], say=print
 ) -> tuple[int, Any, dict[str, Ring], Any]:
-    """The newest checkpoint that is whole; a damaged one is named and passed over.
+    """The newest checkpoint that is whole; damaged ones are named, passed over and removed.
 
     Args:
         run_dir: the run folder.
@@ -103,9 +103,13 @@ def load_newest(
     """
     root = run_dir / "checkpoints"
     folders = sorted(root.glob("step_*"), reverse=True)
-    for folder in folders:
+    for number, folder in enumerate(folders):
         try:
-            return _load(root, folder, tree, rings)
+            loaded = _load(root, folder, tree, rings)
+            # The run goes this part of its way again: what was passed over must not be built upon.
+            for passed_over in folders[:number]:
+                shutil.rmtree(passed_over, ignore_errors=True)
+            return loaded
         except (CheckpointError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             say(f"warning: checkpoint {folder.name} is passed over: {error}")
     raise UserError(f"{run_dir} has no usable checkpoint ({len(folders)} found): start a new run")
