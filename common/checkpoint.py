@@ -79,6 +79,7 @@ def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host:
     temporary.mkdir()
     digest = _write_npz(temporary / "state.npz", arrays)
     manifest = {"env_steps": env_steps, "state": digest, "files": files, "totals": totals}
+    manifest["digest"] = _digest(manifest)
     _write_bytes(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
     temporary.rename(folder)
     _remove_old(root)
@@ -135,7 +136,7 @@ def check_space(run_dir: Path, rings: dict[str, Ring], total_timesteps: int) -> 
 
 
 def _load(root: Path, folder: Path, tree: Any, rings: dict[str, Ring]):
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = _read_manifest(folder)
     state = _read_npz(folder / "state.npz", manifest["state"])
     structure = _decode(json.loads(state["json"].tobytes()), state)
     treedef = jax.tree.structure(tree)
@@ -167,10 +168,26 @@ def _load(root: Path, folder: Path, tree: Any, rings: dict[str, Ring]):
 def _newest_manifest(root: Path) -> dict | None:
     for folder in sorted(root.glob("step_*"), reverse=True):
         try:
-            return json.loads((folder / "manifest.json").read_text())
-        except (OSError, ValueError):
+            return _read_manifest(folder)
+        except (OSError, CheckpointError):
             continue
     return None
+
+
+def _read_manifest(folder: Path) -> dict:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["digest"] == _digest(manifest):
+            return manifest
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise CheckpointError("its manifest is damaged")
+
+
+def _digest(manifest: dict) -> str:
+    """The sha256 over all of a manifest but its own digest."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _remove_old(root: Path) -> None:
@@ -181,8 +198,8 @@ def _remove_old(root: Path) -> None:
     needed: set[str] = set()
     for folder in folders[:KEEP]:
         try:
-            needed |= set(json.loads((folder / "manifest.json").read_text())["files"])
-        except (OSError, ValueError, KeyError):
+            needed |= set(_read_manifest(folder)["files"])
+        except (OSError, CheckpointError):
             return  # without knowing what is needed, nothing is deleted
     for file in (root / "rings").glob("*.npz"):
         if f"rings/{file.name}" not in needed:

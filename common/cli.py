@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import tyro
 
+from common.envs import MAX_EPISODE_STEPS
 from common.errors import UserError
 from common.logger import read_config
 from common.tasks import resolve_env_id
@@ -44,6 +45,7 @@ def parse_args(args_type: type[ArgsT], argv: list[str]) -> ArgsT:
                         f"arguments differ in {odd})")
     default = args_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
     args = tyro.cli(args_type, args=argv, default=default)
+    args = dataclasses.replace(args, env_id=resolve_env_id(args.env_id))
     for name in sorted(names - MAY_CHANGE):
         if getattr(args, name) != getattr(default, name):
             raise UserError(f"--{name.replace('_', '-')} cannot change in a resumed run: it is "
@@ -64,7 +66,7 @@ def check_args(args: ArgsT) -> ArgsT:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value) or value < 0:
-            raise UserError(f"{flag} must not be negative, but is {value}")
+            raise UserError(f"{flag} must be a finite number, not negative, but is {value}")
         if value == 0 and field.name not in MAY_BE_ZERO:
             raise UserError(f"{flag} must be positive, not {value}")
         if value > 1 and field.name in {"gamma", "tau"}:
@@ -78,6 +80,9 @@ def check_args(args: ArgsT) -> ArgsT:
                         f"{args.num_envs}")
     if args.buffer_size < args.num_envs:
         raise UserError(f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}")
+    # An episode is written at once: a shorter ring would take its rows in no certain order.
+    if getattr(args, "embedding_buffer_size", MAX_EPISODE_STEPS) < MAX_EPISODE_STEPS:
+        raise UserError(f"--embedding-buffer-size must be at least {MAX_EPISODE_STEPS}, one episode")
     return dataclasses.replace(args, env_id=resolve_env_id(args.env_id))
 
 

@@ -388,3 +388,17 @@ def test_the_manifest_names_every_file(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["env_steps"] == 9 and manifest["totals"] == {"replay": 9}
     assert list(manifest["files"]) == ["rings/replay-0000000000-0000000009.npz"]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"env_steps": 9}', None])
+def test_a_changed_manifest_is_passed_over(tmp_path, content):
+    """None: whole but for one digit in the totals, which its checksum finds."""
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+    path = tmp_path / "checkpoints/step_0000000009/manifest.json"
+    if content is None:
+        content = path.read_text().replace('"replay": 9', '"replay": 8')
+        assert content != path.read_text()
+    path.write_text(content)
+    warnings = assert_checkpoint(tmp_path, 4)
+    assert "its manifest is damaged" in warnings[0]
