@@ -82,7 +82,8 @@ def check_args(args: ArgsT) -> ArgsT:
         raise UserError(f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}")
     # An episode is written at once: a shorter ring would take its rows in no certain order.
     if getattr(args, "embedding_buffer_size", MAX_EPISODE_STEPS) < MAX_EPISODE_STEPS:
-        raise UserError(f"--embedding-buffer-size must be at least {MAX_EPISODE_STEPS}, one episode")
+        raise UserError("--embedding-buffer-size must be an episode's length, "
+                        f"{MAX_EPISODE_STEPS}, or more")
     return dataclasses.replace(args, env_id=resolve_env_id(args.env_id))
 
 
