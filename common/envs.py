@@ -349,6 +349,7 @@ def _start_worker(memory_fd: int, options: dict) -> tuple[subprocess.Popen, Conn
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "MUJOCO_GL": "egl",
+        "FURL_ENV_WORKER": "1",
         # One core per worker: neither numerics nor software drawing may start threads of their own.
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",

@@ -6,6 +6,7 @@ purely visual meshes, which physics never touches. The model that is simulated i
 only the GL context gets the simplified meshes.
 """
 
+import contextlib
 import copy
 import hashlib
 import os
@@ -38,6 +39,11 @@ def _gl_context():
     """
     os.environ["MUJOCO_GL"] = "egl"
     os.environ["PYOPENGL_PLATFORM"] = "egl"
+    if not os.environ.get("FURL_ENV_WORKER"):  # environments' workers never load torch
+        # Mesa loads its LLVM with global symbols, and torch loads Triton late, which holds another
+        # LLVM and crashes if it finds those first. The other way round both work.
+        with contextlib.suppress(ImportError):
+            import triton  # noqa: F401
     try:
         from mujoco.egl import GLContext
 

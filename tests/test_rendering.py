@@ -126,6 +126,14 @@ def test_the_renderer_in_use_is_known():
     assert info["software"] == any(w in info["renderer"].lower() for w in ("llvmpipe", "softpipe"))
 
 
+def test_torch_can_load_its_compiler_after_drawing():
+    # Mesa's LLVM and that of torch's compiler in one process: a crash in the wrong order.
+    code = "from common.rendering import gl_info; gl_info(); import torchvision"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                            timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
 def test_without_egl_the_error_names_the_command():
     code = "from common.rendering import gl_info; gl_info()"
     environment = os.environ | {"__EGL_VENDOR_LIBRARY_FILENAMES": "/nowhere.json"}
