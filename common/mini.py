@@ -139,13 +139,11 @@ def load_mini(path: Path | None = None) -> Mini:
     """
     path = WEIGHTS if path is None else Path(path)
     vocabulary, tensors = _read(path)
-    try:
-        model = Mini(vocabulary, *(tensors[f"token_{k}"] for k in ("vectors", "scale", "weights")))
-        state = {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
-        model.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} does not hold mini's weights: {reason}") from None
+    _check(path, vocabulary, tensors)
+    model = Mini(vocabulary, *(tensors[f"token_{k}"] for k in ("vectors", "scale", "weights")))
+    model.load_state_dict(
+        {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -175,6 +173,29 @@ def _read(path: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
         raise UserError(f"cannot read mini's weights {path}: {error}") from None
     except (KeyError, ValueError):
         raise UserError(f"{path} is a safetensors file, but not of mini") from None
+
+
+def _check(path: Path, vocabulary: list[str], tensors: dict[str, torch.Tensor]) -> None:
+    """Raise UserError unless the file holds exactly what `Mini` needs: names, shapes, numbers."""
+    if not isinstance(vocabulary, list) or not all(isinstance(v, str) for v in vocabulary):
+        raise UserError(f"{path} does not hold mini's weights: its vocabulary is no list of words")
+    n = len(vocabulary)
+    with torch.device("meta"):  # shapes alone, nothing is allocated
+        like = Mini(vocabulary, torch.empty(n, TOKEN_DIM, dtype=torch.int8),
+                    torch.empty(TOKEN_DIM), torch.empty(n)).state_dict()
+    if tensors.keys() != like.keys():
+        wrong = sorted(tensors.keys() ^ like.keys())[0]
+        problem = "is missing" if wrong in like else "does not belong there"
+        raise UserError(f"{path} does not hold mini's weights: {wrong} {problem}")
+    for name, tensor in tensors.items():
+        expected = like[name]
+        if tensor.shape != expected.shape:
+            raise UserError(f"{path} does not hold mini's weights: {name} has shape "
+                            f"{list(tensor.shape)}, not {list(expected.shape)}")
+        if tensor.is_floating_point() != expected.is_floating_point():
+            raise UserError(f"{path} does not hold mini's weights: {name} is {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} does not hold mini's weights: {name} is not finite")
 
 
 def quantise(vectors: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

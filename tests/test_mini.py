@@ -6,6 +6,8 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
 from common.envs import make_env
@@ -107,6 +109,35 @@ def test_damaged_files_are_one_clear_line(tmp_path):
         assert "\n" not in str(error.value) and "weights.safetensors" in str(error.value)
     with pytest.raises(UserError, match="cannot read"):
         load_mini(tmp_path / "missing.safetensors")
+
+
+def test_files_that_hold_something_else_are_one_clear_line(tmp_path):
+    """Found at loading, not when the first sentence comes."""
+    path = tmp_path / "weights.safetensors"
+    with safe_open(WEIGHTS, "pt") as file:
+        metadata, good = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+    dense = "image_head.1.weight"
+    cases = [
+        ({"token_vectors": good["token_vectors"][:9].clone()}, metadata, "token_vectors has shape"),
+        ({"token_weights": good["token_weights"][:9].clone()}, metadata, "token_weights has shape"),
+        ({"token_scale": good["token_scale"][:9].clone()}, metadata, "token_scale has shape"),
+        ({dense: good[dense][:, :9].clone()}, metadata, f"{dense} has shape"),
+        ({dense: good[dense] * math.nan}, metadata, f"{dense} is not finite"),
+        ({dense: good[dense].int()}, metadata, f"{dense} is torch.int32"),
+        ({"other": torch.zeros(1)}, metadata, "other does not belong there"),
+        ({dense: None}, metadata, f"{dense} is missing"),
+        ({}, {"vocabulary": "5"}, "no list of words"),
+        ({}, {"vocabulary": "[1, 2]"}, "no list of words"),
+        ({}, {"vocabulary": '["one"]'}, "has shape"),
+        ({}, {"vocabulary": "[1"}, "not of mini"),
+        ({}, {"about": "something else"}, "not of mini"),
+    ]
+    for changes, words, message in cases:
+        tensors = {k: v for k, v in (good | changes).items() if v is not None}
+        save_file(tensors, path, metadata=words)
+        with pytest.raises(UserError, match=message) as error:
+            load_mini(path)
+        assert "\n" not in str(error.value) and "weights.safetensors" in str(error.value)
 
 
 def test_mt10_is_unseen_in_pictures_and_words():
