@@ -25,7 +25,16 @@ from common.mini import (
 from common.rendering import Renderer
 from common.tasks import ENV_IDS, MT10, MT10_INSTRUCTIONS, expert_action, expert_policy
 from tools.mini_sentences import MT10_PARAPHRASES, TRAINING_SENTENCES, overlap
-from tools.pretrain_mini import HELD_OUT, SHARPNESS, TRAINING_TASKS, auc, batch_loss, ranking
+from tools.pretrain_mini import (
+    HELD_OUT,
+    SHARPNESS,
+    SUMMARY,
+    TRAINING_TASKS,
+    auc,
+    batch_loss,
+    ranking,
+    summarise,
+)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +191,25 @@ def test_auc_by_hand():
     assert auc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1
     assert auc(np.array([1.0]), np.array([0.0, 1.0, 2.0, 3.0])) == pytest.approx((1 + 0.5) / 4)
     assert math.isnan(auc(np.array([]), np.array([1.0])))
+
+
+def test_figures_are_summarised_over_the_seeds():
+    """The median is taken over the tasks of one seed; mean and range come after it."""
+    results = {}
+    for seed, shift in (("seed0", 0.0), ("seed1", 0.2), ("untrained", -1.0)):
+        for suffix in ("", ", other goal", ", paraphrased"):
+            results[seed + suffix] = {
+                task: {figure: i / 10 + shift for _, figure in SUMMARY.values()}
+                for i, task in enumerate(MT10)
+            }
+    for task in MT10[:2]:
+        results["seed1"][task]["text_auc"] = math.nan
+    table = summarise(results)
+    assert list(table) == [*MT10, "median"]
+    assert table[MT10[3]]["text AUC"] == "0.40 (0.30 to 0.50)"
+    assert table["median"]["goal Spearman"] == "0.55 (0.45 to 0.65)"
+    assert table[MT10[0]]["text AUC"] == "–"
+    assert table["median"]["text AUC"] == "0.60 (0.45 to 0.75)"  # without the two
 
 
 def test_a_scripted_episode_approaches_the_goal_picture_of_another(model):

@@ -4,7 +4,7 @@
     python -m tools.pretrain_mini distill              # token vectors from a sentence encoder
     python -m tools.pretrain_mini train --holdout      # design choices: 34 tasks, judged on 6
     python -m tools.pretrain_mini train --seed 0       # the real thing: 40 tasks
-    python -m tools.pretrain_mini evaluate        # MT10, once, all seeds -> docs/
+    python -m tools.pretrain_mini evaluate             # MT10, once, all seeds -> docs/
 
 `distill` needs the packages of requirements-pretrain.txt; the rest needs requirements.txt. The ten
 tasks of MT10 are unseen in training: their pictures are rendered for `evaluate` alone.
@@ -490,6 +490,39 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
     print(" | ".join(["median", *(f"{m:.2f}" for m in medians)]), flush=True)
 
 
+SUMMARY = {
+    "goal Spearman": ("", "goal_spearman"),
+    "goal Spearman, other goal": (", other goal", "goal_spearman"),
+    "goal counterfactual AUC": ("", "goal_counterfactual_auc"),
+    "goal distance at the start": ("", "path_length"),
+    "text Spearman": ("", "text_spearman"),
+    "text AUC": ("", "text_auc"),
+    "text counterfactual AUC": ("", "text_counterfactual_auc"),
+    "paraphrased: text Spearman": (", paraphrased", "text_spearman"),
+    "paraphrased: text AUC": (", paraphrased", "text_auc"),
+    "paraphrased: text counterfactual AUC": (", paraphrased", "text_counterfactual_auc"),
+}  # column of the table -> (suffix of the result's name, figure)
+
+
+def mean_and_range(values: list[float]) -> str:
+    """'0.86 (0.80 to 0.91)': the mean over the seeds, the least and the most; '–' for NaN."""
+    if np.isnan(values).any():
+        return "–"
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def summarise(results: dict[str, dict]) -> dict[str, dict[str, str]]:
+    """Per task, and as the median over the tasks of each seed: mean and range over the seeds."""
+    seeds = [name for name in results if name.startswith("seed") and "," not in name]
+    table: dict[str, dict[str, str]] = {task: {} for task in (*MT10, "median")}
+    for column, (suffix, figure) in SUMMARY.items():
+        rows = [{task: f[figure] for task, f in results[seed + suffix].items()} for seed in seeds]
+        for task in MT10:
+            table[task][column] = mean_and_range([row[task] for row in rows])
+        table["median"][column] = mean_and_range([np.nanmedian([*r.values()]) for r in rows])
+    return table
+
+
 def evaluate() -> None:
     """MT10, unseen in training: every seed, raw pixels and an untrained network."""
     files = sorted(DATA.glob("seed*.safetensors"))
@@ -510,6 +543,12 @@ def evaluate() -> None:
     for name, rows in results.items():
         print(f"\n{name}")
         print_table(rows)
+    print(f"\nmean (range) over {len(files)} seeds\n")
+    columns = list(SUMMARY)
+    print("| " + " | ".join(["task", *columns]) + " |")
+    print("| " + " | ".join(["---"] * (len(columns) + 1)) + " |")
+    for task, row in summarise(results).items():
+        print("| " + " | ".join([task.removesuffix("-v3"), *(row[c] for c in columns)]) + " |")
     Path("docs").mkdir(exist_ok=True)
     Path("docs/mini_results.json").write_text(json.dumps(results, indent=1) + "\n")
 
