@@ -1,5 +1,6 @@
 """Evaluation by the mean action, and the video of it."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,8 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
     import imageio
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    # JAX warns of every fork; the encoder's is followed by exec at once.
+    warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
     try:
         with imageio.get_writer(path, fps=VIDEO_FPS, macro_block_size=8) as writer:
             for frame in frames[::2]:
