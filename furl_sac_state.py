@@ -422,7 +422,7 @@ def update_once(
     state: FuRLState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, args: Args, phase: Phase
 ) -> tuple[FuRLState, dict]:
     """One pass of Algorithm 1's updates on one batch that both agents share."""
-    sample_key, projection_key, furl_key, relay_key = jax.random.split(key, 4)
+    sample_key, furl_key, relay_key, projection_key = jax.random.split(key, 4)
     metrics = {}
     if phase.alignment != "none":
         state, metrics = update_projection(state, buffers, vlm, projection_key, args, phase)
@@ -533,7 +533,7 @@ def main(args: Args) -> dict[str, float]:
         quality=args.quality, capture_video=args.capture_video,
     )
 
-    # Everything that changes during the run; `save` and `restore` name all of it.
+    # Everything that changes during the run: checkpoints hold all of it.
     key, init_key = jax.random.split(jax.random.PRNGKey(args.seed))
     state = init_state(init_key, vlm.embed_dim, args)
     buffers = init_buffers(vlm.embed_dim, args)
@@ -542,25 +542,24 @@ def main(args: Args) -> dict[str, float]:
     schedule = draw_schedule(rng, args.num_envs, args)
     obs, episode_time = envs.reset()[0], np.zeros(args.num_envs, np.int64)
     waiting = None  # the last step, until its frames are embedded
-    env_steps = num_updates = num_positives = num_negatives = num_trajectories = 0
+    counts = {"updates": 0, "positives": 0, "negatives": 0, "trajectories": 0}
+    env_steps = 0
 
-    run = start_run(args, SCRIPT, buffers._asdict(), prompt=prompt, vlm_id=vlm.id, gl=gl_info())
+    run = start_run(
+        args, SCRIPT, buffers._asdict(), engine=envs.engine, prompt=prompt, vlm_id=vlm.id,
+        gl=gl_info(),
+    )
     if args.resume:
         (state, key), rings, host = run.load((state, key), buffers._asdict())
-        buffers = Buffers(**rings)
-        envs.set_state(host["envs"])
+        buffers, obs = Buffers(**rings), envs.set_state(host["envs"])
         rng.bit_generator.state = host["rng"]
-        trajectories = replay.Trajectories(*host["trajectories"])
-        schedule = RelaySchedule(*host["schedule"])
-        obs, episode_time, waiting = host["obs"], host["episode_time"], host["waiting"]
-        env_steps, num_updates, num_positives, num_negatives, num_trajectories = host["counts"]
+        env_steps, counts, episode_time, waiting, schedule, trajectories = host["loop"]
+        schedule, trajectories = RelaySchedule(*schedule), replay.Trajectories(*trajectories)
 
     def save() -> None:
+        loop = env_steps, counts, episode_time, waiting, tuple(schedule), tuple(trajectories)
         run.save(env_steps, (state, key), buffers._asdict(), {
-            "envs": envs.get_state(), "rng": rng.bit_generator.state,
-            "trajectories": tuple(trajectories), "schedule": tuple(schedule),
-            "obs": obs, "episode_time": episode_time, "waiting": waiting,
-            "counts": (env_steps, num_updates, num_positives, num_negatives, num_trajectories),
+            "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
         })
 
     if not args.resume:
@@ -569,7 +568,7 @@ def main(args: Args) -> dict[str, float]:
     evaluation: dict[str, float] = {}
     while env_steps < args.total_timesteps:
         # Act, and let the environments step and draw ...
-        phase = choose_phase(num_positives, num_negatives, args)
+        phase = choose_phase(counts["positives"], counts["negatives"], args)
         if env_steps < args.learning_starts:
             action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
         else:
@@ -588,15 +587,15 @@ def main(args: Args) -> dict[str, float]:
             for kind, frames in replay.collect(
                 trajectories, embedding, waiting["success"], waiting["truncated"]
             ):
-                ring = replay.add_trajectory(getattr(buffers, kind), frames, num_trajectories)
+                number = counts["trajectories"]
+                ring = replay.add_trajectory(getattr(buffers, kind), frames, number)
                 buffers = buffers._replace(**{kind: ring})
-                num_trajectories += 1
-                num_positives += len(frames) * (kind == "positives")
-                num_negatives += len(frames) * (kind == "negatives")
+                counts[kind] += len(frames)
+                counts["trajectories"] += 1
             if env_steps >= args.learning_starts:
                 key, update_key = jax.random.split(key)
                 state, metrics = update(state, buffers, vlm_inputs, update_key, args, phase)
-                num_updates += args.updates_per_iteration
+                counts["updates"] += args.updates_per_iteration
 
         step = envs.step_wait()
         env_steps += args.num_envs
@@ -623,10 +622,10 @@ def main(args: Args) -> dict[str, float]:
             evaluation = evaluate(policy, run.video_path(env_steps))
             run.log_evaluation(env_steps, evaluation)
         if run.is_due(args.log_every, env_steps):
-            stage = "random" if num_updates == 0 else "relay" if phase.relaying else "aligned"
-            run.log_training(env_steps, stage, {
-                **metrics, "charts/relaying": phase.relaying, "charts/num_updates": num_updates,
-                "charts/num_positives": num_positives, "charts/num_negatives": num_negatives,
+            stage = "relay" if phase.relaying else "aligned"
+            run.log_training(env_steps, stage if counts["updates"] else "random", {
+                **metrics, "charts/relaying": phase.relaying,
+                **{f"charts/num_{name}": count for name, count in counts.items()},
             })
         if run.is_due(args.checkpoint_every, env_steps):
             save()

@@ -101,6 +101,7 @@ def load_newest(
 
     Raises:
         UserError: no checkpoint can be used.
+        OSError: the disk cannot be read; nothing is removed.
     """
     root = run_dir / "checkpoints"
     folders = sorted(root.glob("step_*"), reverse=True)
@@ -111,7 +112,9 @@ def load_newest(
             for passed_over in folders[:number]:
                 shutil.rmtree(passed_over, ignore_errors=True)
             return loaded
-        except (CheckpointError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        # Other errors of the disk are no damage: they may pass, so nothing is given up for them.
+        except (CheckpointError, FileNotFoundError, ValueError, KeyError,
+                zipfile.BadZipFile) as error:
             say(f"warning: checkpoint {folder.name} is passed over: {error}")
     raise UserError(f"{run_dir} has no usable checkpoint ({len(folders)} found): start a new run")
 
@@ -191,7 +194,11 @@ def _digest(manifest: dict) -> str:
 
 
 def _remove_old(root: Path) -> None:
-    """Delete all but the newest `KEEP` checkpoints, and ring files that none of those needs."""
+    """Delete all but the newest `KEEP` checkpoints, and what those do not need."""
+    for unfinished in root.glob(".writing_*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for unfinished in (root / "rings").glob("*.tmp"):
+        unfinished.unlink(missing_ok=True)
     folders = sorted(root.glob("step_*"), reverse=True)
     for folder in folders[KEEP:]:
         shutil.rmtree(folder, ignore_errors=True)

@@ -21,7 +21,7 @@ ArgsT = TypeVar("ArgsT")
 MAY_CHANGE = {"resume", "total_timesteps", "eval_every", "checkpoint_every", "log_every", "track",
               "wandb_project", "capture_video"}
 MAY_BE_ZERO = {"seed", "eval_episodes", "checkpoint_every", "camera_id", "learning_starts", "rho",
-               "reward_margin", "l2_margin", "relay_until"}
+               "reward_margin", "l2_margin", "relay_until", "alpha"}
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO}
 
 
@@ -69,7 +69,7 @@ def check_args(args: ArgsT) -> ArgsT:
             raise UserError(f"{flag} must be a finite number, not negative, but is {value}")
         if value == 0 and field.name not in MAY_BE_ZERO:
             raise UserError(f"{flag} must be positive, not {value}")
-        if value > 1 and field.name in {"gamma", "tau"}:
+        if value > 1 and field.name in {"gamma", "tau", "alpha"}:
             raise UserError(f"{flag} must be at most 1, not {value}")
     updates = args.utd * args.num_envs
     if updates < 1 or abs(updates - round(updates)) > 1e-6:

@@ -207,6 +207,7 @@ class VecMetaWorld:
     ):
         self.env_id, self.num_envs = resolve_env_id(env_id), num_envs
         self.obs_dim, self.action_dim = OBS_DIM, ACTION_DIM
+        self.engine = f"metaworld {metadata.version('metaworld')}, mujoco {mujoco.__version__}"
         if goal not in GOALS:
             raise UserError(f"unknown goal mode {goal!r}; allowed: {', '.join(GOALS)}")
         if quality not in QUALITIES:
@@ -271,14 +272,19 @@ class VecMetaWorld:
         return self.step_wait()
 
     def get_state(self) -> list[dict[str, Any]]:
-        """The state of each environment: physics, goals, generators, counters."""
+        """The state of each environment: physics, goals, generators, counters, observation."""
         self._send("get_state")
         return [state for states in self._receive() for state in states]
 
-    def set_state(self, states: list[dict[str, Any]]) -> None:
-        """Continue bit by bit from what `get_state` returned, with any number of workers."""
+    def set_state(self, states: list[dict[str, Any]]) -> np.ndarray:
+        """Continue bit by bit from what `get_state` returned, with any number of workers.
+
+        Returns:
+            the observations to act on, [N, 39] float32.
+        """
         self._send("set_state", states)
         self._receive()
+        return self._arrays["obs"].copy()
 
     def close(self) -> None:
         """End the workers."""
@@ -407,10 +413,12 @@ def _work(connection: Connection, memory_fd: int) -> None:
             for i, env in zip(indices, envs, strict=True):
                 reset(i, env, "frames")
         elif command == "get_state":
-            reply = [get_env_state(env) for env in envs]
+            reply = [get_env_state(env) | {"obs": arrays["obs"][i].copy()}
+                     for i, env in zip(indices, envs, strict=True)]
         elif command == "set_state":
             for i, env in zip(indices, envs, strict=True):
                 set_env_state(env, payload[i])
+                arrays["obs"][i] = payload[i]["obs"]
         connection.send(("ok", reply))
 
 

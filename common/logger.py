@@ -197,7 +197,7 @@ def keep_rows_until(path: Path, env_steps: int) -> None:
     """Drop the rows of metrics.csv beyond `env_steps`, and a last line that was cut off."""
     text = path.read_text()
     rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
-    kept = [row for row in rows[1:] if len(row) == 3 and int(row[0]) <= env_steps]
+    kept = [r for r in rows[1:] if len(r) == 3 and r[0].isdecimal() and int(r[0]) <= env_steps]
     temporary = path.with_suffix(".csv.tmp")
     with open(temporary, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([CSV_HEADER, *kept])

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import os
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -191,7 +192,11 @@ def cache_dir() -> Path:
     chosen = os.environ.get("FURL_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "furl"
+    home = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(home or Path.home() / ".cache") / "furl"
+    except RuntimeError:  # a user without a home folder, as in some containers
+        return Path(tempfile.gettempdir()) / f"furl-{os.getuid()}"
 
 
 def cached_arrays(kind: str, key: str, compute) -> dict[str, np.ndarray]:

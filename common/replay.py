@@ -43,7 +43,7 @@ class Transition(NamedTuple):
     next_obs: jax.Array  # [n, obs_dim] float32
     sparse_reward: jax.Array  # [n] float32, 1 on success, else 0
     terminated: jax.Array  # [n] float32; truncation does not cut the bootstrap
-    embedding: jax.Array  # [n, embed_dim] float16
+    embedding: jax.Array | None = None  # [n, embed_dim] float16; None where no VLM is used
 
 
 class Frame(NamedTuple):

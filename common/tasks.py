@@ -79,6 +79,20 @@ PROMPT_VARIANTS = {
     },
 }
 
+# Goal-baseline regularisation's b (Definition 1 of the VLM-RM paper): the scene, whatever the goal.
+BASELINE_PROMPTS = {
+    "button-press-topdown-v3": "A robot arm and a button.",
+    "door-open-v3": "A robot arm and a door.",
+    "drawer-close-v3": "A robot arm and a drawer.",
+    "drawer-open-v3": "A robot arm and a drawer.",
+    "peg-insert-side-v3": "A robot arm and a peg.",
+    "pick-place-v3": "A robot arm and a puck.",
+    "push-v3": "A robot arm and a puck.",
+    "reach-v3": "A robot arm.",
+    "window-close-v3": "A robot arm and a window.",
+    "window-open-v3": "A robot arm and a window.",
+}
+
 
 def resolve_env_id(name: str) -> str:
     """The v3 id of a task given as `drawer-open-v3`, as its v2 alias, or without a version.
@@ -109,6 +123,21 @@ def prompt_for(env_id: str, prompt: str | None) -> str:
     if not prompt.strip():
         raise UserError("--prompt must not be empty; leave it out for the task's own instruction")
     return prompt.strip()
+
+
+def baseline_prompt_for(env_id: str, baseline_prompt: str | None, prompt: str) -> str:
+    """The baseline description of a run: any text, or the task's own (None).
+
+    Raises:
+        UserError: it is empty, or the same as the goal's `prompt`.
+    """
+    chosen = BASELINE_PROMPTS.get(env_id, "A robot arm and a table.")
+    if baseline_prompt is not None:
+        chosen = baseline_prompt.strip()
+    if not chosen or chosen == prompt:
+        raise UserError(f"--baseline-prompt must be a text other than the prompt, {prompt!r}, not "
+                        f"{chosen!r}")
+    return chosen
 
 
 def expert_policy(env_id: str):

@@ -221,6 +221,21 @@ def test_a_flipped_bit_is_noticed(tmp_path, file):
     assert "step_0000000009 is passed over" in warning and "does not match its checksum" in warning
 
 
+def test_a_disk_that_cannot_be_read_loses_nothing(tmp_path, monkeypatch):
+    """An error that may pass is no damage: the newest checkpoint is not given up for it."""
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Path, "read_bytes", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            load(tmp_path)
+    assert assert_checkpoint(tmp_path, 9) == []
+
+
 def test_nothing_usable_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"no usable checkpoint \(0 found\)"):
         load(tmp_path)
@@ -357,7 +372,7 @@ def test_a_run_killed_while_writing(tmp_path):
     assert assert_checkpoint(tmp_path, 4) == []
     save(tmp_path, 9)
     assert assert_checkpoint(tmp_path, 9) == []
-    assert not list(root.glob(".writing*"))
+    assert not [f for f in root.rglob("*") if f.suffix == ".tmp" or f.name.startswith(".writing")]
 
 
 # ------------------------------------------------------------------------------- space

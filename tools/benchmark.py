@@ -1,6 +1,6 @@
 """Measure how fast every part is, and how near to what the machine allows: one table.
 
-    python -m tools.benchmark                   # about ten minutes on two cores
+    python -m tools.benchmark                   # about twenty minutes on two cores
     python -m tools.benchmark --only updates    # one part
     python -m tools.benchmark --output docs/benchmark.md
 
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -68,9 +68,8 @@ def medians(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
-def measure_environments(rounds: int) -> list[Row]:
+def measure_environments(rounds: int) -> Iterator[Row]:
     """Environment steps per second without frames, by number of environments."""
-    rows = []
     for num_envs in (1, 8, 32):
         envs = VecMetaWorld(TASK, num_envs, seed=0)
         envs.reset()
@@ -83,17 +82,15 @@ def measure_environments(rounds: int) -> list[Row]:
 
         seconds = medians({"play": play}, rounds)["play"]
         envs.close()
-        rows.append((f"environment steps/s, {num_envs} environments",
-                     f"{num_envs * steps / seconds:,.0f}", "physics alone"))
-    return rows
+        yield (f"environment steps/s, {num_envs} environments",
+               f"{num_envs * steps / seconds:,.0f}", "physics alone")
 
 
-def measure_frames(rounds: int) -> list[Row]:
+def measure_frames(rounds: int) -> Iterator[Row]:
     """Milliseconds per frame on one core."""
     from common.envs import make_env
 
     env = make_env(TASK, seed=0, index=0, goal="fixed", show_goal=False)
-    rows = []
     for quality in ("fast", "paper"):
         for size in (84, 112, 224):
             renderer = Renderer(env.model, size, 2, quality)
@@ -105,23 +102,20 @@ def measure_frames(rounds: int) -> list[Row]:
 
             seconds = medians({"draw": draw}, rounds)["draw"] / count
             renderer.close()
-            rows.append((f"frame, {quality}, {size} px", f"{seconds * 1e3:.1f} ms",
-                         f"{1 / seconds:,.0f} a second and core"))
-    return rows
+            yield (f"frame, {quality}, {size} px", f"{seconds * 1e3:.1f} ms",
+                   f"{1 / seconds:,.0f} a second and core")
 
 
-def measure_embeddings(rounds: int) -> list[Row]:
+def measure_embeddings(rounds: int) -> Iterator[Row]:
     """Milliseconds per image at batch 16."""
-    rows = []
     for name, pretrained in (("mini", True), ("clip", False)):
         vlm = load_vlm(name, pretrained=pretrained)
         size = (16, vlm.frame_size, vlm.frame_size, 3)
         frames = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
         seconds = medians({"embed": lambda v=vlm, f=frames: v.embed_images(f)}, rounds)["embed"]
         label = "mini" if name == "mini" else "RN50 (CLIP's, random weights)"
-        rows.append((f"image embedding, {label}, batch 16", f"{seconds / 16 * 1e3:.2f} ms",
-                     f"D = {vlm.embed_dim}, {vlm.frame_size} px"))
-    return rows
+        yield (f"image embedding, {label}, batch 16", f"{seconds / 16 * 1e3:.2f} ms",
+               f"D = {vlm.embed_dim}, {vlm.frame_size} px")
 
 
 # Multiply-adds of one SAC update per sample, by the shapes of the networks: forward passes of the
@@ -142,9 +136,8 @@ def sac_flops(args: furl.Args) -> float:
     return 2.0 * batch * products
 
 
-def measure_updates(rounds: int) -> list[Row]:
+def measure_updates(rounds: int) -> Iterator[Row]:
     """Milliseconds per update in each phase, beside the same matrix products alone."""
-    rows = []
     weights = jnp.ones((256, 256)) / 256
 
     @jax.jit
@@ -190,41 +183,47 @@ def measure_updates(rounds: int) -> list[Row]:
             num_updates[f"{name}, D = {embed_dim}"] = args.updates_per_iteration
     seconds = medians(functions, rounds * 3)
     flops_per_second = 200 * 2 * 256**3 / seconds.pop("floor")
-    rows.append(("matrix products 256 x 256 x 256 alone", f"{flops_per_second / 1e9:.0f} GFLOP/s",
-                 "the floor of the updates"))
+    yield ("matrix products 256 x 256 x 256 alone", f"{flops_per_second / 1e9:.0f} GFLOP/s",
+           "the floor of the updates")
     sac_floor = sac_flops(furl.Args()) / flops_per_second
     for name, total in seconds.items():
         per_update = total / num_updates[name]
         agents = 2 if "relaying" in name else 1
-        rows.append((f"update, {name}", f"{per_update * 1e3:.2f} ms",
-                     f"{agents * sac_floor / per_update:.0%} of it is SAC's matrix products"))
-    return rows
+        yield (f"update, {name}", f"{per_update * 1e3:.2f} ms",
+               f"{agents * sac_floor / per_update:.0%} of it is SAC's matrix products")
 
 
-def measure_scripts(_rounds: int) -> list[Row]:
+def measure_scripts(_rounds: int) -> Iterator[Row]:
     """Steps per second and peak memory of real runs, after compilation."""
-    common_flags = ["--env-id", "drawer-close-v3", "--learning-starts", "1000", "--eval-every",
-                    "1000000", "--checkpoint-every", "0", "--log-every", "500"]
-    runs = {
-        "mini, relaying": (["--relay-until", "1000000000"], 5000),
-        "mini, aligned": (["--relay-until", "0"], 5000),
-        "RN50, relaying": (["--vlm", "clip", "--no-pretrained", "--relay-until", "1000000000"],
-                           3000),
-        "RN50, aligned": (["--vlm", "clip", "--no-pretrained", "--relay-until", "0"], 3000),
-    }
-    rows = []
-    for name, (flags, steps) in runs.items():
+    always, never = "1000000000", "0"
+    rn50 = ["--vlm", "clip", "--no-pretrained"]
+    native = ["--engine", "envpool", "--goal", "random"]
+    runs = [  # script, name, flags, steps
+        ("furl_sac_state.py", "mini, relaying", ["--relay-until", always], 5000),
+        ("furl_sac_state.py", "mini, aligned", ["--relay-until", never], 5000),
+        ("furl_sac_state.py", "RN50, relaying", [*rn50, "--relay-until", always], 3000),
+        ("furl_sac_state.py", "RN50, aligned", [*rn50, "--relay-until", never], 3000),
+        ("relay_baseline.py", "mini, relaying", ["--relay-until", always], 5000),
+        ("vlm_rm_baseline.py", "mini", [], 5000),
+        ("sac_baseline.py", "one update per step", [], 8000),
+        ("sac_baseline.py", "--utd 0.25", ["--utd", "0.25"], 20000),
+        ("sac_baseline.py", "--utd 0.25, EnvPool", ["--utd", "0.25", *native], 20000),
+    ]
+    for script, name, flags, steps in runs:
         with tempfile.TemporaryDirectory() as folder:
-            speed, memory = run_script([*common_flags, *flags, "--total-timesteps", str(steps)],
+            speed, memory = run_script(script, [*flags, "--total-timesteps", str(steps)],
                                        Path(folder) / "run")
-        rows.append((f"furl_sac_state.py, {name}", f"{speed:.0f} steps/s",
-                     f"peak memory {memory / 2**30:.1f} GiB with its workers, replay of 1e6"))
-    return rows
+        yield (f"{script}, {name}", f"{speed:.0f} steps/s",
+               f"peak memory {memory / 2**30:.1f} GiB with its workers, replay of 1e6")
 
 
-def run_script(flags: list[str], run_dir: Path) -> tuple[float, float]:
+def run_script(script: str, flags: list[str], run_dir: Path) -> tuple[float, float]:
     """(median steps/s of the rows after the third that trains, peak PSS in bytes)."""
-    command = [sys.executable, furl.__file__, *flags, "--run-dir", str(run_dir)]
+    command = [
+        sys.executable, str(Path(furl.__file__).with_name(script)), "--env-id", "drawer-close-v3",
+        "--learning-starts", "1000", "--eval-every", "1000000", "--checkpoint-every", "0",
+        "--log-every", "500", "--run-dir", str(run_dir), *flags,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = [0]
 

@@ -1,0 +1,102 @@
+"""EnvPool's native Meta-World behind the interface of `common.envs`: states alone, random goals.
+
+What differs from the official environments: the bundled MuJoCo is newer (the physics drifts apart
+by about a micrometre a step), a goal is drawn at every reset and cannot be fixed, nothing can be
+drawn, and the state of an episode cannot be saved.
+"""
+
+from importlib import metadata
+
+import numpy as np
+
+from common.envs import MAX_EPISODE_STEPS, Step
+from common.errors import UserError
+from common.tasks import resolve_env_id
+
+BUNDLED_MUJOCO = {"1.2.0": "3.6.0"}  # by EnvPool's version, which does not tell
+
+
+def envpool_id(env_id: str) -> str:
+    """EnvPool's name of a task: `MetaWorld/DrawerOpen-v3` for `drawer-open-v3`."""
+    words = env_id.removesuffix("-v3").split("-")
+    return f"MetaWorld/{''.join(word.capitalize() for word in words)}-v3"
+
+
+class EnvPoolMetaWorld:
+    """N environments of one task in EnvPool's threads, with the methods of `VecMetaWorld`.
+
+    Args:
+        env_id: a task of `common.tasks`.
+        num_envs: N.
+        seed: decides the sequences of goals.
+        goal: `random`: new in every episode and observed, or `random-hidden`.
+        max_episode_steps: 1 to 500.
+        num_workers: threads; default: one per core, at most N.
+
+    Raises:
+        UserError: a fixed goal is asked for, or EnvPool is missing.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        num_envs: int,
+        *,
+        seed: int,
+        goal: str = "random",
+        max_episode_steps: int = MAX_EPISODE_STEPS,
+        num_workers: int | None = None,
+    ):
+        if goal not in ("random", "random-hidden"):
+            raise UserError(f"--engine envpool draws a new goal in every episode and cannot have "
+                            f"--goal {goal}: use --goal random, or --engine metaworld")
+        try:
+            import envpool
+        except ImportError as error:
+            raise UserError(f"--engine envpool needs EnvPool ({error}): pip install envpool, or "
+                            "use --engine metaworld") from None
+        self.env_id, self.num_envs = resolve_env_id(env_id), num_envs
+        self._pool = envpool.make_gymnasium(
+            envpool_id(self.env_id), num_envs=num_envs, seed=seed % 2**31,
+            num_threads=num_workers or 0, max_episode_steps=max_episode_steps,
+            partially_observable=goal == "random-hidden",
+        )
+        version = metadata.version("envpool")
+        self.engine = f"envpool {version}, mujoco {BUNDLED_MUJOCO.get(version, 'unknown')}"
+        self._obs = np.zeros((num_envs, 39), np.float32)
+
+    def reset(self) -> tuple[np.ndarray, None]:
+        """Start new episodes; (obs [N, 39] float32, None: there are no frames)."""
+        obs, _ = self._pool.reset()
+        self._obs = obs.astype(np.float32)
+        return self._obs.copy(), None
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Let the threads step; `actions` [N, 4]."""
+        self._pool.send(np.clip(actions, -1, 1).astype(np.float32))
+
+    def step_wait(self) -> Step:
+        """The result of `step_async`; episodes start again at once, all in the same step."""
+        obs, _, terminated, truncated, info = self._pool.recv()
+        final_obs = obs.astype(np.float32)
+        self._obs = final_obs
+        if truncated.all():  # nothing else ends an episode, so all have the same length
+            self.reset()
+        success = info["success"] > 0
+        return Step(self._obs.copy(), final_obs, None, None, success, success.astype(np.float32),
+                    terminated, truncated)
+
+    def step(self, actions: np.ndarray) -> Step:
+        self.step_async(actions)
+        return self.step_wait()
+
+    def get_state(self) -> list:
+        """Nothing: EnvPool keeps its state to itself."""
+        return []
+
+    def set_state(self, states: list) -> np.ndarray:
+        """New episodes; the observations to act on, [N, 39]. A resumed run is another one here."""
+        return self.reset()[0]
+
+    def close(self) -> None:
+        self._pool.close()

@@ -1,0 +1,471 @@
+"""Relay: two SAC agents take turns, one of them with the raw VLM reward; nothing is aligned.
+
+The sixth baseline of the FuRL paper (Fu et al., ICML 2024, section 5.1; relay after Lan et al.,
+2023): FuRL without its projection heads. The VLM agent learns from r_task + rho r_VLM, where r_VLM
+is the cosine similarity of Eq. 2, the relay agent from r_task; both share one replay.
+
+    python relay_baseline.py --env-id drawer-close-v3 --learning-rate 3e-4
+    python relay_baseline.py --env-id drawer-open-v3 --vlm liv --quality paper --track
+
+docs/baselines.md explains every metric. `furl_sac_state.py --no-align` computes the same, number by
+number: a test holds both to it.
+
+Deviations from the paper, whose Table 5 is the default, and choices where it is silent, as in
+furl_sac_state.py:
+ 1. Eight environments, one update per environment step in total. Updates lag one iteration behind
+    the data, so that environments step and draw while the last frames are embedded and learned.
+ 2. Each environment draws its own relay period and its own first policy.
+ 3. Relaying ends at 2,500 positives, frames up to and including an episode's first success
+    (Figure 5).
+ 4. 10,000 random steps before learning, as in the authors' code; the paper does not say.
+ 5. The temperature starts at 0.1 (DrQ's value; the paper does not say): at 1, 30,000 updates pass
+    before the sparse reward counts for more than entropy.
+ 6. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from common import replay
+from common.cli import check_args, run_script
+from common.envs import VecMetaWorld
+from common.evaluate import Evaluator
+from common.rendering import gl_info
+from common.replay import Ring, Transition
+from common.run import start_run
+from common.tasks import prompt_for
+from common.vlm import load_vlm
+
+SCRIPT = "relay_baseline"
+OBS_DIM, ACTION_DIM = 39, 4  # every Meta-World task
+MAX_EPISODE_STEPS = 500
+LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
+
+
+@dataclass(frozen=True)
+class Args:
+    # --- run
+    env_id: str = "drawer-open-v3"  # any Meta-World v3 task; v2 names are aliases
+    seed: int = 0  # seed of everything: goals, networks, exploration, sampling
+    total_timesteps: int = 1_000_000  # environment steps, summed over the environments
+    eval_every: int = 10_000  # environment steps between evaluations of the mean action
+    eval_episodes: int = 0  # per evaluation; 0: 1 with a fixed goal (deterministic), else 10
+    checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
+    log_every: int = 1_000  # environment steps between rows of metrics
+    run_dir: str | None = None  # default: runs/<env>__<script>__<seed>__<time>
+    resume: str | None = None  # run folder to continue, with the arguments it was started with
+    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
+    wandb_project: str = "furl"  # project for --track
+    capture_video: bool = False  # a video of each evaluation in <run folder>/videos
+    # --- environment
+    goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
+    engine: Literal["metaworld"] = "metaworld"  # the official environments; frames need them
+    num_envs: int = 8  # environments stepped side by side
+    quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
+    camera_id: int = 2  # camera of the VLM's frames
+    # --- SAC
+    learning_starts: int = 10_000  # steps of uniformly random actions before the first update
+    utd: float = 1.0  # updates per environment step
+    buffer_size: int = 1_000_000  # transitions in the replay
+    batch_size: int = 256  # samples per update
+    learning_rate: float = 1e-4  # Adam's, for all networks
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.01  # step of the target critics
+    init_temperature: float = 0.1  # alpha before learning
+    hidden_features: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics
+
+    # --- VLM reward
+    vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
+    vlm_weights: str | None = None  # local weights file for --vlm
+    pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
+    prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
+    rho: float = 0.05  # weight of the VLM reward (Eq. 1)
+    # --- relay
+    relay_periods: tuple[int, ...] = (50, 100, 150, 200)  # T_s: steps until the agents change
+    relay_until: int = 2_500  # positive samples at which relaying ends (Figure 5)
+
+    @property
+    def updates_per_iteration(self) -> int:
+        return round(self.utd * self.num_envs)
+
+
+# ------------------------------------------------------------------------------ state
+
+
+class AgentState(NamedTuple):
+    params: dict  # actor, critic, log_alpha
+    target_critic: dict
+    opt: optax.OptState
+
+
+class RelayState(NamedTuple):
+    furl: AgentState  # learns from r_task + rho r_VLM, and is evaluated
+    relay: AgentState  # learns from r_task
+
+
+class Buffers(NamedTuple):
+    transitions: Ring  # of Transition
+
+
+# --------------------------------------------------------------------------- networks
+
+
+class MLP(nn.Module):
+    features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for features in self.features[:-1]:
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(self.features[-1])(x)
+
+
+class Actor(nn.Module):
+    """obs [..., obs_dim] -> mean and log std of the Gaussian before tanh, [..., action_dim]."""
+
+    action_dim: int
+    hidden_features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        output = MLP((*self.hidden_features, 2 * self.action_dim))(obs)
+        mean, log_std = jnp.split(output, 2, axis=-1)
+        return mean, jnp.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)
+
+
+class CriticPair(nn.Module):
+    """obs [batch, obs_dim], action [batch, action_dim] -> Q of both critics [2, batch]."""
+
+    hidden_features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, obs: jax.Array, action: jax.Array) -> jax.Array:
+        ensemble = nn.vmap(
+            MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
+        )
+        x = jnp.concatenate([obs, action], axis=-1)
+        return ensemble((*self.hidden_features, 1))(x).squeeze(-1)
+
+
+def networks(args: Args) -> tuple[Actor, CriticPair]:
+    return Actor(ACTION_DIM, args.hidden_features), CriticPair(args.hidden_features)
+
+
+def sample_action(
+    actor_params: dict, obs: jax.Array, key: jax.Array, args: Args
+) -> tuple[jax.Array, jax.Array]:
+    """A tanh-squashed Gaussian sample [batch, action_dim] and its log-probability [batch]."""
+    mean, log_std = networks(args)[0].apply(actor_params, obs)
+    noise = jax.random.normal(key, mean.shape)
+    pre_tanh = mean + jnp.exp(log_std) * noise
+    gaussian = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    # log(1 - tanh(x)^2), in a form that does not underflow for large |x|.
+    squash = 2 * (jnp.log(2.0) - pre_tanh - nn.softplus(-2 * pre_tanh))
+    return jnp.tanh(pre_tanh), (gaussian - squash).sum(-1)
+
+
+# ------------------------------------------------------------------------- SAC losses
+
+
+def critic_loss(
+    critic_params: dict, agent: AgentState, batch: Transition, reward: jax.Array, key: jax.Array,
+    args: Args,
+) -> tuple[jax.Array, dict]:
+    """Soft Bellman error of both critics against the smaller target Q (Haarnoja et al., 2018)."""
+    critic = networks(args)[1]
+    next_action, next_log_prob = sample_action(agent.params["actor"], batch.next_obs, key, args)
+    next_q = critic.apply(agent.target_critic, batch.next_obs, next_action).min(0)
+    next_value = next_q - jnp.exp(agent.params["log_alpha"]) * next_log_prob
+    target = reward + args.gamma * (1 - batch.terminated) * next_value
+    q = critic.apply(critic_params, batch.obs, batch.action)  # [2, batch]
+    loss = ((q - target) ** 2).mean(1).sum()
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+def actor_loss(
+    actor_params: dict, agent: AgentState, batch: Transition, key: jax.Array, args: Args
+) -> tuple[jax.Array, dict]:
+    """alpha log pi - min Q, for actions of the current policy."""
+    action, log_prob = sample_action(actor_params, batch.obs, key, args)
+    q = networks(args)[1].apply(agent.params["critic"], batch.obs, action).min(0)
+    loss = (jnp.exp(agent.params["log_alpha"]) * log_prob - q).mean()
+    return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
+
+
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array) -> tuple[jax.Array, dict]:
+    """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
+    alpha = jnp.exp(log_alpha)
+    return alpha * (jax.lax.stop_gradient(entropy) + ACTION_DIM / 2), {"alpha": alpha}
+
+
+def sac_loss(
+    params: dict, agent: AgentState, batch: Transition, reward: jax.Array, key: jax.Array,
+    args: Args,
+) -> tuple[jax.Array, dict]:
+    """The three losses as one: each moves its own parameters and sees the others fixed."""
+    critic_key, actor_key = jax.random.split(key)
+    critic, critic_metrics = critic_loss(
+        params["critic"], agent, batch, reward, critic_key, args
+    )
+    actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key, args)
+    alpha, alpha_metrics = alpha_loss(params["log_alpha"], actor_metrics["entropy"])
+    return critic + actor + alpha, critic_metrics | actor_metrics | alpha_metrics
+
+
+# ------------------------------------------------------------------------- VLM reward
+
+
+def cosine_similarity(text: jax.Array, images: jax.Array) -> jax.Array:
+    """Eq. 2: text [D], images [n, D] -> [n]; 0, with finite gradients, for a zero vector."""
+    squares = (text**2).sum() * (images**2).sum(-1)
+    return images @ text * jax.lax.rsqrt(squares + 1e-12)
+
+
+# ---------------------------------------------------------------------------- updates
+
+
+def descend(loss_fn, params, opt_state, args: Args):
+    """One Adam step on `loss_fn(params) -> (loss, metrics)`."""
+    gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = optax.adam(args.learning_rate).update(gradients, opt_state)
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def init_agent(key: jax.Array, args: Args) -> AgentState:
+    actor, critic = networks(args)
+    actor_key, critic_key = jax.random.split(key)
+    obs, action = jnp.zeros((1, OBS_DIM)), jnp.zeros((1, ACTION_DIM))
+    params = {
+        "actor": actor.init(actor_key, obs),
+        "critic": critic.init(critic_key, obs, action),
+        "log_alpha": jnp.log(args.init_temperature),
+    }
+    target_critic = jax.tree.map(jnp.copy, params["critic"])
+    return AgentState(params, target_critic, optax.adam(args.learning_rate).init(params))
+
+
+def update_agent(
+    agent: AgentState, batch: Transition, reward: jax.Array, key: jax.Array, args: Args
+) -> tuple[AgentState, dict]:
+    """One SAC update; all gradients are taken from the networks as they were before it."""
+    params, opt, metrics = descend(
+        lambda p: sac_loss(p, agent, batch, reward, key, args), agent.params, agent.opt, args
+    )
+    target = optax.incremental_update(params["critic"], agent.target_critic, args.tau)
+    return AgentState(params, target, opt), metrics
+
+
+def init_state(key: jax.Array, args: Args) -> RelayState:
+    furl_key, relay_key = jax.random.split(key)
+    return RelayState(init_agent(furl_key, args), init_agent(relay_key, args))
+
+
+def init_buffers(embed_dim: int, args: Args) -> Buffers:
+    scalar, embedding = np.zeros((), np.float32), np.zeros(embed_dim, np.float16)
+    obs, action = np.zeros(OBS_DIM, np.float32), np.zeros(ACTION_DIM, np.float32)
+    transition = Transition(obs, action, obs, scalar, scalar, embedding)
+    return Buffers(replay.init_ring(transition, args.buffer_size))
+
+
+def update_once(
+    state: RelayState, buffers: Buffers, text: jax.Array, key: jax.Array, args: Args,
+    relaying: bool,
+) -> tuple[RelayState, dict]:
+    """One update of both agents on one batch that they share; text is Phi_L(l) [embed_dim]."""
+    sample_key, furl_key, relay_key = jax.random.split(key, 3)
+    slots = replay.sample_slots(buffers.transitions, sample_key, args.batch_size)
+    batch: Transition = replay.take(buffers.transitions, slots)
+    fuzzy = cosine_similarity(text, batch.embedding.astype(jnp.float32))
+    task_reward = batch.sparse_reward - 1  # constant shaping (B.2)
+    shaped_reward = task_reward + args.rho * fuzzy  # Eq. 1
+    furl, furl_metrics = update_agent(state.furl, batch, shaped_reward, furl_key, args)
+    relay, relay_metrics = state.relay, {}
+    if relaying:
+        relay, relay_metrics = update_agent(state.relay, batch, task_reward, relay_key, args)
+    metrics = (
+        {f"losses/furl_{name}": value for name, value in furl_metrics.items()}
+        | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
+        | {"reward/vlm_mean": fuzzy.mean(), "reward/vlm_std": fuzzy.std()}
+        | {"reward/sparse_mean": batch.sparse_reward.mean()}
+    )
+    return RelayState(furl, relay), metrics
+
+
+@partial(jax.jit, static_argnames=("args", "relaying"), donate_argnames="state")
+def update(
+    state: RelayState, buffers: Buffers, text: jax.Array, key: jax.Array, args: Args,
+    relaying: bool,
+) -> tuple[RelayState, dict]:
+    """All updates of an iteration in one dispatch; metrics are their means."""
+    state, metrics = jax.lax.scan(
+        lambda carry, update_key: update_once(carry, buffers, text, update_key, args, relaying),
+        state,
+        jax.random.split(key, args.updates_per_iteration),
+    )
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+# ------------------------------------------------------------------------------ relay
+
+
+class RelaySchedule(NamedTuple):
+    period: np.ndarray  # [num_envs] int, steps until the agents change
+    relay_first: np.ndarray  # [num_envs] bool
+
+
+def draw_schedule(rng: np.random.Generator, num_envs: int, args: Args) -> RelaySchedule:
+    """Each environment's own T_i and first agent, drawn when its episode starts."""
+    return RelaySchedule(rng.choice(args.relay_periods, num_envs), rng.random(num_envs) < 0.5)
+
+
+def relay_acts(schedule: RelaySchedule, episode_time: np.ndarray) -> np.ndarray:
+    """Where the relay agent acts at step `episode_time` of the episode, bool [num_envs]."""
+    return ((episode_time // schedule.period) % 2 == 0) == schedule.relay_first
+
+
+@partial(jax.jit, static_argnames=("args", "relaying"))
+def act(
+    furl_actor: dict, relay_actor: dict, obs: jax.Array, use_relay: jax.Array, key: jax.Array,
+    args: Args, relaying: bool,
+) -> jax.Array:
+    """Exploration: both agents sample for all observations [n, obs_dim], a mask [n] selects."""
+    furl_key, relay_key = jax.random.split(key)
+    furl_action, _ = sample_action(furl_actor, obs, furl_key, args)
+    if not relaying:
+        return furl_action
+    relay_action, _ = sample_action(relay_actor, obs, relay_key, args)
+    return jnp.where(use_relay[:, None], relay_action, furl_action)
+
+
+@partial(jax.jit, static_argnames="args")
+def act_mean(actor_params: dict, obs: jax.Array, *, args: Args) -> jax.Array:
+    """Evaluation: tanh of the mean, [n, action_dim]."""
+    mean, _ = networks(args)[0].apply(actor_params, obs)
+    return jnp.tanh(mean)
+
+
+# ------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, and return the last evaluation."""
+    args = check_args(args)
+    prompt = prompt_for(args.env_id, args.prompt)
+    vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
+    text = jnp.asarray(vlm.embed_text([prompt])[0])
+    envs = VecMetaWorld(
+        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, frame_size=vlm.frame_size,
+        max_episode_steps=MAX_EPISODE_STEPS, camera_id=args.camera_id, quality=args.quality,
+    )
+    evaluate = Evaluator(
+        args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
+        quality=args.quality, capture_video=args.capture_video,
+    )
+
+    # Everything that changes during the run: checkpoints hold all of it.
+    key, init_key = jax.random.split(jax.random.PRNGKey(args.seed))
+    state = init_state(init_key, args)
+    buffers = init_buffers(vlm.embed_dim, args)
+    rng = np.random.default_rng(args.seed)  # random actions and relay schedules
+    schedule = draw_schedule(rng, args.num_envs, args)
+    obs, episode_time = envs.reset()[0], np.zeros(args.num_envs, np.int64)
+    succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
+    waiting = None  # the last step, until its frames are embedded
+    counts = {"updates": 0, "positives": 0}
+    env_steps = 0
+
+    run = start_run(
+        args, SCRIPT, buffers._asdict(), engine=envs.engine, prompt=prompt, vlm_id=vlm.id,
+        gl=gl_info(),
+    )
+    if args.resume:
+        (state, key), rings, host = run.load((state, key), buffers._asdict())
+        buffers, obs = Buffers(**rings), envs.set_state(host["envs"])
+        rng.bit_generator.state = host["rng"]
+        env_steps, counts, episode_time, succeeded, waiting, schedule = host["loop"]
+        schedule = RelaySchedule(*schedule)
+
+    def save() -> None:
+        loop = env_steps, counts, episode_time, succeeded, waiting, tuple(schedule)
+        run.save(env_steps, (state, key), buffers._asdict(), {
+            "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
+        })
+
+    if not args.resume:
+        save()  # so that a run that dies early can be resumed too
+    metrics: dict[str, jax.Array] = {}
+    evaluation: dict[str, float] = {}
+    while env_steps < args.total_timesteps:
+        # Act, and let the environments step and draw ...
+        relaying = counts["positives"] < args.relay_until
+        if env_steps < args.learning_starts:
+            action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
+        else:
+            key, act_key = jax.random.split(key)
+            action = np.asarray(act(
+                state.furl.params["actor"], state.relay.params["actor"], obs,
+                relay_acts(schedule, episode_time), act_key, args, relaying,
+            ))
+        envs.step_async(action)
+
+        # ... while the frames of the step before are embedded, stored and learned from.
+        if waiting is not None:
+            embedding = vlm.embed_images(waiting["frames"]).astype(np.float16)
+            transition = Transition(embedding=embedding, **waiting["transition"])
+            buffers = Buffers(replay.add_rows(buffers.transitions, transition))
+            counts["positives"] += waiting["positives"]
+            if env_steps >= args.learning_starts:
+                key, update_key = jax.random.split(key)
+                state, metrics = update(state, buffers, text, update_key, args, relaying)
+                counts["updates"] += args.updates_per_iteration
+
+        step = envs.step_wait()
+        env_steps += args.num_envs
+        episode_time += 1
+        waiting = {
+            "transition": {
+                "obs": obs, "action": action, "next_obs": step.final_obs,
+                "sparse_reward": step.sparse_reward,
+                "terminated": step.terminated.astype(np.float32),
+            },
+            "frames": step.frames,
+            "positives": int(episode_time[step.success & ~succeeded].sum()),
+        }
+        obs = step.obs
+        succeeded = (succeeded | step.success) & ~step.truncated
+        episode_time[step.truncated] = 0
+        if step.truncated.any():
+            schedule = RelaySchedule(*(
+                np.where(step.truncated, new, old)
+                for new, old in zip(draw_schedule(rng, args.num_envs, args), schedule, strict=True)
+            ))
+
+        # Measure and save.
+        run.count_episodes(step.success, step.truncated)
+        if run.is_due(args.eval_every, env_steps):
+            policy = partial(act_mean, state.furl.params["actor"], args=args)
+            evaluation = evaluate(policy, run.video_path(env_steps))
+            run.log_evaluation(env_steps, evaluation)
+        if run.is_due(args.log_every, env_steps):
+            stage = "relay" if relaying else "vlm"
+            run.log_training(env_steps, stage if counts["updates"] else "random", {
+                **metrics, "charts/relaying": relaying,
+                **{f"charts/num_{name}": count for name, count in counts.items()},
+            })
+        if run.is_due(args.checkpoint_every, env_steps):
+            save()
+
+    for thing in (run, evaluate, envs):
+        thing.close()
+    return evaluation
+
+
+if __name__ == "__main__":
+    run_script(main, Args)

@@ -1,0 +1,250 @@
+"""The baselines: rewards worked out by hand, what is learned from them, and runs end to end."""
+
+import csv
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import furl_sac_state as furl
+import relay_baseline as relay
+import sac_baseline as sac
+import vlm_rm_baseline as vlm_rm
+from common import replay
+from common.cli import run_script
+from common.errors import UserError
+from common.replay import Transition
+from common.tasks import MT10, baseline_prompt_for, prompt_for
+
+SMALL = {"num_envs": 3, "batch_size": 16, "buffer_size": 64, "hidden_features": (16,)}
+EMBED_DIM = 3
+
+
+def transitions(embed_dim: int | None = EMBED_DIM, n: int = 50) -> Transition:
+    rng = np.random.default_rng(0)
+    return Transition(
+        obs=rng.normal(size=(n, 39)).astype(np.float32),
+        action=rng.uniform(-1, 1, (n, 4)).astype(np.float32),
+        next_obs=rng.normal(size=(n, 39)).astype(np.float32),
+        sparse_reward=(rng.random(n) < 0.3).astype(np.float32),
+        terminated=np.zeros(n, np.float32),
+        embedding=embed_dim and rng.normal(size=(n, embed_dim)).astype(np.float16),
+    )
+
+
+# -------------------------------------------------------------- goal-baseline regularisation
+
+
+GOAL, BASE = jnp.array([1.0, 0.0, 0.0]), jnp.array([0.0, 1.0, 0.0])
+
+
+def test_goal_baseline_reward_by_hand():
+    """s = (0, 0, 1), line from (0, 1, 0) to (1, 0, 0): its projection is (0.5, 0.5, 0)."""
+    states = jnp.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    # alpha 1: |(0.5, 0.5, 0) - (1, 0, 0)|^2 = 0.5; the goal: 0; the baseline: 2.
+    np.testing.assert_allclose(
+        vlm_rm.goal_baseline_reward(GOAL, BASE, states, 1.0), [0.75, 1.0, 0.0], atol=1e-6)
+    # alpha 0.5: (0.25, 0.25, 0.5) - (1, 0, 0), squared: 0.5625 + 0.0625 + 0.25 = 0.875.
+    np.testing.assert_allclose(
+        vlm_rm.goal_baseline_reward(GOAL, BASE, states, 0.5), [0.5625, 1.0, 0.0], atol=1e-6)
+
+
+def test_goal_baseline_reward_at_alpha_0_is_the_plain_reward():
+    rng = np.random.default_rng(1)
+    text, base, images = (jnp.asarray(rng.normal(size=s)) for s in ((8,), (8,), (20, 8)))
+    np.testing.assert_allclose(
+        vlm_rm.goal_baseline_reward(text, base, images, 0.0),
+        vlm_rm.cosine_similarity(text, images), atol=1e-6)
+
+
+def test_goal_baseline_reward_at_alpha_1_depends_on_the_line_alone():
+    rng = np.random.default_rng(2)
+    text, base, image = rng.normal(size=(3, 8))
+    goal, base = text / np.linalg.norm(text), base / np.linalg.norm(base)
+    direction = (goal - base) / np.linalg.norm(goal - base)
+    # Another unit vector with the same component along the line: turned about it.
+    state = image / np.linalg.norm(image)
+    along = state @ direction
+    across = rng.normal(size=8)
+    across -= across @ direction * direction
+    across *= np.sqrt(1 - along**2) / np.linalg.norm(across)
+    other = along * direction + across
+    assert np.abs(other - state).max() > 0.1
+    one, two = vlm_rm.goal_baseline_reward(goal, base, jnp.stack([state, other]), 1.0)
+    np.testing.assert_allclose(one, two, atol=1e-6)
+    three, four = vlm_rm.goal_baseline_reward(goal, base, jnp.stack([state, other]), 0.5)
+    assert abs(three - four) > 1e-3
+
+
+def test_baseline_prompts():
+    for env_id in MT10:
+        assert baseline_prompt_for(env_id, None, prompt_for(env_id, None))
+    assert baseline_prompt_for("hammer-v3", None, "Hit it.") == "A robot arm and a table."
+    assert baseline_prompt_for("reach-v3", " a desk ", "Reach.") == "a desk"
+    for bad in ("", "Reach."):
+        with pytest.raises(UserError, match="--baseline-prompt"):
+            baseline_prompt_for("reach-v3", bad, "Reach.")
+
+
+# ------------------------------------------------------------- which method is which reward
+
+
+def vlm_inputs(args: vlm_rm.Args) -> vlm_rm.VLMInputs:
+    text, base = jnp.array([1.0, 2.0, 3.0]), jnp.array([3.0, -1.0, 1.0])
+    heads = vlm_rm.Projection(args.projection_features)
+    return vlm_rm.VLMInputs(text, base, heads.init(jax.random.PRNGKey(3), text, text[None]))
+
+
+def test_each_methods_reward():
+    images = transitions().embedding.astype(np.float32)
+    plain = vlm_rm.Args(**SMALL)
+    vlm = vlm_inputs(plain)
+    cosine = vlm_rm.cosine_similarity(vlm.text, images)
+    np.testing.assert_array_equal(vlm_rm.vlm_reward(images, vlm, plain), cosine)
+    regularised = vlm_rm.vlm_reward(images, vlm, replace(plain, alpha=0.4))
+    np.testing.assert_array_equal(
+        regularised, vlm_rm.goal_baseline_reward(vlm.text, vlm.baseline, images, 0.4))
+    projected = vlm_rm.vlm_reward(images, vlm, replace(plain, projection=True))
+    text, features = vlm_rm.Projection(plain.projection_features).apply(
+        vlm.projection, vlm.text, images)
+    np.testing.assert_array_equal(projected, vlm_rm.cosine_similarity(text, features))
+    assert np.abs(projected - cosine).max() > 0.05
+
+
+@pytest.mark.parametrize(("task_reward", "shift"), [(False, 0.0), (True, -1.0)])
+def test_the_task_reward_is_added_only_when_asked(task_reward, shift, monkeypatch):
+    """VLM-RM learns from r_VLM, LIV from r_task - 1 + rho r_VLM."""
+    args = vlm_rm.Args(**SMALL, task_reward=task_reward, rho=0.5)
+    buffers = vlm_rm.init_buffers(EMBED_DIM, args)
+    buffers = vlm_rm.Buffers(replay.add_rows(buffers.transitions, transitions()))
+    vlm = vlm_inputs(args)
+    seen = {}
+
+    def spy(agent, batch, reward, key, args):
+        seen.update(reward=reward, batch=batch)
+        return agent, {}
+
+    monkeypatch.setattr(vlm_rm, "update_agent", spy)
+    agent = vlm_rm.init_agent(jax.random.PRNGKey(0), args)
+    vlm_rm.update_once(agent, buffers, vlm, jax.random.PRNGKey(1), args)
+    batch = seen["batch"]
+    fuzzy = vlm_rm.cosine_similarity(vlm.text, batch.embedding.astype(jnp.float32))
+    expected = fuzzy if not task_reward else batch.sparse_reward + shift + 0.5 * fuzzy
+    np.testing.assert_allclose(seen["reward"], expected, atol=1e-6)
+
+
+def test_sac_learns_from_the_shifted_task_reward(monkeypatch):
+    args = sac.Args(**SMALL)
+    buffers = sac.Buffers(replay.add_rows(sac.init_buffers(args).transitions, transitions(None)))
+    seen = {}
+
+    def spy(agent, batch, reward, key, args):
+        seen.update(reward=reward, batch=batch)
+        return agent, {}
+
+    monkeypatch.setattr(sac, "update_agent", spy)
+    sac.update_once(sac.init_agent(jax.random.PRNGKey(0), args), buffers, jax.random.PRNGKey(1),
+                    args)
+    np.testing.assert_array_equal(seen["reward"], seen["batch"].sparse_reward - 1)
+
+
+def test_scanned_updates_equal_single_ones():
+    args = sac.Args(**SMALL)
+    buffers = sac.Buffers(replay.add_rows(sac.init_buffers(args).transitions, transitions(None)))
+    agent = sac.init_agent(jax.random.PRNGKey(0), args)
+    key = jax.random.PRNGKey(2)
+    single = agent
+    once = jax.jit(sac.update_once, static_argnames="args")
+    for update_key in jax.random.split(key, args.updates_per_iteration):
+        single, _ = once(single, buffers, update_key, args)
+    scanned, _ = sac.update(agent, buffers, key, args)
+    for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(scanned), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------ end to end
+
+
+TINY = [
+    "--env-id", "drawer-close-v3", "--num-envs", "4", "--total-timesteps", "1600",
+    "--learning-starts", "400", "--batch-size", "32", "--eval-every", "800",
+    "--checkpoint-every", "800", "--log-every", "400", "--buffer-size", "1200", "--utd", "0.5",
+]
+
+
+def run(script, *flags: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
+    run_script(script.main, script.Args)
+
+
+def metrics(run_dir: Path) -> dict[tuple[int, str], float]:
+    with open(run_dir / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {(int(row["env_steps"]), row["key"]): float(row["value"]) for row in rows
+            if not row["key"].startswith("time/")}
+
+
+def test_relay_is_furl_without_alignment(tmp_path, monkeypatch):
+    """Two files, one method: all that both log is the same number, to the last digit."""
+    flags = [*TINY, "--relay-until", "60"]
+    run(relay, *flags, "--run-dir", str(tmp_path / "relay"), monkeypatch=monkeypatch)
+    run(furl, *flags, "--no-align", "--run-dir", str(tmp_path / "furl"), monkeypatch=monkeypatch)
+    ours, theirs = metrics(tmp_path / "relay"), metrics(tmp_path / "furl")
+    assert ours.keys() <= theirs.keys()
+    assert {key for _, key in theirs.keys() - ours.keys()} == {
+        "charts/num_negatives", "charts/num_trajectories"}
+    assert ours == {key: theirs[key] for key in ours}
+    assert ours[1600, "losses/furl_critic_loss"] > 0
+
+
+@pytest.mark.parametrize(("script", "flags"), [
+    pytest.param(sac, [], id="sac"),
+    pytest.param(relay, [], id="relay"),
+    pytest.param(vlm_rm, ["--alpha", "0.5"], id="vlm-rm-gb"),
+    pytest.param(vlm_rm, ["--task-reward", "--projection"], id="liv-proj"),
+])
+def test_a_run_and_its_resumption(script, flags, tmp_path, monkeypatch):
+    """A run that stopped half way and was resumed logs what the whole run logs."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(script, *TINY, *flags, "--run-dir", str(whole), monkeypatch=monkeypatch)
+    run(script, *TINY, *flags, "--total-timesteps", "800", "--run-dir", str(halves),
+        monkeypatch=monkeypatch)
+    run(script, "--resume", str(halves), "--total-timesteps", "1600", monkeypatch=monkeypatch)
+    rows = metrics(whole)
+    assert metrics(halves) == rows
+    assert {step for step, key in rows if key == "eval/success_once"} == {800, 1600}
+    assert all(np.isfinite(value) for value in rows.values())
+    config = json.loads((whole / "config.json").read_text())
+    assert config["script"] == script.SCRIPT and "mujoco 3.3.0" in config["engine"]
+
+
+def test_sac_on_the_native_engine(tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    flags = [*TINY, "--engine", "envpool", "--goal", "random", "--eval-episodes", "2"]
+    run(sac, *flags, "--run-dir", str(run_dir), monkeypatch=monkeypatch)
+    run(sac, "--resume", str(run_dir), "--total-timesteps", "2000", monkeypatch=monkeypatch)
+    rows = metrics(run_dir)
+    assert rows[2000, "charts/num_updates"] > rows[1600, "charts/num_updates"] > 0
+    assert "envpool" in json.loads((run_dir / "config.json").read_text())["engine"]
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), [
+    (sac, ["--engine", "envpool"], "cannot have --goal fixed: use --goal random"),
+    (sac, ["--env-id", "drawer-opn-v3"], "did you mean drawer-open-v3"),
+    (sac, ["--vlm", "mini"], "--vlm"),
+    (relay, ["--relay-periods", "0"], "--relay-periods"),
+    (vlm_rm, ["--alpha", "1.5"], "--alpha must be at most 1, not 1.5"),
+    (vlm_rm, ["--baseline-prompt", " "], "--baseline-prompt must be a text"),
+])
+def test_bad_input_ends_with_status_2(script, flags, message, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(script, *flags, monkeypatch=monkeypatch)
+    assert stop.value.code == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()

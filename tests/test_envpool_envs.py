@@ -1,0 +1,132 @@
+"""The native engine against the official one: layout, physics, experts, episodes."""
+
+import numpy as np
+import pytest
+
+from common.envpool_envs import EnvPoolMetaWorld, envpool_id
+from common.envs import VecMetaWorld, make_env
+from common.errors import UserError
+from common.tasks import ENV_IDS, MT10, expert_action, expert_policy
+
+pytest.importorskip("envpool")
+
+
+def test_every_task_has_its_native_twin():
+    import envpool
+
+    assert {envpool_id(env_id) for env_id in ENV_IDS} <= set(envpool.list_all_envs())
+
+
+def test_a_fixed_goal_is_refused():
+    with pytest.raises(UserError, match="cannot have --goal fixed: use --goal random"):
+        EnvPoolMetaWorld("drawer-close-v3", 2, seed=0, goal="fixed")
+
+
+def test_the_interface_is_that_of_the_official_environments():
+    native = EnvPoolMetaWorld("drawer-close-v3", 3, seed=0, goal="random")
+    official = VecMetaWorld("drawer-close-v3", 3, seed=0, goal="random", num_workers=1)
+    action = np.zeros((3, 4), np.float32)
+    for envs in (native, official):
+        assert envs.reset()[0].dtype == np.float32
+    for ours, theirs in zip(native.step(action), official.step(action), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert official.engine.startswith("metaworld 3.1.1, mujoco 3.3.0")
+    assert native.engine.startswith("envpool 1.2.0, mujoco 3.6.0")
+    native.close()
+    official.close()
+
+
+@pytest.mark.parametrize("env_id", MT10)
+def test_observations_mean_the_same(env_id):
+    """Hand, gripper, object, previous frame and goal stand where the official engine has them.
+
+    One step after the reset: window-close's official first observation shows the handle before it
+    is moved.
+    """
+    official = make_env(env_id, seed=0, index=0, goal="random", show_goal=True)
+    still = np.zeros(4, np.float32)
+    samples = []
+    for _ in range(20):
+        official.reset()
+        samples.append(official.step(still)[0])
+    samples = np.stack(samples)
+    native = EnvPoolMetaWorld(env_id, 20, seed=0)
+    native.reset()
+    obs = native.step(np.stack([still] * 20)).obs
+    np.testing.assert_allclose(obs[:, :4], samples[:, :4], atol=2e-3)  # hand, gripper: no chance
+    # What is drawn at random lies in the same box: objects, goals.
+    low, high = samples.min(0) - 0.1, samples.max(0) + 0.1
+    low[18:36], high[18:36] = -np.inf, np.inf  # the frame before, of the reset
+    assert (obs >= low).all() and (obs <= high).all()
+    assert (np.ptp(obs, 0) > 1e-3).any()
+    following = native.step(np.stack([still] * 20)).obs
+    np.testing.assert_allclose(following[:, 18:36], obs[:, :18], atol=1e-6)
+    np.testing.assert_allclose(following[:, 36:], obs[:, 36:], atol=1e-6)
+    native.close()
+
+
+def test_a_hidden_goal_is_zeros():
+    native = EnvPoolMetaWorld("reach-v3", 4, seed=0, goal="random-hidden")
+    assert not native.reset()[0][:, 36:].any()
+    native.close()
+
+
+def test_actions_move_the_hand_alike():
+    """The same 40 actions lead within 2 mm of the same place: other MuJoCo, same physics."""
+    official = make_env("reach-v3", seed=0, index=0, goal="random", show_goal=True)
+    official.reset()
+    native = EnvPoolMetaWorld("reach-v3", 2, seed=0)
+    native.reset()
+    rng = np.random.default_rng(0)
+    for action in np.repeat(rng.uniform(-1, 1, (10, 4)).astype(np.float32), 4, axis=0):
+        expected = official.step(action)[0]
+        obs = native.step(np.stack([action, action])).obs
+    np.testing.assert_allclose(obs[:, :4], np.stack([expected[:4]] * 2), atol=2e-3)
+    assert np.linalg.norm(expected[:3] - official.init_tcp) > 0.05  # it has moved
+    native.close()
+
+
+@pytest.mark.parametrize("env_id", MT10)
+def test_scripted_experts_succeed(env_id):
+    native = EnvPoolMetaWorld(env_id, 5, seed=1)
+    experts = [expert_policy(env_id) for _ in range(5)]
+    obs, _ = native.reset()
+    succeeded = np.zeros(5, bool)
+    for _ in range(499):
+        actions = [expert_action(e, o) for e, o in zip(experts, obs, strict=True)]
+        step = native.step(np.stack(actions))
+        obs, succeeded = step.obs, succeeded | step.success
+        np.testing.assert_array_equal(step.sparse_reward, step.success)
+        if succeeded.all():
+            break
+    native.close()
+    assert succeeded.mean() >= 0.8
+
+
+def test_episodes_restart_in_the_step_that_ends_them():
+    native = EnvPoolMetaWorld("reach-v3", 3, seed=0, max_episode_steps=5)
+    first, _ = native.reset()
+    action = np.full((3, 4), 0.5, np.float32)
+    for t in range(1, 16):
+        step = native.step(action)
+        assert (step.truncated == (t % 5 == 0)).all() and not step.terminated.any()
+        if t % 5 == 0:
+            np.testing.assert_allclose(step.obs[:, :3], first[:, :3], atol=1e-3)  # back home
+            assert (np.abs(step.final_obs[:, :3] - first[:, :3]).max(1) > 5e-3).all()
+            assert (step.obs[:, 36:] != step.final_obs[:, 36:]).any(1).all()  # a new goal
+        else:
+            np.testing.assert_array_equal(step.obs, step.final_obs)
+    native.close()
+
+
+def test_seeds_decide():
+    def goals(seed):
+        native = EnvPoolMetaWorld("reach-v3", 3, seed=seed)
+        obs, _ = native.reset()
+        native.close()
+        return obs[:, 36:]
+
+    np.testing.assert_array_equal(goals(4), goals(4))
+    assert (goals(4) != goals(5)).any()
