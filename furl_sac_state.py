@@ -81,7 +81,7 @@ class Args:
     learning_rate: float = 1e-4  # Adam's, for all networks
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # step of the target critics
-    init_temperature: float = 0.1  # alpha before learning
+    init_temperature: float = 0.1  # temperature before learning
     hidden_features: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics
     # --- VLM reward
     vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai

@@ -78,7 +78,7 @@ class Args:
     learning_rate: float = 1e-4  # Adam's, for all networks
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # step of the target critics
-    init_temperature: float = 0.1  # alpha before learning
+    init_temperature: float = 0.1  # temperature before learning
     hidden_features: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics
 
     # --- VLM reward

@@ -68,7 +68,7 @@ class Args:
     learning_rate: float = 1e-4  # Adam's, for all networks
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # step of the target critics
-    init_temperature: float = 0.1  # alpha before learning
+    init_temperature: float = 0.1  # temperature before learning
     hidden_features: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics
 
     @property
@@ -305,6 +305,8 @@ def main(args: Args) -> dict[str, float]:
         rng.bit_generator.state = host["rng"]
         env_steps, num_updates, waiting = host["loop"]
         waiting = waiting and Transition(*waiting)
+        if args.engine == "envpool":  # episodes begin anew
+            run.forget_episodes()
 
     def save() -> None:
         loop = env_steps, num_updates, waiting and tuple(waiting)

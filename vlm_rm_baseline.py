@@ -36,6 +36,7 @@ import optax
 from common import replay
 from common.cli import check_args, run_script
 from common.envs import VecMetaWorld
+from common.errors import UserError
 from common.evaluate import Evaluator
 from common.rendering import gl_info
 from common.replay import Ring, Transition
@@ -78,7 +79,7 @@ class Args:
     learning_rate: float = 1e-4  # Adam's, for all networks
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # step of the target critics
-    init_temperature: float = 0.1  # alpha before learning
+    init_temperature: float = 0.1  # temperature before learning
     hidden_features: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics
 
     # --- VLM reward
@@ -371,8 +372,14 @@ def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = check_args(args)
     prompt = prompt_for(args.env_id, args.prompt)
-    baseline_prompt = baseline_prompt_for(args.env_id, args.baseline_prompt, prompt)
+    baseline_prompt = baseline_prompt_for(args.env_id, args.baseline_prompt)
+    if args.baseline_prompt is not None and args.alpha == 0:
+        raise UserError("--baseline-prompt has no effect without --alpha: give one above 0")
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
+    text, baseline = (jnp.asarray(x) for x in vlm.embed_text([prompt, baseline_prompt]))
+    if args.alpha > 0 and cosine_similarity(text, baseline[None])[0] > 0.9999:
+        raise UserError(f"--baseline-prompt {baseline_prompt!r} means the same as the prompt "
+                        f"{prompt!r} to this VLM: there is no line through both")
     envs = VecMetaWorld(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, frame_size=vlm.frame_size,
         max_episode_steps=MAX_EPISODE_STEPS, camera_id=args.camera_id, quality=args.quality,
@@ -384,7 +391,6 @@ def main(args: Args) -> dict[str, float]:
 
     # Everything that changes during the run: checkpoints hold all of it.
     key, init_key, projection_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
-    text, baseline = (jnp.asarray(x) for x in vlm.embed_text([prompt, baseline_prompt]))
     projection = Projection(args.projection_features).init(projection_key, text, text[None])
     vlm_inputs = VLMInputs(text, baseline, projection)
     agent = init_agent(init_key, args)

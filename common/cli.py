@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -75,9 +75,10 @@ def check_args(args: ArgsT) -> ArgsT:
     if updates < 1 or abs(updates - round(updates)) > 1e-6:
         raise UserError(f"--utd {args.utd:g} x --num-envs {args.num_envs} gives {updates:g} "
                         "updates per iteration: it must be a whole number, 1 or more")
-    if args.total_timesteps % args.num_envs:
-        raise UserError(f"--total-timesteps {args.total_timesteps} is no multiple of --num-envs "
-                        f"{args.num_envs}")
+    if args.total_timesteps % steps_per_iteration(args):
+        raise UserError(f"--total-timesteps {args.total_timesteps} is no multiple of the "
+                        f"{steps_per_iteration(args)} steps of an iteration (--num-envs "
+                        f"{args.num_envs})")
     if args.buffer_size < args.num_envs:
         raise UserError(f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}")
     # An episode is written at once: a shorter ring would take its rows in no certain order.
@@ -85,6 +86,11 @@ def check_args(args: ArgsT) -> ArgsT:
         raise UserError("--embedding-buffer-size must be an episode's length, "
                         f"{MAX_EPISODE_STEPS}, or more")
     return dataclasses.replace(args, env_id=resolve_env_id(args.env_id))
+
+
+def steps_per_iteration(args: Any) -> int:
+    """Environment steps that all environments together take between two actions."""
+    return args.num_envs * getattr(args, "action_repeat", 1)
 
 
 def resumed_folder(argv: list[str]) -> str | None:

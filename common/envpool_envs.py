@@ -64,10 +64,12 @@ class EnvPoolMetaWorld:
         version = metadata.version("envpool")
         self.engine = f"envpool {version}, mujoco {BUNDLED_MUJOCO.get(version, 'unknown')}"
         self._obs = np.zeros((num_envs, 39), np.float32)
+        self._num_resets = 0
 
     def reset(self) -> tuple[np.ndarray, None]:
         """Start new episodes; (obs [N, 39] float32, None: there are no frames)."""
         obs, _ = self._pool.reset()
+        self._num_resets += 1
         self._obs = obs.astype(np.float32)
         return self._obs.copy(), None
 
@@ -90,13 +92,15 @@ class EnvPoolMetaWorld:
         self.step_async(actions)
         return self.step_wait()
 
-    def get_state(self) -> list:
-        """Nothing: EnvPool keeps its state to itself."""
-        return []
+    def get_state(self) -> dict[str, int]:
+        """How many goals each environment has had: EnvPool keeps all else to itself."""
+        return {"num_resets": self._num_resets}
 
-    def set_state(self, states: list) -> np.ndarray:
-        """New episodes; the observations to act on, [N, 39]. A resumed run is another one here."""
-        return self.reset()[0]
+    def set_state(self, state: dict[str, int]) -> np.ndarray:
+        """Begin the episodes after those of `get_state`; the observations to act on, [N, 39]."""
+        while self._num_resets <= state["num_resets"]:
+            self.reset()
+        return self._obs.copy()
 
     def close(self) -> None:
         self._pool.close()

@@ -181,6 +181,8 @@ class VecMetaWorld:
         quality: `fast` or `paper`.
         num_workers: processes; default: one per core, at most N.
         max_episode_steps: 1 to 500.
+        action_repeat: physics steps per call of `step`, all with the same action; only the last
+            state is drawn and observed, and success at any of them counts.
         draw_resets: also draw the first state of new episodes.
         show_goal: put the goal into the observation whatever `goal` says (scripted experts need
             it).
@@ -202,6 +204,7 @@ class VecMetaWorld:
         quality: str = "fast",
         num_workers: int | None = None,
         max_episode_steps: int = MAX_EPISODE_STEPS,
+        action_repeat: int = 1,
         draw_resets: bool = False,
         show_goal: bool = False,
     ):
@@ -218,6 +221,9 @@ class VecMetaWorld:
         if not 1 <= max_episode_steps <= MAX_EPISODE_STEPS:
             raise UserError(f"max_episode_steps must be 1 to {MAX_EPISODE_STEPS}, not "
                             f"{max_episode_steps}")
+        if action_repeat < 1 or max_episode_steps % action_repeat:
+            raise UserError(f"action_repeat must divide {max_episode_steps}, the steps of an "
+                            f"episode, but is {action_repeat}")
         if num_workers is not None and num_workers < 1:
             raise UserError(f"num_workers must be positive, not {num_workers}")
         self.action_space = gymnasium.spaces.Box(-1, 1, (num_envs, ACTION_DIM), np.float32)
@@ -234,8 +240,8 @@ class VecMetaWorld:
             options = dict(
                 env_id=self.env_id, indices=indices.tolist(), seed=seed, goal=goal,
                 frame_size=frame_size, camera_id=camera_id, quality=quality,
-                max_episode_steps=max_episode_steps, draw_resets=draw_resets,
-                show_goal=show_goal, layout=layout,
+                max_episode_steps=max_episode_steps, action_repeat=action_repeat,
+                draw_resets=draw_resets, show_goal=show_goal, layout=layout,
             )
             self._workers.append(_start_worker(memory_fd, options))
         os.close(memory_fd)
@@ -400,10 +406,13 @@ def _work(connection: Connection, memory_fd: int) -> None:
         reply = None
         if command == "step":
             for i, env in zip(indices, envs, strict=True):
-                obs, _, _, truncated, info = env.step(arrays["actions"][i])
+                success = False
+                for _ in range(options["action_repeat"]):
+                    obs, _, _, truncated, info = env.step(arrays["actions"][i])
+                    success |= bool(info["success"])
                 truncated = truncated or env.curr_path_length >= options["max_episode_steps"]
                 arrays["obs"][i] = arrays["final_obs"][i] = obs
-                arrays["success"][i] = bool(info["success"])
+                arrays["success"][i] = success
                 arrays["truncated"][i] = truncated
                 if renderer is not None:
                     arrays["frames"][i] = renderer.render(env.model, env.data)

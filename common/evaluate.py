@@ -25,6 +25,9 @@ class Evaluator:
         num_episodes: played side by side, one environment each; 0: 1 with a fixed goal, where
             episodes of the mean action are all the same, else 10 (B.2).
         capture_video: draw the first episode as well.
+        frame_stack: 0: the policy sees states; K: the last K frames, the newest last.
+        frame_size, camera_id: of those frames.
+        action_repeat: physics steps per action.
         num_workers: worker processes; default: chosen from the number of cores.
     """
 
@@ -37,6 +40,10 @@ class Evaluator:
         num_episodes: int,
         quality: str = "fast",
         capture_video: bool = False,
+        frame_stack: int = 0,
+        frame_size: int = VIDEO_SIZE,
+        camera_id: int | str = 2,
+        action_repeat: int = 1,
         num_workers: int | None = None,
     ):
         self.envs = VecMetaWorld(
@@ -44,11 +51,14 @@ class Evaluator:
             num_episodes or (1 if goal == "fixed" else 10),
             seed=seed if goal == "fixed" else seed + EVAL_SEED_OFFSET,
             goal=goal,
-            frame_size=VIDEO_SIZE if capture_video else 0,
+            frame_size=frame_size if capture_video or frame_stack else 0,
+            camera_id=camera_id,
             quality=quality,
+            action_repeat=action_repeat,
             num_workers=num_workers,
         )
         self._start = self.envs.get_state()
+        self._frame_stack, self._action_repeat = frame_stack, action_repeat
 
     def __call__(
         self, policy: Callable[[np.ndarray], np.ndarray], video_path: Path | None = None
@@ -56,22 +66,25 @@ class Evaluator:
         """Play one episode in each environment.
 
         Args:
-            policy: mean action, observations [n, 39] -> [n, 4].
+            policy: mean action, observations [n, 39] -> [n, 4], or with a frame stack pictures
+                uint8 [n, size, size, 3 K] -> [n, 4].
             video_path: where to write the first episode (.mp4), if frames are drawn.
 
         Returns:
             `eval/success_once`: share of episodes with success at any step (Meta-World's own
             definition); `eval/success_at_end`: at the last step (the FuRL paper's);
-            `eval/return`: mean number of steps in success.
+            `eval/return`: mean number of steps in success (of the policy's, if actions repeat).
         """
         self.envs.set_state(self._start)
         obs, frames = self.envs.reset()
         pictures = [] if frames is None else [frames[0]]
+        if self._frame_stack:  # an episode begins with its first frame, repeated
+            obs = np.concatenate([frames] * self._frame_stack, -1)
         success_once = np.zeros(self.envs.num_envs, bool)
         returns = np.zeros(self.envs.num_envs)
         while True:
             step = self.envs.step(np.asarray(policy(obs)))
-            obs = step.obs
+            obs = np.concatenate([obs[..., 3:], step.frames], -1) if self._frame_stack else step.obs
             success_once |= step.success
             returns += step.sparse_reward
             if step.frames is not None:
@@ -79,7 +92,7 @@ class Evaluator:
             if step.truncated.all():  # all episodes have the same length
                 break
         if pictures and video_path is not None:
-            write_video(video_path, pictures)
+            write_video(video_path, pictures[:: 1 if self._action_repeat > 1 else 2])
         return {
             "eval/success_once": success_once.mean(),
             "eval/success_at_end": step.success.mean(),
@@ -91,7 +104,7 @@ class Evaluator:
 
 
 def write_video(path: Path, frames: list[np.ndarray]) -> None:
-    """Write RGB uint8 frames [H, W, 3] as H.264 at `VIDEO_FPS`, every second frame.
+    """Write RGB uint8 frames [H, W, 3] as H.264 at `VIDEO_FPS`.
 
     Raises:
         UserError: the encoder or the disk fails.
@@ -103,7 +116,7 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
     try:
         with imageio.get_writer(path, fps=VIDEO_FPS, macro_block_size=8) as writer:
-            for frame in frames[::2]:
+            for frame in frames:
                 writer.append_data(frame)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write the video {path}: {error}") from error

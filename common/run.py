@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from common import checkpoint
+from common.cli import steps_per_iteration
 from common.errors import UserError
 from common.logger import Logger, create_run_dir, first_not_finite, read_config, write_config
 
@@ -53,7 +54,8 @@ class Run:
         """True when `env_steps` has just passed a multiple of `every`, and at the run's end."""
         if env_steps == self.args.total_timesteps:
             return True
-        return every > 0 and env_steps // every > (env_steps - self.args.num_envs) // every
+        iteration = steps_per_iteration(self.args)
+        return every > 0 and env_steps // every > (env_steps - iteration) // every
 
     def video_path(self, env_steps: int) -> Path | None:
         return self.dir / "videos" / f"{env_steps:08d}.mp4" if self.args.capture_video else None
@@ -63,6 +65,10 @@ class Run:
         self._succeeded = self._succeeded | success
         self._finished += self._succeeded[truncated].tolist()
         self._succeeded = self._succeeded & ~truncated
+
+    def forget_episodes(self) -> None:
+        """The running episodes have been given up: none has succeeded so far."""
+        self._succeeded[:] = False
 
     def log_evaluation(self, env_steps: int, evaluation: dict[str, float]) -> None:
         self._evaluation = {key: float(value) for key, value in evaluation.items()}

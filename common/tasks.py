@@ -108,13 +108,16 @@ def resolve_env_id(name: str) -> str:
 
 
 def prompt_for(env_id: str, prompt: str | None) -> str:
-    """The instruction of a run: the task's own (None), Table 6's `short` or `long`, or any text.
+    """The instruction of a run: the task's own (None), Table 6's `short` or `long`, the dummy text
+    of Figure 15 (`none`), or any other.
 
     Raises:
         UserError: the prompt is empty, or the task has no such variant.
     """
     if prompt is None:
         return INSTRUCTIONS[env_id]
+    if prompt == "none":  # the command line turns "None" into None
+        return "None"
     if prompt in ("short", "long"):
         if env_id not in PROMPT_VARIANTS:
             raise UserError(f"--prompt {prompt}: Table 6 has it only for "
@@ -125,19 +128,17 @@ def prompt_for(env_id: str, prompt: str | None) -> str:
     return prompt.strip()
 
 
-def baseline_prompt_for(env_id: str, baseline_prompt: str | None, prompt: str) -> str:
+def baseline_prompt_for(env_id: str, baseline_prompt: str | None) -> str:
     """The baseline description of a run: any text, or the task's own (None).
 
     Raises:
-        UserError: it is empty, or the same as the goal's `prompt`.
+        UserError: it is empty.
     """
-    chosen = BASELINE_PROMPTS.get(env_id, "A robot arm and a table.")
-    if baseline_prompt is not None:
-        chosen = baseline_prompt.strip()
-    if not chosen or chosen == prompt:
-        raise UserError(f"--baseline-prompt must be a text other than the prompt, {prompt!r}, not "
-                        f"{chosen!r}")
-    return chosen
+    if baseline_prompt is None:
+        return BASELINE_PROMPTS.get(env_id, "A robot arm and a table.")
+    if not baseline_prompt.strip():
+        raise UserError("--baseline-prompt must not be empty; leave it out for the task's own")
+    return baseline_prompt.strip()
 
 
 def expert_policy(env_id: str):

@@ -83,12 +83,11 @@ def test_goal_baseline_reward_at_alpha_1_depends_on_the_line_alone():
 
 def test_baseline_prompts():
     for env_id in MT10:
-        assert baseline_prompt_for(env_id, None, prompt_for(env_id, None))
-    assert baseline_prompt_for("hammer-v3", None, "Hit it.") == "A robot arm and a table."
-    assert baseline_prompt_for("reach-v3", " a desk ", "Reach.") == "a desk"
-    for bad in ("", "Reach."):
-        with pytest.raises(UserError, match="--baseline-prompt"):
-            baseline_prompt_for("reach-v3", bad, "Reach.")
+        assert baseline_prompt_for(env_id, None) != prompt_for(env_id, None)
+    assert baseline_prompt_for("hammer-v3", None) == "A robot arm and a table."
+    assert baseline_prompt_for("reach-v3", " a desk ") == "a desk"
+    with pytest.raises(UserError, match="--baseline-prompt must not be empty"):
+        baseline_prompt_for("reach-v3", " ")
 
 
 # ------------------------------------------------------------- which method is which reward
@@ -239,7 +238,10 @@ def test_sac_on_the_native_engine(tmp_path, monkeypatch):
     (sac, ["--vlm", "mini"], "--vlm"),
     (relay, ["--relay-periods", "0"], "--relay-periods"),
     (vlm_rm, ["--alpha", "1.5"], "--alpha must be at most 1, not 1.5"),
-    (vlm_rm, ["--baseline-prompt", " "], "--baseline-prompt must be a text"),
+    (vlm_rm, ["--baseline-prompt", " "], "--baseline-prompt must not be empty"),
+    (vlm_rm, ["--baseline-prompt", "A desk."], "--baseline-prompt has no effect without --alpha"),
+    (vlm_rm, ["--alpha", "0.5", "--prompt", "A desk.", "--baseline-prompt", "a DESK."],
+     "means the same as the prompt"),
 ])
 def test_bad_input_ends_with_status_2(script, flags, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)

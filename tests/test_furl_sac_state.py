@@ -457,6 +457,35 @@ def test_what_an_update_changes(buffers, phase):
     assert ("pos_pos_loss" in names) == (phase.alignment == "success")
 
 
+@pytest.mark.parametrize("alignment", ["none", "success", "goal-image"])
+def test_the_goal_image_is_for_eq_5_alone(buffers, alignment):
+    """So --no-goal-image and --no-stage1 change nothing but the phase before the first success."""
+    state = script.init_state(jax.random.key(0), EMBED_DIM, SMALL)
+    other = VLM._replace(goal=-VLM.goal + 0.3)
+    phase = Phase(True, alignment)
+    first, second = (
+        update_once(state, buffers, vlm, jax.random.key(1), args=SMALL, phase=phase)[0]
+        for vlm in (VLM, other)
+    )
+    assert changed(first, second) == (alignment == "goal-image")
+    for flag in ("goal_image", "stage1", "align"):
+        assert not replace(SMALL, **{flag: False}).uses_goal_image
+
+
+def test_no_pretrained_reaches_the_vlm(monkeypatch):
+    asked = {}
+
+    def load_vlm(name, **options):
+        asked.update(options)
+        raise KeyboardInterrupt  # that is all there is to see
+
+    monkeypatch.setattr(script, "load_vlm", load_vlm)
+    for flag in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            script.main(replace(SMALL, pretrained=flag, total_timesteps=300))
+        assert asked["pretrained"] is flag
+
+
 def test_both_agents_learn_from_one_batch_with_their_own_rewards(buffers):
     """relay: r_task = sparse - 1 (B.2); furl: r_task + rho r_VLM (Eq. 1)."""
     args, key = SMALL, jax.random.key(9)

@@ -47,6 +47,7 @@ def test_table_6_word_for_word():
         "Grab the white handle and open the green drawer."
     )
     for task, variants in PROMPT_VARIANTS.items():
+        assert prompt_for(task, "none") == "None"
         assert variants["short"] == INSTRUCTIONS[task]
 
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,14 @@ from common.errors import UserError
 from common.rendering import Renderer, gl_info
 from common.vlm import load_vlm
 
-PARTS = ("environments", "frames", "embeddings", "updates", "scripts")
+Part = Literal["environments", "frames", "embeddings", "updates", "furl", "baselines"]
+PARTS: tuple[Part, ...] = get_args(Part)
 TASK = "drawer-open-v3"
 
 
 @dataclass(frozen=True)
 class Args:
-    only: tuple[Literal["environments", "frames", "embeddings", "updates", "scripts"], ...] = PARTS
+    only: tuple[Part, ...] = PARTS
     """parts to measure"""
     rounds: int = 5
     """rounds that the medians are taken over"""
@@ -193,32 +194,46 @@ def measure_updates(rounds: int) -> Iterator[Row]:
                f"{agents * sac_floor / per_update:.0%} of it is SAC's matrix products")
 
 
-def measure_scripts(_rounds: int) -> Iterator[Row]:
+ALWAYS, NEVER = "1000000000", "0"  # for --relay-until
+
+
+def measure_furl(_rounds: int) -> Iterator[Row]:
     """Steps per second and peak memory of real runs, after compilation."""
-    always, never = "1000000000", "0"
     rn50 = ["--vlm", "clip", "--no-pretrained"]
+    for name, flags, steps in (
+        ("mini, relaying", ["--relay-until", ALWAYS], 5000),
+        ("mini, aligned", ["--relay-until", NEVER], 5000),
+        ("RN50, relaying", [*rn50, "--relay-until", ALWAYS], 3000),
+        ("RN50, aligned", [*rn50, "--relay-until", NEVER], 3000),
+    ):
+        yield run_script("furl_sac_state.py", name, flags, steps)
+
+
+def measure_baselines(_rounds: int) -> Iterator[Row]:
+    """The same for the baselines."""
     native = ["--engine", "envpool", "--goal", "random"]
-    runs = [  # script, name, flags, steps
-        ("furl_sac_state.py", "mini, relaying", ["--relay-until", always], 5000),
-        ("furl_sac_state.py", "mini, aligned", ["--relay-until", never], 5000),
-        ("furl_sac_state.py", "RN50, relaying", [*rn50, "--relay-until", always], 3000),
-        ("furl_sac_state.py", "RN50, aligned", [*rn50, "--relay-until", never], 3000),
-        ("relay_baseline.py", "mini, relaying", ["--relay-until", always], 5000),
+    for script, name, flags, steps in (
+        ("relay_baseline.py", "mini, relaying", ["--relay-until", ALWAYS], 5000),
         ("vlm_rm_baseline.py", "mini", [], 5000),
         ("sac_baseline.py", "one update per step", [], 8000),
         ("sac_baseline.py", "--utd 0.25", ["--utd", "0.25"], 20000),
         ("sac_baseline.py", "--utd 0.25, EnvPool", ["--utd", "0.25", *native], 20000),
-    ]
-    for script, name, flags, steps in runs:
-        with tempfile.TemporaryDirectory() as folder:
-            speed, memory = run_script(script, [*flags, "--total-timesteps", str(steps)],
-                                       Path(folder) / "run")
-        yield (f"{script}, {name}", f"{speed:.0f} steps/s",
-               f"peak memory {memory / 2**30:.1f} GiB with its workers, replay of 1e6")
+    ):
+        yield run_script(script, name, flags, steps)
 
 
-def run_script(script: str, flags: list[str], run_dir: Path) -> tuple[float, float]:
-    """(median steps/s of the rows after the third that trains, peak PSS in bytes)."""
+def run_script(script: str, name: str, flags: list[str], num_steps: int) -> Row:
+    """Median steps/s of the rows after step 2000, and peak memory (PSS, workers included)."""
+    with tempfile.TemporaryDirectory() as folder:
+        speed, memory = time_run(
+            script, [*flags, "--total-timesteps", str(num_steps)], Path(folder) / "run"
+        )
+    return (f"{script}, {name}", f"{speed:.0f} steps/s",
+            f"peak memory {memory / 2**30:.1f} GiB with its workers, replay of 1e6")
+
+
+def time_run(script: str, flags: list[str], run_dir: Path) -> tuple[float, float]:
+    """(median steps/s, peak bytes) of one run."""
     command = [
         sys.executable, str(Path(furl.__file__).with_name(script)), "--env-id", "drawer-close-v3",
         "--learning-starts", "1000", "--eval-every", "1000000", "--checkpoint-every", "0",
@@ -278,7 +293,7 @@ def machine() -> str:
 def main(args: Args) -> None:
     measures = {"environments": measure_environments, "frames": measure_frames,
                 "embeddings": measure_embeddings, "updates": measure_updates,
-                "scripts": measure_scripts}
+                "furl": measure_furl, "baselines": measure_baselines}
     lines = [f"Machine: {machine()}.", "", "| what | figure | remark |", "| --- | --- | --- |"]
     print("\n".join(lines), flush=True)
     results: list[Row] = []

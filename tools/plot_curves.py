@@ -2,8 +2,8 @@
 
     python -m tools.plot_curves runs/a runs/b --output docs/curves
 
-Writes, per run, <env>-<script>-<seed>.csv (evaluations, training success, speed) and .json
-(command, commit, versions, wall-clock), and curves.png over all CSVs in the folder.
+Writes, per run, <name of its folder>.csv (evaluations, training success, speed) and .json (command,
+commit, versions, wall-clock), and curves.png over all that are in the output folder.
 """
 
 import csv
@@ -21,7 +21,7 @@ from common.errors import UserError
 matplotlib.use("Agg")
 KEPT = ("eval/success_once", "eval/success_at_end", "eval/return", "charts/success_once",
         "charts/relaying", "charts/num_positives", "time/steps_per_second")
-FACTS = ("command", "commit", "versions", "cpu_count", "engine", "vlm_id", "prompt")
+FACTS = ("script", "command", "commit", "versions", "cpu_count", "engine", "vlm_id", "prompt")
 STYLES = {"charts/success_once": "C7-", "eval/success_once": "C0o-", "eval/success_at_end": "C1x--"}
 COLUMNS = 4
 
@@ -56,15 +56,16 @@ def keep_run(run_dir: Path, output: Path) -> None:
     try:
         config = json.loads((run_dir / "config.json").read_text())
         rows = read_rows(run_dir / "metrics.csv")
-        env, seed = config["args"]["env_id"].removesuffix("-v3"), config["args"]["seed"]
-        name = f"{env}-{config['script']}-{seed}"
+        facts = {key: config["args"][key] for key in ("env_id", "seed")} | {
+            key: config[key] for key in FACTS if key in config
+        }
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{run_dir} is not a run folder: {error}") from None
+    name = run_dir.resolve().name
     with open(output / f"{name}.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("env_steps", "key", "value"))
         writer.writerows((step, key, f"{value:.6g}") for step, key, value in rows)
-    facts = {key: config[key] for key in FACTS if key in config}
     facts["wall_clock_seconds"] = round(wall_clock(rows))
     (output / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -75,7 +76,7 @@ def main(args: Args) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for run_dir in args.runs:
         keep_run(run_dir, args.output)
-    files = sorted(args.output.glob("*.csv"))
+    files = [f for f in sorted(args.output.glob("*.csv")) if f.with_suffix(".json").exists()]
     if not files:
         raise UserError(f"{args.output} holds no curves: give run folders")
     columns = min(COLUMNS, len(files))
@@ -89,8 +90,8 @@ def main(args: Args) -> None:
             points = [(step, value) for step, k, value in rows if k == key]
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=key, markersize=4)
-        env, script, seed = file.stem.rsplit("-", 2)
-        axis.set_title(f"{env}, seed {seed}\n{script}", fontsize=8)
+        facts = json.loads(file.with_suffix(".json").read_text())
+        axis.set_title(f"{facts['env_id']}, seed {facts['seed']}\n{facts['script']}", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.set_ylim(-0.05, 1.05)
     axes[0][0].legend(fontsize=6)

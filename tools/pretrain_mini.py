@@ -62,7 +62,7 @@ class Args:
     seed: int = 0  # of training
     holdout: bool = False  # train without the six held-out tasks and judge by them
     steps: int = 1200  # gradient steps
-    batch_size: int = 32  # episodes per step, six pictures of each
+    batch_size: int = 32  # episodes per step, seven pictures of each
     learning_rate: float = 2e-3  # Adam's peak
     episodes: int = 28  # per training task; a quarter of them random behaviour
     workers: int = 2  # rendering processes
@@ -71,13 +71,17 @@ class Args:
 # --------------------------------------------------------------------------- data
 
 
-def play_episode(env, task: str, noise: float | None, rng: np.random.Generator):
-    """Physics states, success per step; `noise` None: smooth random behaviour, no expert."""
+def play_episode(env, task: str, noise: float | str, rng: np.random.Generator):
+    """Physics states, success per step; `noise` on the expert's actions, or without it:
+
+    `drift`: smooth random behaviour near the start; `wander`: to random points all over the
+    workspace and on, into corners where no expert goes but where a learning agent does.
+    """
     policy = expert_policy(task)
     obs, _ = env.reset()
     states, success = [], []
     drift = np.zeros(4)
-    steps_left = MAX_STEPS if noise is not None else 150
+    steps_left = 150 if isinstance(noise, str) else MAX_STEPS
 
     def record(is_success: bool) -> None:
         physics = np.empty(mujoco.mj_stateSize(env.model, PHYSICS))
@@ -87,9 +91,14 @@ def play_episode(env, task: str, noise: float | None, rng: np.random.Generator):
 
     record(False)
     while steps_left > 0:
-        if noise is None:
+        if noise == "drift":
             drift = 0.9 * drift + 0.35 * rng.normal(size=4)
             action = np.clip(drift, -1, 1)
+        elif noise == "wander":
+            if steps_left % 30 == 0:
+                target = rng.uniform(env.mocap_low, env.mocap_high)
+                grip = rng.uniform(-1, 1)
+            action = np.clip([*(10 * (target - obs[:3])), grip], -1, 1)
         else:
             action = np.clip(expert_action(policy, obs) + noise * rng.normal(size=4), -1, 1)
         obs, _, _, _, info = env.step(action.astype(np.float32))
@@ -103,10 +112,10 @@ def play_episode(env, task: str, noise: float | None, rng: np.random.Generator):
 def collect_task(task: str, episodes: int, seed: int) -> Path:
     """Render `episodes` episodes of a task to DATA/<task>.npz, in groups of four with one goal.
 
-    Three of a group are the expert's, with different noise; one is random behaviour. Arrays, one
-    row a picture: frames uint8 [n, 112, 112, 3]; episode, group, step, success_step int32 (-1: the
-    episode fails); success bool; kind: ORDINARY or COUNTERFACTUAL, the robot where it is at that
-    step with the object where it was at the start.
+    Three of a group are the expert's, with different noise; one is random behaviour, which drifts
+    and wanders by turns. Arrays, one row a picture: frames uint8 [n, 112, 112, 3]; hand [n, 3], m;
+    episode, group, step, success_step int32 (-1: the episode fails); success bool; kind: ORDINARY
+    or COUNTERFACTUAL, the robot where it is at that step with the object where it was at the start.
     """
     path = DATA / f"{task}.npz"
     if path.exists():
@@ -119,7 +128,7 @@ def collect_task(task: str, episodes: int, seed: int) -> Path:
     for joint in joints:
         if joint.name.startswith(ROBOT_JOINTS):
             robot[joint.qposadr[0]] = True
-    names = ("frames", "episode", "group", "step", "success_step", "success", "kind")
+    names = ("frames", "hand", "episode", "group", "step", "success_step", "success", "kind")
     rows: dict[str, list] = {name: [] for name in names}
 
     def draw(physics, episode, step, success_step, success, kind, start=None) -> None:
@@ -128,6 +137,7 @@ def collect_task(task: str, episodes: int, seed: int) -> Path:
             env.data.qpos[~robot] = start[~robot]
         mujoco.mj_forward(env.model, env.data)
         rows["frames"].append(renderer.render(env.model, env.data))
+        rows["hand"].append(env.get_endeff_pos().copy())
         values = {"episode": episode, "group": episode // GROUP, "step": step,
                   "success_step": success_step, "success": success, "kind": kind}
         for key, value in values.items():
@@ -135,7 +145,9 @@ def collect_task(task: str, episodes: int, seed: int) -> Path:
 
     for episode in range(episodes):
         env._freeze_rand_vec = episode % GROUP > 0  # the first of a group draws its goal
-        noise = None if episode % GROUP == GROUP - 1 else NOISE_LEVELS[episode % len(NOISE_LEVELS)]
+        noise = NOISE_LEVELS[episode % len(NOISE_LEVELS)]
+        if episode % GROUP == GROUP - 1:
+            noise = ("wander", "drift")[episode // GROUP % 2]
         states, success = play_episode(env, task, noise, rng)
         success_step = int(np.argmax(success)) if success.any() else -1
         last = success_step if success_step > 0 else len(states) - 1
@@ -220,12 +232,13 @@ class Episodes:
 
     def __init__(self, tasks: tuple[str, ...]):
         self.tasks = tasks
-        frames, self.successes, self.failures = [], [], []
+        frames, hands, self.successes, self.failures = [], [], [], []
         offset = 0
         for task in tasks:
             with np.load(DATA / f"{task}.npz") as stored:
                 rows = dict(stored)
             frames.append(rows["frames"])
+            hands.append(rows["hand"])
             number = np.arange(len(rows["step"])) + offset
             ordinary = rows["kind"] == ORDINARY
             episodes = []
@@ -242,8 +255,7 @@ class Episodes:
             self.successes.append(episodes)
             self.failures.append(number[ordinary & (rows["success_step"] < 0)])
             offset += len(number)
-        self.frames = np.concatenate(frames)
-        self.step = None
+        self.frames, self.hands = np.concatenate(frames), np.concatenate(hands)
         self.trainable = [i for i, e in enumerate(self.successes)
                           if len(e) >= 2 and len(self.failures[i])]
 
@@ -268,13 +280,14 @@ def other_episodes(episodes: list[dict], number: int, same_goal: bool) -> list[i
 
 
 def draw_batch(data: Episodes, rng: np.random.Generator, batch_size: int):
-    """Rows [batch, 6]: earlier, later, success, goal, counterfactual, failure; and their tasks.
+    """Rows [batch, 7]: earlier, later, success, goal, counterfactual, two failures of which the
+    hand of the first is nearer to where it is in the goal; and their tasks.
 
     The goal is the success of another episode, three times in four one with the same goal: that is
     what Eq. 5 compares with, and the rest keeps the distance from meaning the goal alone. Without
     a counterfactual (the task moves nothing) the failure stands in for it.
     """
-    rows = np.empty((batch_size, 6), np.int64)
+    rows = np.empty((batch_size, 7), np.int64)
     tasks = rng.choice(data.trainable, batch_size)
     has_counterfactual = np.zeros(batch_size, bool)
     for b, task in enumerate(tasks):
@@ -282,20 +295,22 @@ def draw_batch(data: Episodes, rng: np.random.Generator, batch_size: int):
         others = other_episodes(data.successes[task], first, same_goal=rng.random() < 0.75)
         episode, other = data.successes[task][first], data.successes[task][rng.choice(others)]
         i, j = np.sort(rng.choice(len(episode["path"]), 2, replace=False))
-        failure = rng.choice(data.failures[task])
-        counterfactual = failure
+        goal = rng.choice(other["done"])
+        failures = rng.choice(data.failures[task], 2)
+        distances = np.linalg.norm(data.hands[failures] - data.hands[goal], axis=-1)
+        counterfactual, *_ = failures = failures[np.argsort(distances)]
         if len(episode["counterfactual"]):
             counterfactual = rng.choice(episode["counterfactual"])
             has_counterfactual[b] = True
-        rows[b] = (episode["path"][i], episode["path"][j], rng.choice(episode["done"]),
-                   rng.choice(other["done"]), counterfactual, failure)
+        rows[b] = (episode["path"][i], episode["path"][j], rng.choice(episode["done"]), goal,
+                   counterfactual, *failures)
     return rows, tasks, has_counterfactual
 
 
 def augmented_crops(frames: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """[batch, 6, 112, 112, 3] uint8 -> [batch * 6, 3, 84, 84].
+    """[batch, 7, 112, 112, 3] uint8 -> [batch * 7, 3, 84, 84].
 
-    Per picture: shifts by up to 5 px, brightness, contrast. Per sample, the same for its six
+    Per picture: shifts by up to 5 px, brightness, contrast. Per sample, the same for its seven
     pictures: mirror image and order of the colours, which turn 40 scenes into many more.
     """
     frames = frames.copy()
@@ -322,11 +337,11 @@ def batch_loss(
     """Ranking losses on distance to the goal picture and on similarity to the sentence.
 
     Args:
-        images: unit vectors [batch, 6, D] in the order of `draw_batch`.
+        images: unit vectors [batch, 7, D] in the order of `draw_batch`.
         texts: unit vectors [batch, D].
         has_counterfactual: [batch] float, 1 where the fifth picture is one.
     """
-    earlier, later, success, goal, counterfactual, failure = images.unbind(1)
+    earlier, later, success, goal, counterfactual, near, far = images.unbind(1)
 
     def closeness(x: torch.Tensor) -> torch.Tensor:
         return -(x - goal).norm(dim=-1)
@@ -342,12 +357,13 @@ def batch_loss(
         "goal_counterfactual": ranking(
             closeness(success), closeness(counterfactual), has_counterfactual
         ),
-        "goal_failure": ranking(closeness(success), closeness(failure)),
+        "goal_failure": ranking(closeness(success), closeness(near)),
+        "goal_hand": ranking(closeness(near), closeness(far)),
         "text_time": ranking(reward(later), reward(earlier)),
         "text_counterfactual": ranking(
             reward(success), reward(counterfactual), has_counterfactual
         ),
-        "text_failure": ranking(reward(success), reward(failure)),
+        "text_failure": ranking(reward(success), reward(near)),
         "contrast": F.cross_entropy(logits, targets),
     }
 
@@ -370,7 +386,7 @@ def train(args: Args) -> Path:
     for step in range(1, args.steps + 1):
         rows, batch_tasks, has_counterfactual = draw_batch(data, rng, args.batch_size)
         crops = augmented_crops(data.frames[rows], rng)
-        images = model.encode_crops(crops).reshape(args.batch_size, 6, -1)
+        images = model.encode_crops(crops).reshape(args.batch_size, 7, -1)
         means = torch.stack([sentences[t][rng.integers(len(sentences[t]))] for t in batch_tasks])
         # A little noise, so that paraphrases of a sentence stay near it.
         means = F.normalize(means + 0.03 * torch.randn_like(means), dim=-1)
@@ -455,8 +471,17 @@ def measure(
         return float(np.mean([spearmanr(np.arange(len(e["path"])), score(e["path"], g)).statistic
                               for e, g in zip(episodes, goals, strict=True)]))
 
+    def hand_spearman() -> float:
+        """Of closeness with the hand's distance, over the failures; the mean over goals."""
+        values = []
+        for e, g in zip(episodes, goals, strict=True):
+            distance = np.linalg.norm(data.hands[failures] - data.hands[e["done"][0]], axis=-1)
+            values.append(spearmanr(-distance, closeness(failures, g)).statistic)
+        return float(np.mean(values))
+
     figures = {
         "goal_spearman": spearman(closeness),
+        "hand_spearman": hand_spearman(),
         "goal_counterfactual_auc": counterfactual_auc(closeness),
     }
     if model is None:
@@ -493,6 +518,7 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
 SUMMARY = {
     "goal Spearman": ("", "goal_spearman"),
     "goal Spearman, other goal": (", other goal", "goal_spearman"),
+    "hand Spearman": ("", "hand_spearman"),
     "goal counterfactual AUC": ("", "goal_counterfactual_auc"),
     "goal distance at the start": ("", "path_length"),
     "text Spearman": ("", "text_spearman"),

@@ -1,0 +1,816 @@
+"""FuRL on pixels: DrQ instead of SAC, on three stacked pictures instead of states.
+
+Section 5.4 of Fu et al., ICML 2024, arXiv 2406.00645. FuRL itself is that of furl_sac_state.py; the
+agents are DrQ (Kostrikov et al., 2021, arXiv 2004.13649): SAC behind a convolutional encoder that
+the critics train, on pictures shifted at random. With --no-vlm it is DrQ on the sparse reward, the
+baseline of Figure 7.
+
+    python furl_drq_pixels.py --env-id window-open-v3 --goal random
+    python furl_drq_pixels.py --env-id window-open-v3 --goal random --no-vlm
+
+docs/furl_drq_pixels.md explains every metric and says what a run costs.
+
+Deviations from the paper, whose Table 5 is the default, and choices where it is silent:
+ 1. Those of furl_sac_state.py: eight environments, relay and alignment, random steps, temperature.
+ 2. One picture serves both: it is drawn in the VLM's size and scaled down for the policy.
+ 3. A step is a physics step: an action is repeated for two of them, is learned from once, and one
+    frame is drawn. Success at either counts as one success.
+ 4. --lag counts frames, as many as --action-repeat steps apart.
+ 5. Each agent has an encoder of its own, of which its actor uses the convolutions.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from common import replay
+from common.cli import check_args, run_script
+from common.envs import VecMetaWorld, goal_image
+from common.errors import UserError
+from common.evaluate import Evaluator
+from common.rendering import gl_info
+from common.replay import Frame, Ring, Transition
+from common.run import start_run
+from common.tasks import prompt_for
+from common.vlm import load_vlm
+
+SCRIPT = "furl_drq_pixels"
+ACTION_DIM = 4  # every Meta-World task
+PICTURE_SIZE = 84  # pixels, width and height of what the policy sees
+MAX_EPISODE_STEPS = 500
+LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
+
+
+@dataclass(frozen=True)
+class Args:
+    # --- run
+    env_id: str = "drawer-open-v3"  # any Meta-World v3 task; v2 names are aliases
+    seed: int = 0  # seed of everything: goals, networks, exploration, sampling
+    total_timesteps: int = 1_000_000  # environment steps, summed over the environments
+    eval_every: int = 10_000  # environment steps between evaluations of the mean action
+    eval_episodes: int = 0  # per evaluation; 0: 1 with a fixed goal (deterministic), else 10
+    checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
+    log_every: int = 1_000  # environment steps between rows of metrics
+    run_dir: str | None = None  # default: runs/<env>__<script>__<seed>__<time>
+    resume: str | None = None  # run folder to continue, with the arguments it was started with
+    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
+    wandb_project: str = "furl"  # project for --track
+    capture_video: bool = False  # a video of each evaluation in <run folder>/videos
+    # --- environment
+    goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
+    engine: Literal["metaworld"] = "metaworld"  # the official environments; frames need them
+    num_envs: int = 8  # environments stepped side by side
+    quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
+    camera_id: int = 2  # camera of the frames
+    action_repeat: int = 2  # physics steps per action
+    # --- DrQ
+    learning_starts: int = 10_000  # steps of uniformly random actions before the first update
+    utd: float = 1.0  # updates per action
+    buffer_size: int = 200_000  # pictures in the replay
+    batch_size: int = 256  # samples per update, of the agents and of each ranking loss
+    learning_rate: float = 1e-4  # Adam's, for all networks
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.01  # step of the target critics
+    init_temperature: float = 0.1  # temperature before learning
+    hidden_features: tuple[int, ...] = (256, 256, 256)  # hidden layers of actor and critics
+    frame_stack: int = 3  # pictures that the policy sees, the newest last
+    shift: int = 4  # pixels by which pictures are shifted at random
+    encoder_features: tuple[int, ...] = (32, 32, 32, 32)  # 3 x 3 convolutions, the first by 2
+    encoder_dim: int = 50  # numbers that actor and critics get of a stack of pictures
+    no_vlm: bool = False  # DrQ alone: no VLM, no relay
+    # --- VLM reward
+    vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
+    vlm_weights: str | None = None  # local weights file for --vlm
+    pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
+    prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
+    rho: float = 0.05  # weight of the VLM reward (Eq. 1)
+    # --- alignment
+    align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
+    goal_image: bool = True  # --no-goal-image: no Eq. 5, alignment starts at the first success
+    stage1: bool = True  # --no-stage1: without Eq. 5
+    stage2: bool = True  # --no-stage2: Eq. 5 only
+    projection_features: tuple[int, ...] = (256, 64)  # layers of both projection heads
+    lag: int = 10  # k of Eq. 4, environment steps
+    reward_margin: float = 0.1  # delta of Eqs. 4 and 5
+    l2_margin: float = 0.2  # margin on the distance to the goal image in Eq. 5
+    embedding_buffer_size: int = 100_000  # frames for the ranking losses, of either kind
+    # --- relay
+    relay: bool = True  # --no-relay: the VLM agent explores alone
+    relay_periods: tuple[int, ...] = (50, 100, 150, 200)  # T_s: steps until the agents change
+    relay_until: int = 2_500  # positive samples at which relaying ends (Figure 5)
+
+    @property
+    def updates_per_iteration(self) -> int:
+        return round(self.utd * self.num_envs)
+
+    @property
+    def uses_goal_image(self) -> bool:
+        return self.align and self.stage1 and self.goal_image
+
+    @property
+    def episode_length(self) -> int:  # actions
+        return MAX_EPISODE_STEPS // self.action_repeat
+
+
+# ------------------------------------------------------------------------------ state
+
+
+class AgentState(NamedTuple):
+    params: dict  # encoder, actor, critic, log_alpha
+    target: dict  # encoder, critic
+    opt: optax.OptState
+
+
+class FuRLState(NamedTuple):
+    furl: AgentState  # learns from r_task + rho r_VLM, and is evaluated
+    relay: AgentState  # learns from r_task
+    projection: dict  # W_L and W_I
+    projection_opt: optax.OptState
+
+
+class PixelStep(NamedTuple):
+    """What is stored of a step: the picture reached, and what led there."""
+
+    picture: jax.Array  # [n, 84, 84, 3] uint8
+    action: jax.Array  # [n, action_dim] float32
+    sparse_reward: jax.Array  # [n] float32
+    terminated: jax.Array  # [n] float32
+    embedding: jax.Array  # [n, embed_dim] float16
+
+
+class Buffers(NamedTuple):
+    pixels: Ring  # of PixelStep, num_envs rows at a time
+    positives: Ring  # of Frame
+    negatives: Ring  # of Frame
+
+
+class Phase(NamedTuple):
+    """What is trained: static, so that each phase compiles to exactly its own work."""
+
+    relaying: bool
+    alignment: Literal["none", "goal-image", "success"]  # nothing, Eq. 5, Eq. 4
+
+
+class VLMInputs(NamedTuple):
+    text: jax.Array  # Phi_L(l) [embed_dim]
+    goal: jax.Array  # Phi_I(o_g) [embed_dim]; zeros without a goal image
+
+
+# --------------------------------------------------------------------------- networks
+
+
+class MLP(nn.Module):
+    features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for features in self.features[:-1]:
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(self.features[-1])(x)
+
+
+class Encoder(nn.Module):
+    """uint8 [batch, 84, 84, 9] -> [batch, 35 * 35 * 32]: convolutions (DrQ, Table 5)."""
+
+    features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, pictures: jax.Array) -> jax.Array:
+        x = pictures.astype(jnp.float32) / 255 - 0.5
+        for i, features in enumerate(self.features):
+            x = nn.relu(nn.Conv(features, (3, 3), 2 if i == 0 else 1, padding="VALID")(x))
+        return x.reshape(*x.shape[:-3], -1)
+
+
+class Neck(nn.Module):
+    """Features of the encoder [batch, n] -> [batch, encoder_dim], in -1 to 1."""
+
+    encoder_dim: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        return nn.tanh(nn.LayerNorm()(nn.Dense(self.encoder_dim)(features)))
+
+
+class Actor(nn.Module):
+    """features -> mean and log std of the Gaussian before tanh, [batch, action_dim]."""
+
+    action_dim: int
+    hidden_features: tuple[int, ...]
+    encoder_dim: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = Neck(self.encoder_dim)(features)
+        output = MLP((*self.hidden_features, 2 * self.action_dim))(x)
+        mean, log_std = jnp.split(output, 2, axis=-1)
+        return mean, jnp.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)
+
+
+class CriticPair(nn.Module):
+    """features, action [batch, action_dim] -> Q of both critics, which share a neck, [2, batch]."""
+
+    hidden_features: tuple[int, ...]
+    encoder_dim: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array, action: jax.Array) -> jax.Array:
+        ensemble = nn.vmap(
+            MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
+        )
+        x = jnp.concatenate([Neck(self.encoder_dim)(features), action], axis=-1)
+        return ensemble((*self.hidden_features, 1))(x).squeeze(-1)
+
+
+class Projection(nn.Module):
+    """The heads f_{W_L} and f_{W_I} of Eq. 3: (text [D], images [n, D]) -> ([P], [n, P])."""
+
+    features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, text: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        language_head = MLP(self.features, name="language")
+        image_head = MLP(self.features, name="image")
+        return language_head(text), image_head(images)
+
+
+def networks(args: Args) -> tuple[Actor, CriticPair]:
+    return (
+        Actor(ACTION_DIM, args.hidden_features, args.encoder_dim),
+        CriticPair(args.hidden_features, args.encoder_dim),
+    )
+
+
+def encode(encoder_params: dict, pictures: jax.Array, args: Args) -> jax.Array:
+    """Stacked pictures uint8 [batch, 84, 84, 9] -> features [batch, n]."""
+    return Encoder(args.encoder_features).apply(encoder_params, pictures)
+
+
+def sample_action(
+    actor_params: dict, obs: jax.Array, key: jax.Array, args: Args
+) -> tuple[jax.Array, jax.Array]:
+    """A tanh-squashed Gaussian sample [batch, action_dim] and its log-probability [batch]."""
+    mean, log_std = networks(args)[0].apply(actor_params, obs)
+    noise = jax.random.normal(key, mean.shape)
+    pre_tanh = mean + jnp.exp(log_std) * noise
+    gaussian = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    # log(1 - tanh(x)^2), in a form that does not underflow for large |x|.
+    squash = 2 * (jnp.log(2.0) - pre_tanh - nn.softplus(-2 * pre_tanh))
+    return jnp.tanh(pre_tanh), (gaussian - squash).sum(-1)
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+@partial(jax.jit, static_argnames="size")
+def scale_down(frames: jax.Array, size: int = PICTURE_SIZE) -> jax.Array:
+    """uint8 [n, height, width, channels] -> uint8 [n, size, size, channels], antialiased."""
+    if frames.shape[1] == size:
+        return frames
+    shape = (frames.shape[0], size, size, frames.shape[3])
+    resized = jax.image.resize(frames.astype(jnp.float32), shape, "linear", antialias=True)
+    return resized.round().clip(0, 255).astype(jnp.uint8)
+
+
+def random_shift(pictures: jax.Array, key: jax.Array, shift: int) -> jax.Array:
+    """DrQ's augmentation: each sample of [batch, height, width, channels] moved by up to `shift`
+    pixels in both directions, all of its channels alike; the border is repeated."""
+    batch, height, width, channels = pictures.shape
+    padded = jnp.pad(pictures, ((0, 0), (shift, shift), (shift, shift), (0, 0)), "edge")
+    offsets = jax.random.randint(key, (batch, 2), 0, 2 * shift + 1)
+
+    def crop(picture: jax.Array, offset: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(picture, (*offset, 0), (height, width, channels))
+
+    return jax.vmap(crop)(padded, offsets)
+
+
+def sample_batch(ring: Ring, key: jax.Array, args: Args) -> Transition:
+    """Uniform transitions, stacked as they are read and shifted: obs and next_obs uint8
+    [batch, 84, 84, 9].
+
+    All episodes begin and end together, so rows come in blocks of `num_envs`: block 0 of each
+    `episode_length + 1` holds the episodes' first pictures, each other one a step. A stack never
+    reaches beyond the first picture of its episode, which is repeated.
+    """
+    transition_key, env_key, shift_key, next_shift_key = jax.random.split(key, 4)
+    num_envs, length = args.num_envs, args.episode_length
+    blocks = ring.total // num_envs
+    # The pictures before the oldest blocks have been overwritten.
+    oldest = jnp.maximum(0, blocks - ring.capacity // num_envs + args.frame_stack)
+
+    def steps_before(block: jax.Array) -> jax.Array:
+        return block - -(-block // (length + 1))
+
+    number = jax.random.randint(
+        transition_key, (args.batch_size,), steps_before(oldest), steps_before(blocks)
+    )
+    block = number + number // length + 1
+    time = block % (length + 1)  # 1 to episode_length
+    env = jax.random.randint(env_key, (args.batch_size,), 0, num_envs)
+
+    def stack(end: jax.Array) -> jax.Array:
+        """Pictures up to time `end` [batch] of the episode, [batch, 84, 84, 3 frame_stack]."""
+        ages = (time - end)[:, None] + jnp.minimum(
+            jnp.arange(args.frame_stack - 1, -1, -1), end[:, None]
+        )
+        slots = ((block[:, None] - ages) * num_envs + env[:, None]) % ring.capacity
+        pictures = ring.data.picture[slots]  # [batch, frame_stack, 84, 84, 3]
+        return jnp.moveaxis(pictures, 1, -2).reshape(*pictures.shape[:1], *pictures.shape[2:4], -1)
+
+    slots = (block * num_envs + env) % ring.capacity
+    rows = replay.take(ring._replace(data=ring.data._replace(picture=())), slots)
+    return Transition(
+        obs=random_shift(stack(time - 1), shift_key, args.shift),
+        action=rows.action,
+        next_obs=random_shift(stack(time), next_shift_key, args.shift),
+        sparse_reward=rows.sparse_reward,
+        terminated=rows.terminated,
+        embedding=rows.embedding,
+    )
+
+
+# ------------------------------------------------------------------------- DrQ losses
+
+
+def critic_loss(
+    params: dict, agent: AgentState, batch: Transition, reward: jax.Array, key: jax.Array,
+    args: Args,
+) -> tuple[jax.Array, tuple[jax.Array, dict]]:
+    """Soft Bellman error of both critics; also returns the features [batch, n] for the actor."""
+    critic = networks(args)[1]
+    next_features = encode(agent.params["encoder"], batch.next_obs, args)
+    next_action, next_log_prob = sample_action(agent.params["actor"], next_features, key, args)
+    next_features = encode(agent.target["encoder"], batch.next_obs, args)
+    next_q = critic.apply(agent.target["critic"], next_features, next_action).min(0)
+    next_value = next_q - jnp.exp(agent.params["log_alpha"]) * next_log_prob
+    target = reward + args.gamma * (1 - batch.terminated) * next_value
+    features = encode(params["encoder"], batch.obs, args)
+    q = critic.apply(params["critic"], features, batch.action)  # [2, batch]
+    loss = ((q - target) ** 2).mean(1).sum()
+    return loss, (features, {"critic_loss": loss, "q": q.mean()})
+
+
+def actor_loss(
+    actor_params: dict, agent: AgentState, features: jax.Array, key: jax.Array, args: Args
+) -> tuple[jax.Array, dict]:
+    """alpha log pi - min Q, for actions of the current policy."""
+    action, log_prob = sample_action(actor_params, features, key, args)
+    q = networks(args)[1].apply(agent.params["critic"], features, action).min(0)
+    loss = (jnp.exp(agent.params["log_alpha"]) * log_prob - q).mean()
+    return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
+
+
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array) -> tuple[jax.Array, dict]:
+    """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
+    alpha = jnp.exp(log_alpha)
+    return alpha * (jax.lax.stop_gradient(entropy) + ACTION_DIM / 2), {"alpha": alpha}
+
+
+def drq_loss(
+    params: dict, agent: AgentState, batch: Transition, reward: jax.Array, key: jax.Array,
+    args: Args,
+) -> tuple[jax.Array, dict]:
+    """The three losses as one; the encoder is moved by the critics alone."""
+    critic_key, actor_key = jax.random.split(key)
+    critic, (features, critic_metrics) = critic_loss(
+        params, agent, batch, reward, critic_key, args
+    )
+    features = jax.lax.stop_gradient(features)
+    actor, actor_metrics = actor_loss(params["actor"], agent, features, actor_key, args)
+    alpha, alpha_metrics = alpha_loss(params["log_alpha"], actor_metrics["entropy"])
+    return critic + actor + alpha, critic_metrics | actor_metrics | alpha_metrics
+
+
+# ----------------------------------------------------------------------- FuRL's losses
+
+
+def cosine_similarity(text: jax.Array, images: jax.Array) -> jax.Array:
+    """Eq. 2: text [D], images [n, D] -> [n]; 0, with finite gradients, for a zero vector."""
+    squares = (text**2).sum() * (images**2).sum(-1)
+    return images @ text * jax.lax.rsqrt(squares + 1e-12)
+
+
+def vlm_reward(projection_params: dict, images: jax.Array, vlm: VLMInputs, args: Args) -> jax.Array:
+    """Eq. 3, images [n, D] -> r_VLM [n]; the raw similarity of Eq. 2 with --no-align."""
+    if not args.align:
+        return cosine_similarity(vlm.text, images)
+    return cosine_similarity(
+        *Projection(args.projection_features).apply(projection_params, vlm.text, images)
+    )
+
+
+def ranking_loss(better: jax.Array, worse: jax.Array, margin: float, mask: jax.Array) -> jax.Array:
+    """l_delta of Eq. 4, the mean of max(0, worse - better + margin) over the pairs in `mask`."""
+    losses = nn.relu(worse - better + margin) * mask
+    return losses.sum() / jnp.maximum(mask.sum(), 1)
+
+
+def negatives_loss(
+    projection_params: dict, images_i: jax.Array, images_j: jax.Array, vlm: VLMInputs, args: Args
+) -> tuple[jax.Array, dict]:
+    """Eq. 5: of two failures, the one nearer to the goal image by the margin is the better."""
+    distance_i = jnp.linalg.norm(images_i - vlm.goal, axis=-1)  # [batch]
+    distance_j = jnp.linalg.norm(images_j - vlm.goal, axis=-1)
+    rewards = vlm_reward(projection_params, jnp.concatenate([images_i, images_j]), vlm, args)
+    reward_i, reward_j = jnp.split(rewards, 2)
+    # Either member of a pair may be the nearer one: the expectation is over ordered pairs.
+    i_is_nearer = distance_i < distance_j
+    mask = jnp.abs(distance_i - distance_j) > args.l2_margin
+    loss = ranking_loss(
+        jnp.where(i_is_nearer, reward_i, reward_j),
+        jnp.where(i_is_nearer, reward_j, reward_i),
+        args.reward_margin,
+        mask.astype(jnp.float32),
+    )
+    return loss, {"neg_neg_loss": loss, "neg_neg_pairs": mask.mean()}
+
+
+def positives_loss(
+    projection_params: dict,
+    positives: jax.Array,
+    earlier: jax.Array,
+    earlier_exists: jax.Array,
+    negatives: jax.Array,
+    negatives_exist: jax.Array,
+    vlm: VLMInputs,
+    args: Args,
+) -> tuple[jax.Array, dict]:
+    """Eq. 4: successes above failures, later above earlier in one success; images [batch, D]."""
+    images = jnp.concatenate([positives, earlier, negatives])
+    positive, lagged, negative = jnp.split(vlm_reward(projection_params, images, vlm, args), 3)
+    pos_neg = ranking_loss(
+        positive, negative, args.reward_margin, jnp.full_like(positive, negatives_exist)
+    )
+    pos_pos = ranking_loss(
+        positive, lagged, args.reward_margin, earlier_exists.astype(jnp.float32)
+    )
+    return pos_neg + pos_pos, {"pos_neg_loss": pos_neg, "pos_pos_loss": pos_pos}
+
+
+# ---------------------------------------------------------------------------- updates
+
+
+def descend(loss_fn, params, opt_state, args: Args):
+    """One Adam step on `loss_fn(params) -> (loss, metrics)`."""
+    gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = optax.adam(args.learning_rate).update(gradients, opt_state)
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def init_agent(key: jax.Array, args: Args) -> AgentState:
+    actor, critic = networks(args)
+    encoder_key, actor_key, critic_key = jax.random.split(key, 3)
+    pictures = jnp.zeros((1, PICTURE_SIZE, PICTURE_SIZE, 3 * args.frame_stack), jnp.uint8)
+    encoder_params = Encoder(args.encoder_features).init(encoder_key, pictures)
+    features = encode(encoder_params, pictures, args)
+    params = {
+        "encoder": encoder_params,
+        "actor": actor.init(actor_key, features),
+        "critic": critic.init(critic_key, features, jnp.zeros((1, ACTION_DIM))),
+        "log_alpha": jnp.log(args.init_temperature),
+    }
+    target = jax.tree.map(jnp.copy, {name: params[name] for name in ("encoder", "critic")})
+    return AgentState(params, target, optax.adam(args.learning_rate).init(params))
+
+
+def update_agent(
+    agent: AgentState, batch: Transition, reward: jax.Array, key: jax.Array, args: Args
+) -> tuple[AgentState, dict]:
+    """One DrQ update; all gradients are taken from the networks as they were before it."""
+    params, opt, metrics = descend(
+        lambda p: drq_loss(p, agent, batch, reward, key, args), agent.params, agent.opt, args
+    )
+    new = {name: params[name] for name in agent.target}
+    target = optax.incremental_update(new, agent.target, args.tau)
+    return AgentState(params, target, opt), metrics
+
+
+def init_state(key: jax.Array, embed_dim: int, args: Args) -> FuRLState:
+    furl_key, relay_key, projection_key = jax.random.split(key, 3)
+    text, images = jnp.zeros(embed_dim), jnp.zeros((1, embed_dim))
+    projection = Projection(args.projection_features).init(projection_key, text, images)
+    opt = optax.adam(args.learning_rate).init(projection)
+    return FuRLState(init_agent(furl_key, args), init_agent(relay_key, args), projection, opt)
+
+
+def init_buffers(embed_dim: int, args: Args) -> Buffers:
+    scalar, number = np.zeros((), np.float32), np.zeros((), np.int32)
+    picture = np.zeros((PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
+    embedding = np.zeros(embed_dim, np.float16)
+    step = PixelStep(picture, np.zeros(ACTION_DIM, np.float32), scalar, scalar, embedding)
+    frame = Frame(embedding, trajectory=number, time=number)
+    return Buffers(
+        replay.init_ring(step, args.buffer_size),
+        replay.init_ring(frame, args.embedding_buffer_size),
+        replay.init_ring(frame, args.embedding_buffer_size),
+    )
+
+
+def first_pictures(pictures: np.ndarray, embed_dim: int) -> PixelStep:
+    """The rows that begin an episode, pictures [num_envs, 84, 84, 3]: no step leads there."""
+    n = len(pictures)
+    zeros = np.zeros(n, np.float32)
+    return PixelStep(pictures, np.zeros((n, ACTION_DIM), np.float32), zeros, zeros,
+                     np.zeros((n, embed_dim), np.float16))
+
+
+def update_projection(
+    state: FuRLState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, args: Args, phase: Phase
+) -> tuple[FuRLState, dict]:
+    """One step of the alignment that belongs to the phase: Eq. 5 or Eq. 4."""
+    first_key, second_key = jax.random.split(key)
+
+    def images(ring: Ring, slots: jax.Array) -> jax.Array:
+        return ring.data.embedding[slots].astype(jnp.float32)  # [batch, D]
+
+    def sample(ring: Ring, sample_key: jax.Array) -> jax.Array:
+        return replay.sample_slots(ring, sample_key, args.batch_size)
+
+    negatives = images(buffers.negatives, sample(buffers.negatives, first_key))
+    if phase.alignment == "goal-image":
+        others = images(buffers.negatives, sample(buffers.negatives, second_key))
+        loss_fn = partial(negatives_loss, images_i=negatives, images_j=others, vlm=vlm, args=args)
+    else:
+        slots = sample(buffers.positives, second_key)
+        earlier_slots, earlier_exists = replay.lagged_slots(buffers.positives, slots, args.lag)
+        loss_fn = partial(
+            positives_loss,
+            positives=images(buffers.positives, slots),
+            earlier=images(buffers.positives, earlier_slots),
+            earlier_exists=earlier_exists,
+            negatives=negatives,
+            negatives_exist=buffers.negatives.size > 0,
+            vlm=vlm,
+            args=args,
+        )
+    projection, opt, metrics = descend(loss_fn, state.projection, state.projection_opt, args)
+    return state._replace(projection=projection, projection_opt=opt), metrics
+
+
+def update_once(
+    state: FuRLState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, args: Args, phase: Phase
+) -> tuple[FuRLState, dict]:
+    """One pass of Algorithm 1's updates on one batch that both agents share."""
+    sample_key, furl_key, relay_key, projection_key = jax.random.split(key, 4)
+    metrics = {}
+    if phase.alignment != "none":
+        state, metrics = update_projection(state, buffers, vlm, projection_key, args, phase)
+    batch = sample_batch(buffers.pixels, sample_key, args)
+    fuzzy = vlm_reward(state.projection, batch.embedding.astype(jnp.float32), vlm, args)
+    task_reward = batch.sparse_reward - 1  # constant shaping (B.2)
+    shaped_reward = task_reward + args.rho * fuzzy  # Eq. 1
+    furl, furl_metrics = update_agent(state.furl, batch, shaped_reward, furl_key, args)
+    relay, relay_metrics = state.relay, {}
+    if phase.relaying:
+        relay, relay_metrics = update_agent(state.relay, batch, task_reward, relay_key, args)
+    metrics = (
+        {f"losses/{name}": value for name, value in metrics.items()}
+        | {f"losses/furl_{name}": value for name, value in furl_metrics.items()}
+        | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
+        | {"reward/vlm_mean": fuzzy.mean(), "reward/vlm_std": fuzzy.std()}
+        | {"reward/sparse_mean": batch.sparse_reward.mean()}
+    )
+    return state._replace(furl=furl, relay=relay), metrics
+
+
+@partial(jax.jit, static_argnames=("args", "phase"), donate_argnames="state")
+def update(
+    state: FuRLState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, args: Args, phase: Phase
+) -> tuple[FuRLState, dict]:
+    """All updates of an iteration in one dispatch; metrics are their means."""
+    state, metrics = jax.lax.scan(
+        lambda carry, update_key: update_once(carry, buffers, vlm, update_key, args, phase),
+        state,
+        jax.random.split(key, args.updates_per_iteration),
+    )
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+# ------------------------------------------------------------------------------ relay
+
+
+class RelaySchedule(NamedTuple):
+    period: np.ndarray  # [num_envs] int, steps until the agents change
+    relay_first: np.ndarray  # [num_envs] bool
+
+
+def draw_schedule(rng: np.random.Generator, num_envs: int, args: Args) -> RelaySchedule:
+    """Each environment's own T_i and first agent, drawn when its episode starts."""
+    return RelaySchedule(rng.choice(args.relay_periods, num_envs), rng.random(num_envs) < 0.5)
+
+
+def relay_acts(schedule: RelaySchedule, episode_time: np.ndarray) -> np.ndarray:
+    """Where the relay agent acts at step `episode_time` of the episode, bool [num_envs]."""
+    return ((episode_time // schedule.period) % 2 == 0) == schedule.relay_first
+
+
+def choose_phase(num_positives: int, num_negatives: int, args: Args) -> Phase:
+    """Algorithm 1's branches, from the samples collected so far."""
+    alignment = "none"
+    if args.align and args.stage2 and num_positives > 0:
+        alignment = "success"
+    elif args.uses_goal_image and num_negatives > 0:
+        alignment = "goal-image"
+    return Phase(args.relay and num_positives < args.relay_until, alignment)
+
+
+@partial(jax.jit, static_argnames=("args", "relaying"))
+def act(
+    furl: dict, relay: dict, obs: jax.Array, use_relay: jax.Array, key: jax.Array,
+    args: Args, relaying: bool,
+) -> jax.Array:
+    """Exploration: both agents (their params) sample for all stacks uint8 [n, 84, 84, 9], a mask
+    [n] selects."""
+    furl_key, relay_key = jax.random.split(key)
+    features = encode(furl["encoder"], obs, args)
+    furl_action, _ = sample_action(furl["actor"], features, furl_key, args)
+    if not relaying:
+        return furl_action
+    features = encode(relay["encoder"], obs, args)
+    relay_action, _ = sample_action(relay["actor"], features, relay_key, args)
+    return jnp.where(use_relay[:, None], relay_action, furl_action)
+
+
+@partial(jax.jit, static_argnames="args")
+def act_mean(params: dict, frames: jax.Array, *, args: Args) -> jax.Array:
+    """Evaluation: tanh of the mean for stacked frames of any size, [n, action_dim]."""
+    features = encode(params["encoder"], scale_down(frames), args)
+    mean, _ = networks(args)[0].apply(params["actor"], features)
+    return jnp.tanh(mean)
+
+
+# ------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, and return the last evaluation."""
+    args = check_pixel_args(check_args(args))
+    drawing = {"camera_id": args.camera_id, "quality": args.quality}
+    if args.no_vlm:  # embeddings of one zero, whose similarity is 0
+        vlm, prompt, embed_dim, frame_size = None, None, 1, PICTURE_SIZE
+        text = goal = np.zeros(1, np.float32)
+    else:
+        vlm = load_vlm(
+            args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed
+        )
+        prompt, embed_dim = prompt_for(args.env_id, args.prompt), vlm.embed_dim
+        frame_size = max(vlm.frame_size, PICTURE_SIZE)
+        text = vlm.embed_text([prompt])[0]
+        goal = np.zeros_like(text)
+    if args.uses_goal_image:
+        picture = goal_image(
+            args.env_id, seed=args.seed, goal=args.goal, size=frame_size, **drawing
+        )
+        goal = vlm.embed_images(picture[None])[0]
+    vlm_inputs = VLMInputs(jnp.asarray(text), jnp.asarray(goal))
+    envs = VecMetaWorld(
+        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, frame_size=frame_size,
+        max_episode_steps=MAX_EPISODE_STEPS, action_repeat=args.action_repeat, draw_resets=True,
+        **drawing,
+    )
+    evaluate = Evaluator(
+        args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
+        capture_video=args.capture_video, frame_stack=args.frame_stack, frame_size=frame_size,
+        action_repeat=args.action_repeat, **drawing,
+    )
+
+    def embed(frames: np.ndarray) -> np.ndarray:
+        embedding = np.zeros((len(frames), 1)) if vlm is None else vlm.embed_images(frames)
+        return embedding.astype(np.float16)
+
+    # Everything that changes during the run: checkpoints hold all of it.
+    key, init_key = jax.random.split(jax.random.PRNGKey(args.seed))
+    state = init_state(init_key, embed_dim, args)
+    buffers = init_buffers(embed_dim, args)
+    trajectories = replay.init_trajectories(args.num_envs, args.episode_length, embed_dim)
+    rng = np.random.default_rng(args.seed)  # random actions and relay schedules
+    schedule = draw_schedule(rng, args.num_envs, args)
+    episode_time = np.zeros(args.num_envs, np.int64)
+    picture = np.asarray(scale_down(envs.reset()[1]))
+    obs = np.concatenate([picture] * args.frame_stack, -1)
+    waiting = {"first": picture}  # what the last step brought, until it is embedded and stored
+    counts = {"updates": 0, "positives": 0, "negatives": 0, "trajectories": 0}
+    env_steps = 0
+
+    run = start_run(
+        args, SCRIPT, buffers._asdict(), engine=envs.engine, prompt=prompt,
+        vlm_id=vlm and vlm.id, gl=gl_info(),
+    )
+    if args.resume:
+        (state, key), rings, host = run.load((state, key), buffers._asdict())
+        buffers = Buffers(**rings)
+        envs.set_state(host["envs"])
+        rng.bit_generator.state = host["rng"]
+        env_steps, counts, episode_time, obs, waiting, schedule, trajectories = host["loop"]
+        schedule, trajectories = RelaySchedule(*schedule), replay.Trajectories(*trajectories)
+
+    def save() -> None:
+        loop = env_steps, counts, episode_time, obs, waiting, tuple(schedule), tuple(trajectories)
+        run.save(env_steps, (state, key), buffers._asdict(), {
+            "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
+        })
+
+    if not args.resume:
+        save()  # so that a run that dies early can be resumed too
+    metrics: dict[str, jax.Array] = {}
+    evaluation: dict[str, float] = {}
+    while env_steps < args.total_timesteps:
+        # Act, and let the environments step and draw ...
+        phase = choose_phase(counts["positives"], counts["negatives"], args)
+        if env_steps < args.learning_starts:
+            action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
+        else:
+            key, act_key = jax.random.split(key)
+            action = np.asarray(act(
+                state.furl.params, state.relay.params, obs, relay_acts(schedule, episode_time),
+                act_key, args, phase.relaying,
+            ))
+        envs.step_async(action)
+
+        # ... while the frames of the step before are embedded, stored and learned from.
+        if "step" in waiting:
+            embedding = embed(waiting["frames"])
+            step_rows = PixelStep(embedding=embedding, **waiting["step"])
+            buffers = buffers._replace(pixels=replay.add_rows(buffers.pixels, step_rows))
+            for kind, frames in replay.collect(
+                trajectories, embedding, waiting["success"], waiting["truncated"]
+            ):
+                number = counts["trajectories"]
+                ring = replay.add_trajectory(getattr(buffers, kind), frames, number)
+                buffers = buffers._replace(**{kind: ring})
+                counts[kind] += len(frames)
+                counts["trajectories"] += 1
+        if waiting["first"] is not None:
+            rows = first_pictures(waiting["first"], embed_dim)
+            buffers = buffers._replace(pixels=replay.add_rows(buffers.pixels, rows))
+        if env_steps >= args.learning_starts and "step" in waiting:
+            key, update_key = jax.random.split(key)
+            state, metrics = update(state, buffers, vlm_inputs, update_key, args, phase)
+            counts["updates"] += args.updates_per_iteration
+
+        step = envs.step_wait()
+        env_steps += args.num_envs * args.action_repeat
+        picture = np.asarray(scale_down(step.frames))
+        waiting = {
+            "step": {
+                "picture": picture, "action": action, "sparse_reward": step.sparse_reward,
+                "terminated": step.terminated.astype(np.float32),
+            },
+            "frames": step.frames, "success": step.success, "truncated": step.truncated,
+            "first": None,
+        }
+        obs = np.concatenate([obs[..., 3:], picture], -1)
+        episode_time += args.action_repeat
+        if step.truncated.all():  # nothing else ends an episode: all end together
+            waiting["first"] = np.asarray(scale_down(step.reset_frames))
+            obs = np.concatenate([waiting["first"]] * args.frame_stack, -1)
+            episode_time[:] = 0
+            schedule = draw_schedule(rng, args.num_envs, args)
+
+        # Measure and save.
+        run.count_episodes(step.success, step.truncated)
+        if run.is_due(args.eval_every, env_steps):
+            policy = partial(act_mean, state.furl.params, args=args)
+            evaluation = evaluate(policy, run.video_path(env_steps))
+            run.log_evaluation(env_steps, evaluation)
+        if run.is_due(args.log_every, env_steps):
+            stage = "drq" if args.no_vlm else "relay" if phase.relaying else "aligned"
+            run.log_training(env_steps, stage if counts["updates"] else "random", {
+                **metrics, "charts/relaying": phase.relaying,
+                **{f"charts/num_{name}": count for name, count in counts.items()},
+            })
+        if run.is_due(args.checkpoint_every, env_steps):
+            save()
+
+    for thing in (run, evaluate, envs):
+        thing.close()
+    return evaluation
+
+
+def check_pixel_args(args: Args) -> Args:
+    """`args`, with --no-vlm spelt out.
+
+    Raises:
+        UserError: names the flag whose value cannot work, and what can.
+    """
+    if MAX_EPISODE_STEPS % args.action_repeat:
+        raise UserError(f"--action-repeat must divide {MAX_EPISODE_STEPS}, the steps of an "
+                        f"episode, not {args.action_repeat}")
+    least = args.num_envs * (args.frame_stack + 2)
+    if args.buffer_size % args.num_envs or args.buffer_size < least:
+        raise UserError(f"--buffer-size must be a multiple of --num-envs {args.num_envs}, {least} "
+                        f"or more, not {args.buffer_size}")
+    if args.no_vlm:
+        return replace(args, relay=False, align=False)
+    return args
+
+
+if __name__ == "__main__":
+    run_script(main, Args)

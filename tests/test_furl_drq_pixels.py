@@ -1,0 +1,250 @@
+"""FuRL on pixels: stacking, augmentation, who trains the encoder, and runs end to end."""
+
+import csv
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import furl_drq_pixels as script
+from common import replay
+from common.cli import run_script
+from common.replay import Transition
+from furl_drq_pixels import Args, PixelStep
+
+SMALL = Args(
+    num_envs=3, action_repeat=100, batch_size=64, buffer_size=60, embedding_buffer_size=40,
+    hidden_features=(16,), encoder_features=(2, 2, 2, 2), encoder_dim=5,
+    projection_features=(8, 4),
+)
+LENGTH = 5  # actions per episode
+assert SMALL.episode_length == LENGTH
+
+
+# ------------------------------------------------------------------------------ stacking
+
+
+def write_blocks(num_blocks: int):
+    """A ring whose every field tells episode, time and environment of its row."""
+    ring = script.init_buffers(1, SMALL).pixels
+    envs = np.arange(SMALL.num_envs)
+    for block in range(num_blocks):
+        episode, time = divmod(block, LENGTH + 1)
+        picture = np.zeros((SMALL.num_envs, 84, 84, 3), np.uint8)
+        picture[...] = np.stack([envs * 0 + time, envs, envs * 0 + episode], -1)[:, None, None]
+        number = (100 * episode + 10 * time + envs).astype(np.float32)
+        if time == 0:
+            rows = script.first_pictures(picture, 1)
+        else:
+            rows = PixelStep(picture, np.stack([number] * 4, 1), number, number,
+                             number[:, None].astype(np.float16))
+        ring = replay.add_rows(ring, rows)
+    return ring
+
+
+sample = jax.jit(script.sample_batch, static_argnames="args")
+
+
+@pytest.mark.parametrize("num_blocks", [2, 6, 9, 19, 20, 21, 27, 33])
+def test_samples_are_whole_stacks_of_one_episode(num_blocks):
+    """The ring holds 20 blocks: from 21 on it has wrapped, not at an episode's end."""
+    ring, seen = write_blocks(num_blocks), set()
+    for seed in range(12):
+        batch = sample(ring, jax.random.key(seed), SMALL)
+        assert batch.obs.shape == batch.next_obs.shape == (64, 84, 84, 9)
+        assert (batch.obs == batch.obs[:, :1, :1]).all()  # shifting one colour changes nothing
+        obs, next_obs = (np.asarray(x[:, 0, 0]).reshape(-1, 3, 3).astype(int)
+                         for x in (batch.obs, batch.next_obs))
+        for i in range(64):
+            time, env, episode = next_obs[i, -1]
+            assert 1 <= time <= LENGTH
+            number = 100 * episode + 10 * time + env
+            assert batch.sparse_reward[i] == batch.terminated[i] == batch.action[i, 0] == number
+            assert batch.embedding[i, 0] == number
+            expected = [[max(0, time - back), env, episode] for back in (3, 2, 1)]
+            np.testing.assert_array_equal(obs[i], expected)
+            np.testing.assert_array_equal(next_obs[i], [*expected[1:], [time, env, episode]])
+            seen.add((episode, time, env))
+    oldest = max(0, num_blocks - 20 + SMALL.frame_stack) if num_blocks > 17 else 0
+    allowed = {(block // (LENGTH + 1), block % (LENGTH + 1), env)
+               for block in range(oldest, num_blocks) if block % (LENGTH + 1)
+               for env in range(SMALL.num_envs)}
+    assert seen == allowed
+
+
+def test_scaling_down():
+    frames = np.zeros((2, 168, 168, 3), np.uint8)
+    frames[0, :, 84:] = 200
+    frames[1] = np.array([10, 20, 30])
+    small = script.scale_down(frames)
+    assert small.shape == (2, 84, 84, 3) and small.dtype == jnp.uint8
+    assert (small[0, :, :41] == 0).all() and (small[0, :, 43:] == 200).all()
+    assert (small[1] == np.array([10, 20, 30])).all()
+    same = np.random.default_rng(0).integers(0, 256, (2, 84, 84, 9), np.uint8)
+    np.testing.assert_array_equal(script.scale_down(same), same)
+
+
+# -------------------------------------------------------------------------- augmentation
+
+
+def test_a_shift_of_zero_is_the_identity():
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 84, 84, 9), np.uint8)
+    shifted = script.random_shift(jnp.asarray(pictures), jax.random.key(0), 0)
+    np.testing.assert_array_equal(shifted, pictures)
+
+
+def test_shifted_content_is_where_it_should_be():
+    """Every picture is a window of the edge-padded one, all channels from the same place."""
+    rng = np.random.default_rng(1)
+    pictures = rng.integers(0, 256, (40, 20, 20, 9), np.uint8)
+    shifted = np.asarray(script.random_shift(jnp.asarray(pictures), jax.random.key(1), 4))
+    offsets = set()
+    for before, after in zip(pictures, shifted, strict=True):
+        padded = np.pad(before, ((4, 4), (4, 4), (0, 0)), "edge")
+        found = [(dy, dx) for dy in range(9) for dx in range(9)
+                 if np.array_equal(padded[dy : dy + 20, dx : dx + 20], after)]
+        assert len(found) == 1
+        offsets |= set(found)
+    assert len(offsets) > 20  # of 81, in 40 draws
+    assert {dy for dy, _ in offsets} == {dx for _, dx in offsets} == set(range(9))
+
+
+def test_obs_and_next_obs_are_shifted_apart(monkeypatch):
+    keys = []
+    monkeypatch.setattr(script, "random_shift", lambda x, key, shift: keys.append(key) or x)
+    script.sample_batch(write_blocks(6), jax.random.key(0), SMALL)
+    assert len(keys) == 2 and (jax.random.key_data(keys[0]) != jax.random.key_data(keys[1])).any()
+
+
+# ------------------------------------------------------------------ which loss moves what
+
+
+def batch() -> Transition:
+    rng = np.random.default_rng(3)
+    n = 6
+    return Transition(
+        obs=rng.integers(0, 256, (n, 84, 84, 9), np.uint8),
+        action=rng.uniform(-1, 1, (n, 4)).astype(np.float32),
+        next_obs=rng.integers(0, 256, (n, 84, 84, 9), np.uint8),
+        sparse_reward=(rng.random(n) < 0.5).astype(np.float32),
+        terminated=np.zeros(n, np.float32),
+        embedding=rng.normal(size=(n, 3)).astype(np.float16),
+    )
+
+
+def test_each_loss_moves_its_own_parameters():
+    agent, key = script.init_agent(jax.random.key(0), SMALL), jax.random.key(1)
+    reward = jnp.arange(6.0)
+    critic_key, actor_key = jax.random.split(key)
+
+    def joint(params):
+        return script.drq_loss(params, agent, batch(), reward, key, SMALL)[0]
+
+    def critic(params):
+        return script.critic_loss(params, agent, batch(), reward, critic_key, SMALL)[0]
+
+    features = script.encode(agent.params["encoder"], batch().obs, SMALL)
+
+    def actor(params):
+        return script.actor_loss(params["actor"], agent, features, actor_key, SMALL)[0]
+
+    joint, critic, actor = (jax.grad(f)(agent.params) for f in (joint, critic, actor))
+    for part, alone in (("encoder", critic), ("critic", critic), ("actor", actor)):
+        for a, b in zip(jax.tree.leaves(joint[part]), jax.tree.leaves(alone[part]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        assert any(np.abs(x).max() > 0 for x in jax.tree.leaves(alone[part]))
+    assert not any(np.abs(x).max() > 0 for x in jax.tree.leaves(critic["actor"]))
+    assert not any(np.abs(x).max() > 0 for x in jax.tree.leaves((actor["encoder"],
+                                                                 actor["critic"])))
+    assert joint["log_alpha"] != 0
+
+
+def test_the_target_follows_encoder_and_critic_by_tau():
+    agent = script.init_agent(jax.random.key(0), SMALL)
+    new, metrics = script.update_agent(agent, batch(), jnp.arange(6.0), jax.random.key(1), SMALL)
+    for part in ("encoder", "critic"):
+        for old, moved, target in zip(*(jax.tree.leaves(x) for x in (
+            agent.target[part], new.params[part], new.target[part])), strict=True):
+            np.testing.assert_allclose(target, 0.99 * old + 0.01 * moved, rtol=1e-5, atol=1e-7)
+    assert all(np.isfinite(float(x)) for x in jax.tree.leaves(metrics))
+
+
+def test_shapes_of_table_5():
+    """84 px, kernels of 3, strides 2, 1, 1, 1 without padding: 41, 39, 37, 35."""
+    args = Args()
+    shapes = jax.eval_shape(lambda key: script.init_agent(key, args), jax.random.key(0)).params
+    kernels = [shapes["encoder"]["params"][f"Conv_{i}"]["kernel"].shape for i in range(4)]
+    assert kernels == [(3, 3, 9, 32), (3, 3, 32, 32), (3, 3, 32, 32), (3, 3, 32, 32)]
+    for part in ("actor", "critic"):
+        assert shapes[part]["params"]["Neck_0"]["Dense_0"]["kernel"].shape == (35 * 35 * 32, 50)
+    picture_bytes = args.buffer_size * 84 * 84 * 3
+    assert picture_bytes < 4.6e9
+
+
+# ------------------------------------------------------------------------------ end to end
+
+
+TINY = [
+    "--env-id", "drawer-close-v3", "--num-envs", "2", "--total-timesteps", "1600",
+    "--learning-starts", "1200", "--batch-size", "8", "--eval-every", "800",
+    "--checkpoint-every", "800", "--log-every", "400", "--buffer-size", "500", "--utd", "0.5",
+    "--hidden-features", "16", "--encoder-features", "4", "4", "4", "4",
+]
+
+
+def run(*flags: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["furl_drq_pixels.py", *flags])
+    run_script(script.main, Args)
+
+
+def metrics(run_dir: Path) -> dict[tuple[int, str], float]:
+    with open(run_dir / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {(int(row["env_steps"]), row["key"]): float(row["value"]) for row in rows
+            if not row["key"].startswith("time/")}
+
+
+@pytest.mark.parametrize("flags", [
+    pytest.param([], id="furl"),
+    pytest.param(["--no-vlm"], id="drq"),
+])
+def test_a_run_and_its_resumption(flags, tmp_path, monkeypatch):
+    """A run that stopped half way and was resumed logs what the whole run logs."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(*TINY, *flags, "--run-dir", str(whole), monkeypatch=monkeypatch)
+    run(*TINY, *flags, "--total-timesteps", "800", "--run-dir", str(halves),
+        monkeypatch=monkeypatch)
+    run("--resume", str(halves), "--total-timesteps", "1600", monkeypatch=monkeypatch)
+    rows = metrics(whole)
+    assert metrics(halves) == rows
+    # 2 environments x 2 repeated steps an iteration, one update in each from 1200 steps on.
+    assert rows[1600, "charts/num_updates"] == (1600 - 1200) / 4
+    assert {step for step, key in rows if key == "eval/success_once"} == {800, 1600}
+    assert ((1600, "losses/relay_critic_loss") in rows) == (not flags)
+    assert all(np.isfinite(value) for value in rows.values())
+    if flags:
+        assert rows[1600, "reward/vlm_mean"] == rows[1600, "reward/vlm_std"] == 0
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--action-repeat", "3"], "--action-repeat must divide 500"),
+    (["--buffer-size", "1001"], "--buffer-size must be a multiple of --num-envs 8"),
+    (["--total-timesteps", "1000008"], "multiple of the 16 steps of an iteration"),
+])
+def test_bad_input_ends_with_status_2(flags, message, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, monkeypatch=monkeypatch)
+    assert stop.value.code == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_vlm_is_drq_alone():
+    args = script.check_pixel_args(replace(Args(), no_vlm=True))
+    assert not args.relay and not args.align
+    assert script.choose_phase(1, 500, args) == script.Phase(False, "none")
