@@ -262,7 +262,7 @@ class Episodes:
 
 SHARPNESS = 20.0
 # What the prototype and the held-out tasks found hardest, and what matters most: the object.
-LOSS_WEIGHTS = {"goal_counterfactual": 4.0, "text_counterfactual": 2.0, "contrast": 0.5}
+LOSS_WEIGHTS = {"goal_counterfactual": 4.0, "goal_hand": 4.0, "text_counterfactual": 2.0, "contrast": 0.5}
 
 
 def ranking(better: torch.Tensor, worse: torch.Tensor, mask: torch.Tensor | float = 1.0):
@@ -281,7 +281,8 @@ def other_episodes(episodes: list[dict], number: int, same_goal: bool) -> list[i
 
 def draw_batch(data: Episodes, rng: np.random.Generator, batch_size: int):
     """Rows [batch, 7]: earlier, later, success, goal, counterfactual, two failures of which the
-    hand of the first is nearer to where it is in the goal; and their tasks.
+    hand of the first is nearer to where it is in the goal, by 5 cm or more if four draws find such
+    a pair; and their tasks.
 
     The goal is the success of another episode, three times in four one with the same goal: that is
     what Eq. 5 compares with, and the rest keeps the distance from meaning the goal alone. Without
@@ -296,8 +297,11 @@ def draw_batch(data: Episodes, rng: np.random.Generator, batch_size: int):
         episode, other = data.successes[task][first], data.successes[task][rng.choice(others)]
         i, j = np.sort(rng.choice(len(episode["path"]), 2, replace=False))
         goal = rng.choice(other["done"])
-        failures = rng.choice(data.failures[task], 2)
-        distances = np.linalg.norm(data.hands[failures] - data.hands[goal], axis=-1)
+        for _ in range(4):
+            failures = rng.choice(data.failures[task], 2)
+            distances = np.linalg.norm(data.hands[failures] - data.hands[goal], axis=-1)
+            if abs(distances[0] - distances[1]) > 0.05:
+                break
         counterfactual, *_ = failures = failures[np.argsort(distances)]
         if len(episode["counterfactual"]):
             counterfactual = rng.choice(episode["counterfactual"])
