@@ -231,7 +231,8 @@ def test_a_run_and_its_resumption(flags, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--action-repeat", "3"], "--action-repeat must divide 500"),
+    (["--action-repeat", "3", "--total-timesteps", "24000"],
+     "--action-repeat must divide 500"),
     (["--buffer-size", "1001"], "--buffer-size must be a multiple of --num-envs 8"),
     (["--total-timesteps", "1000008"], "multiple of the 16 steps of an iteration"),
 ])

@@ -30,8 +30,10 @@ from tools.pretrain_mini import (
     SHARPNESS,
     SUMMARY,
     TRAINING_TASKS,
+    Episodes,
     auc,
     batch_loss,
+    draw_batch,
     ranking,
     summarise,
 )
@@ -175,16 +177,47 @@ def test_ranking_by_hand():
 
 
 def test_batch_loss_by_hand():
-    """One sample in the plane: success is the goal, all else 90 degrees away."""
+    """One sample in the plane: success is the goal, the far hand opposite, all else 90 degrees."""
     success, other = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    images = torch.stack([other, success, success, success, other, other])[None]
+    images = torch.stack([other, success, success, success, other, other, -success])[None]
     losses = batch_loss(images, success[None], torch.ones(1))
     far, similar = math.sqrt(2), 1.0
     for name, gap in (("goal_time", far), ("goal_counterfactual", far), ("goal_failure", far),
-                      ("text_time", similar), ("text_failure", similar)):
+                      ("goal_hand", 2 - far), ("text_time", similar), ("text_failure", similar)):
         assert losses[name].item() == pytest.approx(
             math.log1p(math.exp(-SHARPNESS * gap)), rel=1e-4, abs=1e-7)
     assert losses["contrast"].item() == pytest.approx(0, abs=1e-6)  # one task: nothing to confuse
+
+
+def test_draws_are_what_they_are_called():
+    """Two tasks of four episodes: rows, groups, and the nearer hand first."""
+    data = Episodes.__new__(Episodes)  # without files
+    rng = np.random.default_rng(0)
+    data.hands, data.successes, data.failures = rng.uniform(size=(200, 3)), [], []
+    for task in range(2):
+        start = 100 * task
+        data.successes.append([
+            {"group": k // 2, "path": np.arange(start + 20 * k, start + 20 * k + 10),
+             "done": np.arange(start + 20 * k + 9, start + 20 * k + 12),
+             "counterfactual": np.arange(start + 20 * k + 12, start + 20 * k + 12 + 3 * task)}
+            for k in range(4)
+        ])
+        data.failures.append(np.arange(start + 80, start + 100))
+    data.trainable = [0, 1]
+    rows, tasks, has_counterfactual = draw_batch(data, rng, 300)
+    assert set(tasks) == {0, 1}
+    np.testing.assert_array_equal(has_counterfactual, tasks == 1)
+    assert (rows // 100 == tasks[:, None]).all()
+    earlier, later, success, goal, counterfactual, near, far = (rows % 100).T
+    assert (earlier < later).all() and (later // 20 == success // 20).all()
+    assert (success // 20 != goal // 20).all() and (success % 20 >= 9).all()
+    same_goal = (success // 40 == goal // 40).mean()
+    assert 0.75 < same_goal < 0.92  # three quarters on purpose, a third of the rest by chance
+    assert ((near >= 80) & (far >= 80)).all()
+    distance = np.linalg.norm(data.hands[rows[:, 5:]] - data.hands[rows[:, 3:4]], axis=-1)
+    assert (distance[:, 0] <= distance[:, 1]).all()
+    assert (np.diff(distance) > 0.05).mean() > 0.95
+    np.testing.assert_array_equal(counterfactual[tasks == 0], near[tasks == 0])
 
 
 def test_auc_by_hand():

@@ -261,8 +261,9 @@ class Episodes:
 
 
 SHARPNESS = 20.0
-# What the prototype and the held-out tasks found hardest, and what matters most: the object.
-LOSS_WEIGHTS = {"goal_counterfactual": 4.0, "goal_hand": 4.0, "text_counterfactual": 2.0, "contrast": 0.5}
+# What the prototype and the held-out tasks found hardest: the object, and how far away the hand is.
+LOSS_WEIGHTS = {"goal_counterfactual": 4.0, "goal_hand": 4.0, "text_counterfactual": 2.0,
+                "contrast": 0.5}
 
 
 def ranking(better: torch.Tensor, worse: torch.Tensor, mask: torch.Tensor | float = 1.0):
