@@ -482,7 +482,7 @@ def test_no_pretrained_reaches_the_vlm(monkeypatch):
     monkeypatch.setattr(script, "load_vlm", load_vlm)
     for flag in (True, False):
         with pytest.raises(KeyboardInterrupt):
-            script.main(replace(SMALL, pretrained=flag, total_timesteps=300))
+            script.main(replace(Args(), pretrained=flag))
         assert asked["pretrained"] is flag
 
 
@@ -492,7 +492,7 @@ def test_both_agents_learn_from_one_batch_with_their_own_rewards(buffers):
     before = init_state(jax.random.key(3), EMBED_DIM, SMALL)
     after, metrics = update_once(before, buffers, VLM, key, args, Phase(True, "none"))
 
-    sample_key, _, furl_key, relay_key = jax.random.split(key, 4)
+    sample_key, furl_key, relay_key, _ = jax.random.split(key, 4)
     slots = replay.sample_slots(buffers.transitions, sample_key, args.batch_size)
     batch = replay.take(buffers.transitions, slots)
     fuzzy = script.vlm_reward(before.projection, batch.embedding.astype(jnp.float32), VLM, args)
