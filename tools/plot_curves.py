@@ -72,6 +72,7 @@ def keep_run(run_dir: Path, output: Path) -> None:
 
 def main(args: Args) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     args.output.mkdir(parents=True, exist_ok=True)
     for run_dir in args.runs:
@@ -90,9 +91,10 @@ def main(args: Args) -> None:
             points = [(step, value) for step, k, value in rows if k == key]
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=key, markersize=4)
-        facts = json.loads(file.with_suffix(".json").read_text())
-        axis.set_title(f"{facts['env_id']}, seed {facts['seed']}\n{facts['script']}", fontsize=8)
+        axis.set_title(file.stem, fontsize=8)
         axis.tick_params(labelsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
         axis.set_ylim(-0.05, 1.05)
     axes[0][0].legend(fontsize=6)
     figure.supxlabel("environment steps", fontsize=9)
