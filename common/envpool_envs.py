@@ -1,8 +1,8 @@
 """EnvPool's native Meta-World behind the interface of `common.envs`: states alone, random goals.
 
-What differs from the official environments: the bundled MuJoCo is newer (the physics drifts apart
-by about a micrometre a step), a goal is drawn at every reset and cannot be fixed, nothing can be
-drawn, and the state of an episode cannot be saved.
+What differs from the official environments: the bundled MuJoCo is newer, a goal is drawn at every
+reset and cannot be fixed, there are no pictures, and the state of an episode cannot be saved.
+docs/baselines.md has the list.
 """
 
 from importlib import metadata
