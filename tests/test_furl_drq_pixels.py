@@ -88,6 +88,45 @@ def test_scaling_down():
     np.testing.assert_array_equal(script.scale_down(same), same)
 
 
+# -------------------------------------------------------------------------- convolutions
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("height", "width"), [(9, 9), (8, 11)])
+def test_convolutions_and_their_gradients_are_xlas(monkeypatch, stride, height, width):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, height, width, 3))
+    kernel = jax.random.normal(keys[1], (3, 3, 3, 5))
+
+    def xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def results(function):
+        y, pull_back = jax.vjp(function, x, kernel)
+        return y, *pull_back(jax.random.normal(keys[2], y.shape))
+
+    theirs = results(xla)
+    for on_cpu in (True, False):
+        monkeypatch.setattr(script, "ON_CPU", on_cpu)
+        monkeypatch.setattr(script, "convolve", jax.checkpoint(
+            script.convolve.__wrapped__, static_argnums=2
+        ))  # traced anew
+        ours = results(lambda x, kernel: script.convolve(x, kernel, stride))
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_encoding_a_few_at_a_time_changes_nothing():
+    params = script.init_agent(jax.random.key(0), SMALL).params["encoder"]
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 84, 84, 9), np.uint8)
+    few = script.encode(params, pictures, SMALL)
+    at_once = script.Encoder(SMALL.encoder_features).apply(params, pictures)
+    assert few.shape == (6, 35 * 35 * 2)
+    np.testing.assert_allclose(few, at_once, atol=1e-5)
+
+
 # -------------------------------------------------------------------------- augmentation
 
 
@@ -177,7 +216,7 @@ def test_shapes_of_table_5():
     """84 px, kernels of 3, strides 2, 1, 1, 1 without padding: 41, 39, 37, 35."""
     args = Args()
     shapes = jax.eval_shape(lambda key: script.init_agent(key, args), jax.random.key(0)).params
-    kernels = [shapes["encoder"]["params"][f"Conv_{i}"]["kernel"].shape for i in range(4)]
+    kernels = [shapes["encoder"]["params"][f"kernel_{i}"].shape for i in range(4)]
     assert kernels == [(3, 3, 9, 32), (3, 3, 32, 32), (3, 3, 32, 32), (3, 3, 32, 32)]
     for part in ("actor", "critic"):
         assert shapes[part]["params"]["Neck_0"]["Dense_0"]["kernel"].shape == (35 * 35 * 32, 50)
