@@ -140,9 +140,8 @@ class Logger:
         purge = None if resume_from is None else resume_from + 1
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         self._wandb = start_wandb(run_dir, config, project) if track else None
-        self._start = time.monotonic()
-        self._start_steps = resume_from or 0
-        self._last_time, self._last_steps = self._start, self._start_steps
+        self._last_time, self._last_steps = time.monotonic(), resume_from or 0
+        self._seconds_per_step: float | None = None  # lately: phases differ a lot in speed
         self._line_width = 0
 
     def log(self, env_steps: int, metrics: dict[str, float]) -> None:
@@ -159,16 +158,21 @@ class Logger:
         now = time.monotonic()
         rate = (env_steps - self._last_steps) / max(now - self._last_time, 1e-9)
         self._last_time, self._last_steps = now, env_steps
+        newest = 1 / max(rate, 1e-9)
+        before = newest if self._seconds_per_step is None else self._seconds_per_step
+        self._seconds_per_step = 0.7 * before + 0.3 * newest
         return rate
 
     def live(self, env_steps: int, **fields: Any) -> None:
-        """One line that overwrites itself on a terminal; one line per call when piped to a file."""
-        now = time.monotonic()
-        done = env_steps - self._start_steps
-        remaining = (self.total_timesteps - env_steps) * (now - self._start) / max(done, 1)
+        """One line that overwrites itself on a terminal; one line per call when piped to a file.
+
+        The time left is by the speed of late, as `speed` has measured it.
+        """
         parts = [f"{env_steps:>9,}/{self.total_timesteps:,}"]
         parts += [f"{key} {value}" for key, value in fields.items()]
-        parts.append(f"ETA {format_duration(remaining)}")
+        if self._seconds_per_step is not None:
+            remaining = (self.total_timesteps - env_steps) * self._seconds_per_step
+            parts.append(f"ETA {format_duration(remaining)}")
         line = " | ".join(parts)
         if sys.stdout.isatty():
             line = line[: shutil.get_terminal_size().columns - 1]

@@ -349,21 +349,38 @@ class Clock:
 def test_live_line_in_a_file(tmp_path, monkeypatch, capsys):
     clock = Clock(monkeypatch)
     log = make_logger(tmp_path, total_timesteps=10_000)
+    log.live(0)
     clock.now += 100
+    assert log.speed(2500) == 25
     log.live(2500, **{"steps/s": "25", "phase": "relay"})
     log.live(5000)
     log.close()
     # 2,500 steps in 100 s: the other 7,500 take 300 s.
     assert capsys.readouterr().out == (
+        "        0/10,000\n"
         "    2,500/10,000 | steps/s 25 | phase relay | ETA 5m00s\n"
-        "    5,000/10,000 | ETA 1m40s\n"
+        "    5,000/10,000 | ETA 3m20s\n"
     )
+
+
+def test_eta_follows_the_speed_of_late(tmp_path, monkeypatch, capsys):
+    """A fast phase of random actions does not promise that the rest is fast."""
+    clock = Clock(monkeypatch)
+    log = make_logger(tmp_path, total_timesteps=110_000)
+    for row in range(1, 11):
+        clock.now += 1 if row <= 5 else 10
+        log.speed(1000 * row)
+    log.live(10_000)
+    log.close()
+    minutes = int(capsys.readouterr().out.split("ETA ")[1].split("m")[0])
+    assert 13 <= minutes <= 16  # at the last rows' 10 s each: 16m40s; by the mean of all rows: 9m
 
 
 def test_live_line_on_a_terminal_overwrites_itself(tmp_path, monkeypatch, capsys):
     log = make_logger(tmp_path)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(logger.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    log.speed(500)
     log.live(500, phase="a phase with a rather long name")
     log.live(500)
     log.say("a line of its own")
@@ -379,8 +396,8 @@ def test_eta_and_speed_of_a_resumed_run_count_from_the_checkpoint(tmp_path, monk
     clock = Clock(monkeypatch)
     log = make_logger(tmp_path, resume_from=600)
     clock.now += 10
-    log.live(700)
     assert log.speed(700) == 10
+    log.live(700)
     clock.now += 2
     assert log.speed(740) == 20
     log.close()

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+import furl_drq_pixels as drq
 import furl_sac_state as furl
 from common import replay
 from common.envs import VecMetaWorld, usable_cores
@@ -34,7 +35,7 @@ from common.errors import UserError
 from common.rendering import Renderer, gl_info
 from common.vlm import load_vlm
 
-Part = Literal["environments", "frames", "embeddings", "updates", "furl", "baselines"]
+Part = Literal["environments", "frames", "embeddings", "updates", "furl", "baselines", "pixels"]
 PARTS: tuple[Part, ...] = get_args(Part)
 TASK = "drawer-open-v3"
 
@@ -137,16 +138,20 @@ def sac_flops(args: furl.Args) -> float:
     return 2.0 * batch * products
 
 
+PRODUCT_FLOPS = 200 * 2 * 256**3
+
+
+@jax.jit
+def products() -> jax.Array:
+    """200 matrix products of 256 x 256 x 256, one after another: the floor of the updates."""
+    weights = jnp.ones((256, 256)) / 256
+    return jax.lax.fori_loop(0, 200, lambda _, y: y @ weights, weights)
+
+
 def measure_updates(rounds: int) -> Iterator[Row]:
     """Milliseconds per update in each phase, beside the same matrix products alone."""
-    weights = jnp.ones((256, 256)) / 256
-
-    @jax.jit
-    def products(x: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, 200, lambda _, y: y @ weights, x)
-
     functions: dict[str, Callable[[], object]] = {
-        "floor": lambda: jax.block_until_ready(products(jnp.ones((256, 256))))
+        "floor": lambda: jax.block_until_ready(products())
     }
     num_updates = {}
     for embed_dim in (128, 1024):
@@ -183,7 +188,7 @@ def measure_updates(rounds: int) -> Iterator[Row]:
             functions[f"{name}, D = {embed_dim}"] = run
             num_updates[f"{name}, D = {embed_dim}"] = args.updates_per_iteration
     seconds = medians(functions, rounds * 3)
-    flops_per_second = 200 * 2 * 256**3 / seconds.pop("floor")
+    flops_per_second = PRODUCT_FLOPS / seconds.pop("floor")
     yield ("matrix products 256 x 256 x 256 alone", f"{flops_per_second / 1e9:.0f} GFLOP/s",
            "the floor of the updates")
     sac_floor = sac_flops(furl.Args()) / flops_per_second
@@ -192,6 +197,54 @@ def measure_updates(rounds: int) -> Iterator[Row]:
         agents = 2 if "relaying" in name else 1
         yield (f"update, {name}", f"{per_update * 1e3:.2f} ms",
                f"{agents * sac_floor / per_update:.0%} of it is SAC's matrix products")
+
+
+def drq_flops(args: drq.Args) -> float:
+    """Floating-point operations of the convolutions in one agent's update."""
+    size, channels, one_picture = drq.PICTURE_SIZE, 3 * args.frame_stack, 0
+    for i, features in enumerate(args.encoder_features):
+        size = (size - 3) // (2 if i == 0 else 1) + 1
+        one_picture += 2 * size**2 * 9 * channels * features
+        channels = features
+    # Forward of both encoders for the next pictures, forward and two gradients for the present.
+    return 5.0 * args.batch_size * one_picture
+
+
+def measure_pixels(rounds: int) -> Iterator[Row]:
+    """One DrQ agent's update, with XLA's convolutions in turns on a CPU, and real runs."""
+    args = drq.Args(no_vlm=True, align=False, relay=False)
+    n, zeros = args.batch_size, jnp.zeros(args.batch_size)
+    shape = (n, drq.PICTURE_SIZE, drq.PICTURE_SIZE, 3 * args.frame_stack)
+    pictures = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    batch = drq.Transition(pictures, jnp.zeros((n, drq.ACTION_DIM)), pictures, zeros, zeros)
+    agent = drq.init_agent(jax.random.PRNGKey(0), args)
+
+    def twice(agent: drq.AgentState) -> drq.AgentState:  # in a loop, as in a run
+        step = lambda a, key: (drq.update_agent(a, batch, zeros, key, args)[0], None)  # noqa: E731
+        return jax.lax.scan(step, agent, jax.random.split(jax.random.PRNGKey(1), 2))[0]
+
+    functions: dict[str, Callable[[], object]] = {
+        "floor": lambda: jax.block_until_ready(products())
+    }
+    ours = drq.ON_CPU
+    for name, drq.ON_CPU in (("DrQ", ours), ("DrQ with XLA's convolutions", False)):
+        jax.clear_caches()  # what is traced depends on ON_CPU
+        compiled = jax.jit(twice).lower(agent).compile()
+        functions[name] = lambda run=compiled: jax.block_until_ready(run(agent))
+        if not ours:
+            break
+    drq.ON_CPU = ours
+    jax.clear_caches()
+    seconds = medians(functions, min(rounds, 3))
+    floor = drq_flops(args) / (PRODUCT_FLOPS / seconds.pop("floor"))
+    for name, total in seconds.items():
+        yield (f"update, {name}, batch {n}", f"{total / 2 * 1e3:,.0f} ms",
+               f"{floor / (total / 2):.0%} of it is the convolutions at the floor's speed")
+    for name, flags in (("no VLM", ["--no-vlm"]), ("mini, relaying", ["--relay-until", ALWAYS])):
+        yield run_script(
+            "furl_drq_pixels.py", name,
+            [*flags, "--learning-starts", "160", "--log-every", "80"], 480, warm_up=240,
+        )
 
 
 ALWAYS, NEVER = "1000000000", "0"  # for --relay-until
@@ -222,17 +275,21 @@ def measure_baselines(_rounds: int) -> Iterator[Row]:
         yield run_script(script, name, flags, steps)
 
 
-def run_script(script: str, name: str, flags: list[str], num_steps: int) -> Row:
-    """Median steps/s of the rows after step 2000, and peak memory (PSS, workers included)."""
+def run_script(
+    script: str, name: str, flags: list[str], num_steps: int, warm_up: int = 2000
+) -> Row:
+    """Median steps/s of the rows after step `warm_up`, and peak memory (PSS, workers included)."""
     with tempfile.TemporaryDirectory() as folder:
         speed, memory = time_run(
-            script, [*flags, "--total-timesteps", str(num_steps)], Path(folder) / "run"
+            script, [*flags, "--total-timesteps", str(num_steps)], Path(folder) / "run", warm_up
         )
-    return (f"{script}, {name}", f"{speed:.0f} steps/s",
-            f"peak memory {memory / 2**30:.1f} GiB with its workers, replay of 1e6")
+    return (f"{script}, {name}", f"{speed:.3g} steps/s",
+            f"peak memory {memory / 2**30:.1f} GiB with its workers")
 
 
-def time_run(script: str, flags: list[str], run_dir: Path) -> tuple[float, float]:
+def time_run(
+    script: str, flags: list[str], run_dir: Path, warm_up: int
+) -> tuple[float, float]:
     """(median steps/s, peak bytes) of one run."""
     command = [
         sys.executable, str(Path(furl.__file__).with_name(script)), "--env-id", "drawer-close-v3",
@@ -255,7 +312,7 @@ def time_run(script: str, flags: list[str], run_dir: Path) -> tuple[float, float
         raise UserError(f"the run failed: {errors.decode()[-500:]}")
     with open(run_dir / "metrics.csv", newline="") as file:
         speeds = [float(row["value"]) for row in csv.DictReader(file)
-                  if row["key"] == "time/steps_per_second" and int(row["env_steps"]) > 2000]
+                  if row["key"] == "time/steps_per_second" and int(row["env_steps"]) > warm_up]
     return float(np.median(speeds)), peak[0]
 
 
@@ -293,7 +350,8 @@ def machine() -> str:
 def main(args: Args) -> None:
     measures = {"environments": measure_environments, "frames": measure_frames,
                 "embeddings": measure_embeddings, "updates": measure_updates,
-                "furl": measure_furl, "baselines": measure_baselines}
+                "furl": measure_furl, "baselines": measure_baselines,
+                "pixels": measure_pixels}
     lines = [f"Machine: {machine()}.", "", "| what | figure | remark |", "| --- | --- | --- |"]
     print("\n".join(lines), flush=True)
     results: list[Row] = []
