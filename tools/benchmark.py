@@ -9,6 +9,7 @@ that a noisy machine disturbs them alike. End-to-end figures come from real runs
 """
 
 import csv
+import importlib.util
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -34,8 +36,10 @@ from common.envs import VecMetaWorld, usable_cores
 from common.errors import UserError
 from common.rendering import Renderer, gl_info
 from common.vlm import load_vlm
+from tools.peer_sac import PACKAGES
 
-Part = Literal["environments", "frames", "embeddings", "updates", "furl", "baselines", "pixels"]
+Part = Literal["environments", "frames", "embeddings", "updates", "furl", "baselines", "pixels",
+               "peers"]
 PARTS: tuple[Part, ...] = get_args(Part)
 TASK = "drawer-open-v3"
 
@@ -235,7 +239,7 @@ def measure_pixels(rounds: int) -> Iterator[Row]:
             break
     drq.ON_CPU = ours
     jax.clear_caches()
-    seconds = medians(functions, min(rounds, 3))
+    seconds = medians(functions, min(rounds, 2))
     floor = drq_flops(args) / (PRODUCT_FLOPS / seconds.pop("floor"))
     for name, total in seconds.items():
         yield (f"update, {name}, batch {n}", f"{total / 2 * 1e3:,.0f} ms",
@@ -243,7 +247,7 @@ def measure_pixels(rounds: int) -> Iterator[Row]:
     for name, flags in (("no VLM", ["--no-vlm"]), ("mini, relaying", ["--relay-until", ALWAYS])):
         yield run_script(
             "furl_drq_pixels.py", name,
-            [*flags, "--learning-starts", "160", "--log-every", "80"], 480, warm_up=240,
+            [*flags, "--learning-starts", "160", "--log-every", "80"], 320, warm_up=240,
         )
 
 
@@ -273,6 +277,35 @@ def measure_baselines(_rounds: int) -> Iterator[Row]:
         ("sac_baseline.py", "--utd 0.25, EnvPool", ["--utd", "0.25", *native], 20000),
     ):
         yield run_script(script, name, flags, steps)
+
+
+def measure_peers(rounds: int) -> Iterator[Row]:
+    """`sac_baseline.py` in turns with the SAC of those other libraries that are installed."""
+    installed = [package for package in PACKAGES if importlib.util.find_spec(package)]
+
+    def ours() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            return time_run("sac_baseline.py", ["--total-timesteps", "5000"],
+                            Path(folder) / "run", warm_up=2000)[0]
+
+    def theirs(package: str) -> float:
+        command = [sys.executable, "-m", "tools.peer_sac", "--package", package]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise UserError(f"{package} failed: {result.stderr[-500:]}")
+        return float(result.stdout.splitlines()[-1])
+
+    contenders: dict[str, Callable[[], float]] = {"sac_baseline.py": ours}
+    for package in installed:
+        name = {"sbx": "sbx-rl"}.get(package, package)
+        contenders[f"{name} {metadata.version(name)}"] = lambda p=package: theirs(p)
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(min(rounds, 3)):
+        for name, run in contenders.items():
+            speeds[name].append(run())
+    for name, values in speeds.items():
+        yield (f"SAC, one update a step: {name}", f"{np.median(values):.0f} steps/s",
+               f"{min(values):.0f} to {max(values):.0f} in {len(values)} runs, in turns")
 
 
 def run_script(
@@ -351,7 +384,7 @@ def main(args: Args) -> None:
     measures = {"environments": measure_environments, "frames": measure_frames,
                 "embeddings": measure_embeddings, "updates": measure_updates,
                 "furl": measure_furl, "baselines": measure_baselines,
-                "pixels": measure_pixels}
+                "pixels": measure_pixels, "peers": measure_peers}
     lines = [f"Machine: {machine()}.", "", "| what | figure | remark |", "| --- | --- | --- |"]
     print("\n".join(lines), flush=True)
     results: list[Row] = []
