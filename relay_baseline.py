@@ -238,6 +238,7 @@ def descend(loss_fn, params, opt_state, args: Args):
     return optax.apply_updates(params, updates), opt_state, metrics
 
 
+@partial(jax.jit, static_argnames="args")  # eagerly it takes twice as long
 def init_agent(key: jax.Array, args: Args) -> AgentState:
     actor, critic = networks(args)
     actor_key, critic_key = jax.random.split(key)
