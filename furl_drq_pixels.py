@@ -97,7 +97,7 @@ class Args:
     stage1: bool = True  # --no-stage1: without Eq. 5
     stage2: bool = True  # --no-stage2: Eq. 5 only
     projection_features: tuple[int, ...] = (256, 64)  # layers of both projection heads
-    lag: int = 10  # k of Eq. 4, environment steps
+    lag: int = 10  # k of Eq. 4, frames
     reward_margin: float = 0.1  # delta of Eqs. 4 and 5
     l2_margin: float = 0.2  # margin on the distance to the goal image in Eq. 5
     embedding_buffer_size: int = 100_000  # frames for the ranking losses, of either kind
@@ -300,12 +300,12 @@ def sample_action(
 # ---------------------------------------------------------------------- pictures
 
 
-@partial(jax.jit, static_argnames="size")
-def scale_down(frames: jax.Array, size: int = PICTURE_SIZE) -> jax.Array:
-    """uint8 [n, height, width, channels] -> uint8 [n, size, size, channels], antialiased."""
-    if frames.shape[1] == size:
+@jax.jit
+def scale_down(frames: jax.Array) -> jax.Array:
+    """uint8 [n, height, width, channels] -> uint8 [n, 84, 84, channels], antialiased."""
+    if frames.shape[1] == PICTURE_SIZE:
         return frames
-    shape = (frames.shape[0], size, size, frames.shape[3])
+    shape = (frames.shape[0], PICTURE_SIZE, PICTURE_SIZE, frames.shape[3])
     resized = jax.image.resize(frames.astype(jnp.float32), shape, "linear", antialias=True)
     return resized.round().clip(0, 255).astype(jnp.uint8)
 
@@ -349,15 +349,14 @@ def sample_batch(ring: Ring, key: jax.Array, args: Args) -> Transition:
 
     def stack(end: jax.Array) -> jax.Array:
         """Pictures up to time `end` [batch] of the episode, [batch, 84, 84, 3 frame_stack]."""
-        ages = (time - end)[:, None] + jnp.minimum(
-            jnp.arange(args.frame_stack - 1, -1, -1), end[:, None]
-        )
+        ages = jnp.minimum(jnp.arange(args.frame_stack - 1, -1, -1), end[:, None])
+        ages += (time - end)[:, None]
         slots = ((block[:, None] - ages) * num_envs + env[:, None]) % ring.capacity
         pictures = ring.data.picture[slots]  # [batch, frame_stack, 84, 84, 3]
         return jnp.moveaxis(pictures, 1, -2).reshape(*pictures.shape[:1], *pictures.shape[2:4], -1)
 
     slots = (block * num_envs + env) % ring.capacity
-    rows = replay.take(ring._replace(data=ring.data._replace(picture=())), slots)
+    rows = replay.take(ring, slots)  # XLA drops what is not used of it: the pictures
     return Transition(
         obs=random_shift(stack(time - 1), shift_key, args.shift),
         action=rows.action,
@@ -465,14 +464,8 @@ def negatives_loss(
 
 
 def positives_loss(
-    projection_params: dict,
-    positives: jax.Array,
-    earlier: jax.Array,
-    earlier_exists: jax.Array,
-    negatives: jax.Array,
-    negatives_exist: jax.Array,
-    vlm: VLMInputs,
-    args: Args,
+    projection_params: dict, positives: jax.Array, earlier: jax.Array, earlier_exists: jax.Array,
+    negatives: jax.Array, negatives_exist: jax.Array, vlm: VLMInputs, args: Args,
 ) -> tuple[jax.Array, dict]:
     """Eq. 4: successes above failures, later above earlier in one success; images [batch, D]."""
     images = jnp.concatenate([positives, earlier, negatives])
@@ -546,12 +539,13 @@ def init_buffers(embed_dim: int, args: Args) -> Buffers:
     )
 
 
-def first_pictures(pictures: np.ndarray, embed_dim: int) -> PixelStep:
-    """The rows that begin an episode, pictures [num_envs, 84, 84, 3]: no step leads there."""
-    n = len(pictures)
-    zeros = np.zeros(n, np.float32)
-    return PixelStep(pictures, np.zeros((n, ACTION_DIM), np.float32), zeros, zeros,
-                     np.zeros((n, embed_dim), np.float16))
+def store_first(buffers: Buffers, pictures: np.ndarray) -> Buffers:
+    """Write the rows that begin an episode, pictures [num_envs, 84, 84, 3]: no step leads there."""
+    nothing = jax.tree.map(
+        lambda x: np.zeros((len(pictures), *x.shape[1:]), x.dtype), buffers.pixels.data
+    )
+    rows = nothing._replace(picture=pictures)
+    return buffers._replace(pixels=replay.add_rows(buffers.pixels, rows))
 
 
 def update_projection(
@@ -573,15 +567,11 @@ def update_projection(
     else:
         slots = sample(buffers.positives, second_key)
         earlier_slots, earlier_exists = replay.lagged_slots(buffers.positives, slots, args.lag)
+        positives = images(buffers.positives, slots)
         loss_fn = partial(
-            positives_loss,
-            positives=images(buffers.positives, slots),
-            earlier=images(buffers.positives, earlier_slots),
-            earlier_exists=earlier_exists,
-            negatives=negatives,
-            negatives_exist=buffers.negatives.size > 0,
-            vlm=vlm,
-            args=args,
+            positives_loss, positives=positives, earlier=images(buffers.positives, earlier_slots),
+            earlier_exists=earlier_exists, negatives=negatives,
+            negatives_exist=buffers.negatives.size > 0, vlm=vlm, args=args,
         )
     projection, opt, metrics = descend(loss_fn, state.projection, state.projection_opt, args)
     return state._replace(projection=projection, projection_opt=opt), metrics
@@ -639,8 +629,8 @@ def draw_schedule(rng: np.random.Generator, num_envs: int, args: Args) -> RelayS
     return RelaySchedule(rng.choice(args.relay_periods, num_envs), rng.random(num_envs) < 0.5)
 
 
-def relay_acts(schedule: RelaySchedule, episode_time: np.ndarray) -> np.ndarray:
-    """Where the relay agent acts at step `episode_time` of the episode, bool [num_envs]."""
+def relay_acts(schedule: RelaySchedule, episode_time: int) -> np.ndarray:
+    """Where the relay agent acts at step `episode_time` of the episodes, bool [num_envs]."""
     return ((episode_time // schedule.period) % 2 == 0) == schedule.relay_first
 
 
@@ -725,10 +715,10 @@ def main(args: Args) -> dict[str, float]:
     trajectories = replay.init_trajectories(args.num_envs, args.episode_length, embed_dim)
     rng = np.random.default_rng(args.seed)  # random actions and relay schedules
     schedule = draw_schedule(rng, args.num_envs, args)
-    episode_time = np.zeros(args.num_envs, np.int64)
     picture = np.asarray(scale_down(envs.reset()[1]))
+    buffers = store_first(buffers, picture)
     obs = np.concatenate([picture] * args.frame_stack, -1)
-    waiting = {"first": picture}  # what the last step brought, until it is embedded and stored
+    waiting = None  # the last step, until its frames are embedded
     counts = {"updates": 0, "positives": 0, "negatives": 0, "trajectories": 0}
     env_steps = 0
 
@@ -741,11 +731,11 @@ def main(args: Args) -> dict[str, float]:
         buffers = Buffers(**rings)
         envs.set_state(host["envs"])
         rng.bit_generator.state = host["rng"]
-        env_steps, counts, episode_time, obs, waiting, schedule, trajectories = host["loop"]
+        env_steps, counts, obs, waiting, schedule, trajectories = host["loop"]
         schedule, trajectories = RelaySchedule(*schedule), replay.Trajectories(*trajectories)
 
     def save() -> None:
-        loop = env_steps, counts, episode_time, obs, waiting, tuple(schedule), tuple(trajectories)
+        loop = env_steps, counts, obs, waiting, schedule, trajectories
         run.save(env_steps, (state, key), buffers._asdict(), {
             "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
         })
@@ -753,9 +743,9 @@ def main(args: Args) -> dict[str, float]:
     if not args.resume:
         save()  # so that a run that dies early can be resumed too
     metrics: dict[str, jax.Array] = {}
-    evaluation: dict[str, float] = {}
     while env_steps < args.total_timesteps:
         # Act, and let the environments step and draw ...
+        episode_time = env_steps // args.num_envs % MAX_EPISODE_STEPS
         phase = choose_phase(counts["positives"], counts["negatives"], args)
         if env_steps < args.learning_starts:
             action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
@@ -768,7 +758,7 @@ def main(args: Args) -> dict[str, float]:
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
-        if "step" in waiting:
+        if waiting is not None:
             embedding = embed(waiting["frames"])
             step_rows = PixelStep(embedding=embedding, **waiting["step"])
             buffers = buffers._replace(pixels=replay.add_rows(buffers.pixels, step_rows))
@@ -780,13 +770,12 @@ def main(args: Args) -> dict[str, float]:
                 buffers = buffers._replace(**{kind: ring})
                 counts[kind] += len(frames)
                 counts["trajectories"] += 1
-        if waiting["first"] is not None:
-            rows = first_pictures(waiting["first"], embed_dim)
-            buffers = buffers._replace(pixels=replay.add_rows(buffers.pixels, rows))
-        if env_steps >= args.learning_starts and "step" in waiting:
-            key, update_key = jax.random.split(key)
-            state, metrics = update(state, buffers, vlm_inputs, update_key, args, phase)
-            counts["updates"] += args.updates_per_iteration
+            if waiting["first"] is not None:
+                buffers = store_first(buffers, waiting["first"])
+            if env_steps >= args.learning_starts:
+                key, update_key = jax.random.split(key)
+                state, metrics = update(state, buffers, vlm_inputs, update_key, args, phase)
+                counts["updates"] += args.updates_per_iteration
 
         step = envs.step_wait()
         env_steps += args.num_envs * args.action_repeat
@@ -800,19 +789,16 @@ def main(args: Args) -> dict[str, float]:
             "first": None,
         }
         obs = np.concatenate([obs[..., 3:], picture], -1)
-        episode_time += args.action_repeat
-        if step.truncated.all():  # nothing else ends an episode: all end together
+        if step.truncated.all():  # time alone ends episodes: all end together
             waiting["first"] = np.asarray(scale_down(step.reset_frames))
             obs = np.concatenate([waiting["first"]] * args.frame_stack, -1)
-            episode_time[:] = 0
             schedule = draw_schedule(rng, args.num_envs, args)
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)
         if run.is_due(args.eval_every, env_steps):
             policy = partial(act_mean, state.furl.params, args=args)
-            evaluation = evaluate(policy, run.video_path(env_steps))
-            run.log_evaluation(env_steps, evaluation)
+            run.log_evaluation(env_steps, evaluate(policy, run.video_path(env_steps)))
         if run.is_due(args.log_every, env_steps):
             stage = "drq" if args.no_vlm else "relay" if phase.relaying else "aligned"
             run.log_training(env_steps, stage if counts["updates"] else "random", {
@@ -824,7 +810,7 @@ def main(args: Args) -> dict[str, float]:
 
     for thing in (run, evaluate, envs):
         thing.close()
-    return evaluation
+    return run.evaluation
 
 
 def check_pixel_args(args: Args) -> Args:

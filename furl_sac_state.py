@@ -309,14 +309,8 @@ def negatives_loss(
 
 
 def positives_loss(
-    projection_params: dict,
-    positives: jax.Array,
-    earlier: jax.Array,
-    earlier_exists: jax.Array,
-    negatives: jax.Array,
-    negatives_exist: jax.Array,
-    vlm: VLMInputs,
-    args: Args,
+    projection_params: dict, positives: jax.Array, earlier: jax.Array, earlier_exists: jax.Array,
+    negatives: jax.Array, negatives_exist: jax.Array, vlm: VLMInputs, args: Args,
 ) -> tuple[jax.Array, dict]:
     """Eq. 4: successes above failures, later above earlier in one success; images [batch, D]."""
     images = jnp.concatenate([positives, earlier, negatives])
@@ -405,15 +399,11 @@ def update_projection(
     else:
         slots = sample(buffers.positives, second_key)
         earlier_slots, earlier_exists = replay.lagged_slots(buffers.positives, slots, args.lag)
+        positives = images(buffers.positives, slots)
         loss_fn = partial(
-            positives_loss,
-            positives=images(buffers.positives, slots),
-            earlier=images(buffers.positives, earlier_slots),
-            earlier_exists=earlier_exists,
-            negatives=negatives,
-            negatives_exist=buffers.negatives.size > 0,
-            vlm=vlm,
-            args=args,
+            positives_loss, positives=positives, earlier=images(buffers.positives, earlier_slots),
+            earlier_exists=earlier_exists, negatives=negatives,
+            negatives_exist=buffers.negatives.size > 0, vlm=vlm, args=args,
         )
     projection, opt, metrics = descend(loss_fn, state.projection, state.projection_opt, args)
     return state._replace(projection=projection, projection_opt=opt), metrics
@@ -472,8 +462,8 @@ def draw_schedule(rng: np.random.Generator, num_envs: int, args: Args) -> RelayS
     return RelaySchedule(rng.choice(args.relay_periods, num_envs), rng.random(num_envs) < 0.5)
 
 
-def relay_acts(schedule: RelaySchedule, episode_time: np.ndarray) -> np.ndarray:
-    """Where the relay agent acts at step `episode_time` of the episode, bool [num_envs]."""
+def relay_acts(schedule: RelaySchedule, episode_time: int) -> np.ndarray:
+    """Where the relay agent acts at step `episode_time` of the episodes, bool [num_envs]."""
     return ((episode_time // schedule.period) % 2 == 0) == schedule.relay_first
 
 
@@ -541,7 +531,7 @@ def main(args: Args) -> dict[str, float]:
     trajectories = replay.init_trajectories(args.num_envs, MAX_EPISODE_STEPS, vlm.embed_dim)
     rng = np.random.default_rng(args.seed)  # random actions and relay schedules
     schedule = draw_schedule(rng, args.num_envs, args)
-    obs, episode_time = envs.reset()[0], np.zeros(args.num_envs, np.int64)
+    obs = envs.reset()[0]
     waiting = None  # the last step, until its frames are embedded
     counts = {"updates": 0, "positives": 0, "negatives": 0, "trajectories": 0}
     env_steps = 0
@@ -554,11 +544,11 @@ def main(args: Args) -> dict[str, float]:
         (state, key), rings, host = run.load((state, key), buffers._asdict())
         buffers, obs = Buffers(**rings), envs.set_state(host["envs"])
         rng.bit_generator.state = host["rng"]
-        env_steps, counts, episode_time, waiting, schedule, trajectories = host["loop"]
+        env_steps, counts, waiting, schedule, trajectories = host["loop"]
         schedule, trajectories = RelaySchedule(*schedule), replay.Trajectories(*trajectories)
 
     def save() -> None:
-        loop = env_steps, counts, episode_time, waiting, tuple(schedule), tuple(trajectories)
+        loop = env_steps, counts, waiting, schedule, trajectories
         run.save(env_steps, (state, key), buffers._asdict(), {
             "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
         })
@@ -566,9 +556,9 @@ def main(args: Args) -> dict[str, float]:
     if not args.resume:
         save()  # so that a run that dies early can be resumed too
     metrics: dict[str, jax.Array] = {}
-    evaluation: dict[str, float] = {}
     while env_steps < args.total_timesteps:
         # Act, and let the environments step and draw ...
+        episode_time = env_steps // args.num_envs % MAX_EPISODE_STEPS
         phase = choose_phase(counts["positives"], counts["negatives"], args)
         if env_steps < args.learning_starts:
             action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
@@ -609,19 +599,14 @@ def main(args: Args) -> dict[str, float]:
             "frames": step.frames, "success": step.success, "truncated": step.truncated,
         }
         obs = step.obs
-        episode_time = np.where(step.truncated, 0, episode_time + 1)
-        if step.truncated.any():
-            schedule = RelaySchedule(*(
-                np.where(step.truncated, new, old)
-                for new, old in zip(draw_schedule(rng, args.num_envs, args), schedule, strict=True)
-            ))
+        if step.truncated.all():  # time alone ends episodes: all end together
+            schedule = draw_schedule(rng, args.num_envs, args)
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)
         if run.is_due(args.eval_every, env_steps):
             policy = partial(act_mean, state.furl.params["actor"], args=args)
-            evaluation = evaluate(policy, run.video_path(env_steps))
-            run.log_evaluation(env_steps, evaluation)
+            run.log_evaluation(env_steps, evaluate(policy, run.video_path(env_steps)))
         if run.is_due(args.log_every, env_steps):
             stage = "relay" if phase.relaying else "aligned"
             run.log_training(env_steps, stage if counts["updates"] else "random", {
@@ -633,7 +618,7 @@ def main(args: Args) -> dict[str, float]:
 
     for thing in (run, evaluate, envs):
         thing.close()
-    return evaluation
+    return run.evaluation
 
 
 if __name__ == "__main__":

@@ -326,8 +326,8 @@ def draw_schedule(rng: np.random.Generator, num_envs: int, args: Args) -> RelayS
     return RelaySchedule(rng.choice(args.relay_periods, num_envs), rng.random(num_envs) < 0.5)
 
 
-def relay_acts(schedule: RelaySchedule, episode_time: np.ndarray) -> np.ndarray:
-    """Where the relay agent acts at step `episode_time` of the episode, bool [num_envs]."""
+def relay_acts(schedule: RelaySchedule, episode_time: int) -> np.ndarray:
+    """Where the relay agent acts at step `episode_time` of the episodes, bool [num_envs]."""
     return ((episode_time // schedule.period) % 2 == 0) == schedule.relay_first
 
 
@@ -376,7 +376,7 @@ def main(args: Args) -> dict[str, float]:
     buffers = init_buffers(vlm.embed_dim, args)
     rng = np.random.default_rng(args.seed)  # random actions and relay schedules
     schedule = draw_schedule(rng, args.num_envs, args)
-    obs, episode_time = envs.reset()[0], np.zeros(args.num_envs, np.int64)
+    obs = envs.reset()[0]
     succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
     waiting = None  # the last step, until its frames are embedded
     counts = {"updates": 0, "positives": 0}
@@ -390,11 +390,11 @@ def main(args: Args) -> dict[str, float]:
         (state, key), rings, host = run.load((state, key), buffers._asdict())
         buffers, obs = Buffers(**rings), envs.set_state(host["envs"])
         rng.bit_generator.state = host["rng"]
-        env_steps, counts, episode_time, succeeded, waiting, schedule = host["loop"]
+        env_steps, counts, succeeded, waiting, schedule = host["loop"]
         schedule = RelaySchedule(*schedule)
 
     def save() -> None:
-        loop = env_steps, counts, episode_time, succeeded, waiting, tuple(schedule)
+        loop = env_steps, counts, succeeded, waiting, schedule
         run.save(env_steps, (state, key), buffers._asdict(), {
             "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
         })
@@ -402,9 +402,9 @@ def main(args: Args) -> dict[str, float]:
     if not args.resume:
         save()  # so that a run that dies early can be resumed too
     metrics: dict[str, jax.Array] = {}
-    evaluation: dict[str, float] = {}
     while env_steps < args.total_timesteps:
         # Act, and let the environments step and draw ...
+        episode_time = env_steps // args.num_envs % MAX_EPISODE_STEPS
         relaying = counts["positives"] < args.relay_until
         if env_steps < args.learning_starts:
             action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
@@ -429,7 +429,6 @@ def main(args: Args) -> dict[str, float]:
 
         step = envs.step_wait()
         env_steps += args.num_envs
-        episode_time += 1
         waiting = {
             "transition": {
                 "obs": obs, "action": action, "next_obs": step.final_obs,
@@ -437,23 +436,18 @@ def main(args: Args) -> dict[str, float]:
                 "terminated": step.terminated.astype(np.float32),
             },
             "frames": step.frames,
-            "positives": int(episode_time[step.success & ~succeeded].sum()),
+            "positives": (episode_time + 1) * int((step.success & ~succeeded).sum()),
         }
         obs = step.obs
         succeeded = (succeeded | step.success) & ~step.truncated
-        episode_time[step.truncated] = 0
-        if step.truncated.any():
-            schedule = RelaySchedule(*(
-                np.where(step.truncated, new, old)
-                for new, old in zip(draw_schedule(rng, args.num_envs, args), schedule, strict=True)
-            ))
+        if step.truncated.all():  # time alone ends episodes: all end together
+            schedule = draw_schedule(rng, args.num_envs, args)
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)
         if run.is_due(args.eval_every, env_steps):
             policy = partial(act_mean, state.furl.params["actor"], args=args)
-            evaluation = evaluate(policy, run.video_path(env_steps))
-            run.log_evaluation(env_steps, evaluation)
+            run.log_evaluation(env_steps, evaluate(policy, run.video_path(env_steps)))
         if run.is_due(args.log_every, env_steps):
             stage = "relay" if relaying else "vlm"
             run.log_training(env_steps, stage if counts["updates"] else "random", {
@@ -465,7 +459,7 @@ def main(args: Args) -> dict[str, float]:
 
     for thing in (run, evaluate, envs):
         thing.close()
-    return evaluation
+    return run.evaluation
 
 
 if __name__ == "__main__":

@@ -318,7 +318,6 @@ def main(args: Args) -> dict[str, float]:
     if not args.resume:
         save()  # so that a run that dies early can be resumed too
     metrics: dict[str, jax.Array] = {}
-    evaluation: dict[str, float] = {}
     while env_steps < args.total_timesteps:
         # Act, and let the environments step ...
         if env_steps < args.learning_starts:
@@ -346,8 +345,7 @@ def main(args: Args) -> dict[str, float]:
         run.count_episodes(step.success, step.truncated)
         if run.is_due(args.eval_every, env_steps):
             policy = partial(act_mean, agent.params["actor"], args=args)
-            evaluation = evaluate(policy, run.video_path(env_steps))
-            run.log_evaluation(env_steps, evaluation)
+            run.log_evaluation(env_steps, evaluate(policy, run.video_path(env_steps)))
         if run.is_due(args.log_every, env_steps):
             run.log_training(env_steps, "sac" if num_updates else "random", {
                 **metrics, "charts/num_updates": num_updates,
@@ -357,7 +355,7 @@ def main(args: Args) -> dict[str, float]:
 
     for thing in (run, evaluate, envs):
         thing.close()
-    return evaluation
+    return run.evaluation
 
 
 if __name__ == "__main__":

@@ -77,8 +77,8 @@ def check_args(args: ArgsT) -> ArgsT:
                         "updates per iteration: it must be a whole number, 1 or more")
     if args.total_timesteps % steps_per_iteration(args):
         raise UserError(f"--total-timesteps {args.total_timesteps} is no multiple of the "
-                        f"{steps_per_iteration(args)} steps of an iteration (--num-envs "
-                        f"{args.num_envs})")
+                        f"{steps_per_iteration(args)} steps of an iteration (--num-envs"
+                        f"{' x --action-repeat' if hasattr(args, 'action_repeat') else ''})")
     if args.buffer_size < args.num_envs:
         raise UserError(f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}")
     # An episode is written at once: a shorter ring would take its rows in no certain order.

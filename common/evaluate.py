@@ -24,7 +24,7 @@ class Evaluator:
         env_id, seed, goal, quality: as for training.
         num_episodes: played side by side, one environment each; 0: 1 with a fixed goal, where
             episodes of the mean action are all the same, else 10 (B.2).
-        capture_video: draw the first episode as well.
+        capture_video: draw, so that the first episode can be written as a video.
         frame_stack: 0: the policy sees states; K: the last K frames, the newest last.
         frame_size, camera_id: of those frames.
         action_repeat: physics steps per action.

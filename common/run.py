@@ -20,7 +20,7 @@ class Run:
         self._logger: Logger | None = None
         self._succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
         self._finished: list[bool] = []  # success_once of the episodes since the last row
-        self._evaluation: dict[str, float] = {}
+        self.evaluation: dict[str, float] = {}  # the last one
 
     @property
     def logger(self) -> Logger:
@@ -34,7 +34,7 @@ class Run:
     def save(self, env_steps: int, tree: Any, rings: dict, host: dict) -> None:
         """Write a checkpoint; see `common.checkpoint.save`."""
         mine = {"succeeded": self._succeeded, "finished": self._finished,
-                "evaluation": self._evaluation}
+                "evaluation": self.evaluation}
         checkpoint.save(self.dir, env_steps, tree, rings, {"script": host, "run": mine})
 
     def load(self, tree: Any, rings: dict) -> tuple[Any, dict, dict]:
@@ -42,7 +42,7 @@ class Run:
         env_steps, tree, rings, host = checkpoint.load_newest(self.dir, tree, rings)
         mine = host["run"]
         self._succeeded, self._finished = mine["succeeded"], mine["finished"]
-        self._evaluation = mine["evaluation"]
+        self.evaluation = mine["evaluation"]
         self._logger = Logger(
             self.dir, self.config, track=self.args.track, project=self.args.wandb_project,
             total_timesteps=self.args.total_timesteps, resume_from=env_steps,
@@ -71,8 +71,8 @@ class Run:
         self._succeeded[:] = False
 
     def log_evaluation(self, env_steps: int, evaluation: dict[str, float]) -> None:
-        self._evaluation = {key: float(value) for key, value in evaluation.items()}
-        self.logger.log(env_steps, self._evaluation)
+        self.evaluation = {key: float(value) for key, value in evaluation.items()}
+        self.logger.log(env_steps, self.evaluation)
 
     def log_training(self, env_steps: int, stage: str, metrics: dict[str, Any]) -> None:
         """Write a row of metrics and refresh the live line.
@@ -92,7 +92,7 @@ class Run:
         row["time/steps_per_second"] = self.logger.speed(env_steps)
         self._finished = []
         self.logger.log(env_steps, row)
-        evaluated = self._evaluation.get("eval/success_once")
+        evaluated = self.evaluation.get("eval/success_once")
         self.logger.live(env_steps, **{
             "steps/s": f"{row['time/steps_per_second']:.0f}",
             "success: train": train,
@@ -101,10 +101,10 @@ class Run:
         })
 
     def close(self) -> None:
-        if self._evaluation:
+        if self.evaluation:
             self.logger.say(
-                f"final policy: success_once {self._evaluation['eval/success_once']:.0%}, "
-                f"success_at_end {self._evaluation['eval/success_at_end']:.0%}; run folder: "
+                f"final policy: success_once {self.evaluation['eval/success_once']:.0%}, "
+                f"success_at_end {self.evaluation['eval/success_at_end']:.0%}; run folder: "
                 f"{self.dir}"
             )
         self.logger.close()

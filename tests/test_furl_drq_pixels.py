@@ -30,7 +30,7 @@ assert SMALL.episode_length == LENGTH
 
 def write_blocks(num_blocks: int):
     """A ring whose every field tells episode, time and environment of its row."""
-    ring = script.init_buffers(1, SMALL).pixels
+    buffers = script.init_buffers(1, SMALL)
     envs = np.arange(SMALL.num_envs)
     for block in range(num_blocks):
         episode, time = divmod(block, LENGTH + 1)
@@ -38,12 +38,12 @@ def write_blocks(num_blocks: int):
         picture[...] = np.stack([envs * 0 + time, envs, envs * 0 + episode], -1)[:, None, None]
         number = (100 * episode + 10 * time + envs).astype(np.float32)
         if time == 0:
-            rows = script.first_pictures(picture, 1)
+            buffers = script.store_first(buffers, picture)
         else:
             rows = PixelStep(picture, np.stack([number] * 4, 1), number, number,
                              number[:, None].astype(np.float16))
-        ring = replay.add_rows(ring, rows)
-    return ring
+            buffers = buffers._replace(pixels=replay.add_rows(buffers.pixels, rows))
+    return buffers.pixels
 
 
 sample = jax.jit(script.sample_batch, static_argnames="args")
@@ -69,7 +69,7 @@ def test_samples_are_whole_stacks_of_one_episode(num_blocks):
             np.testing.assert_array_equal(obs[i], expected)
             np.testing.assert_array_equal(next_obs[i], [*expected[1:], [time, env, episode]])
             seen.add((episode, time, env))
-    oldest = max(0, num_blocks - 20 + SMALL.frame_stack) if num_blocks > 17 else 0
+    oldest = max(0, num_blocks - 20 + SMALL.frame_stack)
     allowed = {(block // (LENGTH + 1), block % (LENGTH + 1), env)
                for block in range(oldest, num_blocks) if block % (LENGTH + 1)
                for env in range(SMALL.num_envs)}

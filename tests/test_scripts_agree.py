@@ -40,6 +40,8 @@ GROUPS = {
     "act": [{"furl_sac_state.py", "relay_baseline.py"}, {"sac_baseline.py", "vlm_rm_baseline.py"}],
     "Buffers": [{"relay_baseline.py", "vlm_rm_baseline.py"}],
     "init_buffers": [{"relay_baseline.py", "vlm_rm_baseline.py"}],
+    **{name: [{"furl_sac_state.py", PIXELS}]
+       for name in ("VLMInputs", "vlm_reward", "init_state", "update")},
 }
 # Fields of Args that may differ, and why.
 ALLOWED_FIELDS = {
@@ -51,6 +53,7 @@ ALLOWED_FIELDS_ON_PIXELS = ALLOWED_FIELDS | {
     "camera_id": "the policy sees the frames as well",
     "buffer_size": "Table 5: 2e5 pictures",
     "utd": "an action is repeated",
+    "lag": "as utd",
     "hidden_features": "Table 5: three layers",
 }
 
