@@ -247,7 +247,7 @@ def measure_pixels(rounds: int) -> Iterator[Row]:
     for name, flags in (("no VLM", ["--no-vlm"]), ("mini, relaying", ["--relay-until", ALWAYS])):
         yield run_script(
             "furl_drq_pixels.py", name,
-            [*flags, "--learning-starts", "160", "--log-every", "80"], 480, warm_up=240,
+            [*flags, "--learning-starts", "160", "--log-every", "80"], 400, warm_up=240,
         )
 
 
