@@ -209,7 +209,6 @@ class VecMetaWorld:
         show_goal: bool = False,
     ):
         self.env_id, self.num_envs = resolve_env_id(env_id), num_envs
-        self.obs_dim, self.action_dim = OBS_DIM, ACTION_DIM
         self.engine = f"metaworld {metadata.version('metaworld')}, mujoco {mujoco.__version__}"
         if goal not in GOALS:
             raise UserError(f"unknown goal mode {goal!r}; allowed: {', '.join(GOALS)}")

@@ -5,11 +5,9 @@ from a sentence encoder, through a small MLP; unknown words fall into word piece
 have unit length. `tools/pretrain_mini.py` makes the weights; docs/mini.md says what they are worth.
 """
 
-import hashlib
 import json
 import re
 import unicodedata
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -154,12 +152,6 @@ def init_mini(seed: int) -> Mini:
         torch.manual_seed(seed)
         model = Mini(vocabulary, *(tensors[f"token_{k}"] for k in ("vectors", "scale", "weights")))
     return model.eval().requires_grad_(False)
-
-
-@cache
-def weights_digest(path: Path = WEIGHTS) -> str:
-    """The first 12 characters of the file's sha256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def _read(path: Path) -> tuple[list[str], dict[str, torch.Tensor]]:

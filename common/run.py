@@ -25,11 +25,14 @@ class Run:
     @property
     def logger(self) -> Logger:
         if self._logger is None:
-            self._logger = Logger(
-                self.dir, self.config, track=self.args.track, project=self.args.wandb_project,
-                total_timesteps=self.args.total_timesteps,
-            )
+            self._logger = self._open_logger(resume_from=None)
         return self._logger
+
+    def _open_logger(self, resume_from: int | None) -> Logger:
+        return Logger(
+            self.dir, self.config, track=self.args.track, project=self.args.wandb_project,
+            total_timesteps=self.args.total_timesteps, resume_from=resume_from,
+        )
 
     def save(self, env_steps: int, tree: Any, rings: dict, host: dict) -> None:
         """Write a checkpoint; see `common.checkpoint.save`."""
@@ -43,10 +46,7 @@ class Run:
         mine = host["run"]
         self._succeeded, self._finished = mine["succeeded"], mine["finished"]
         self.evaluation = mine["evaluation"]
-        self._logger = Logger(
-            self.dir, self.config, track=self.args.track, project=self.args.wandb_project,
-            total_timesteps=self.args.total_timesteps, resume_from=env_steps,
-        )
+        self._logger = self._open_logger(resume_from=env_steps)
         self._logger.say(f"resumed at {env_steps:,} steps")
         return tree, rings, host["script"]
 
