@@ -45,7 +45,6 @@ ACTION_DIM = 4  # every Meta-World task
 PICTURE_SIZE = 84  # pixels, width and height of what the policy sees
 MAX_EPISODE_STEPS = 500
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-ON_CPU = jax.default_backend() == "cpu"
 
 
 @dataclass(frozen=True)
@@ -176,13 +175,18 @@ class MLP(nn.Module):
         return nn.Dense(self.features[-1])(x)
 
 
+def on_cpu() -> bool:  # asked when a function is traced: --help need not start a GPU
+    return jax.default_backend() == "cpu"
+
+
 @partial(jax.checkpoint, static_argnums=2)  # windows are cut again rather than kept
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Convolution of [n, height, width, c] by [3, 3, c, features], without padding.
 
-    On a CPU as matrix products: XLA's gradient of a convolution takes fifteen times as long there.
+    On a CPU as matrix products: XLA's gradient of a convolution takes far longer there
+    (docs/furl_drq_pixels.md).
     """
-    if not ON_CPU:
+    if not on_cpu():
         dimensions = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(
             x, kernel, (stride, stride), "VALID", dimension_numbers=dimensions
@@ -279,7 +283,7 @@ def networks(args: Args) -> tuple[Actor, CriticPair]:
 def encode(encoder_params: dict, pictures: jax.Array, args: Args) -> jax.Array:
     """Stacked pictures uint8 [batch, 84, 84, 9] -> features [batch, n]."""
     encoder = partial(Encoder(args.encoder_features).apply, encoder_params)
-    if ON_CPU:  # what four pictures need stays in the cache
+    if on_cpu():  # what four pictures need stays in the cache
         return jax.lax.map(encoder, pictures, batch_size=4)
     return encoder(pictures)
 

@@ -109,7 +109,7 @@ def test_convolutions_and_their_gradients_are_xlas(monkeypatch, stride, height, 
 
     theirs = results(xla)
     for on_cpu in (True, False):
-        monkeypatch.setattr(script, "ON_CPU", on_cpu)
+        monkeypatch.setattr(script, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
         monkeypatch.setattr(script, "convolve", jax.checkpoint(
             script.convolve.__wrapped__, static_argnums=2
         ))  # traced anew

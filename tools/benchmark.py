@@ -230,14 +230,14 @@ def measure_pixels(rounds: int) -> Iterator[Row]:
     functions: dict[str, Callable[[], object]] = {
         "floor": lambda: jax.block_until_ready(products())
     }
-    ours = drq.ON_CPU
-    for name, drq.ON_CPU in (("DrQ", ours), ("DrQ with XLA's convolutions", False)):
-        jax.clear_caches()  # what is traced depends on ON_CPU
+    on_cpu = drq.on_cpu
+    for name, drq.on_cpu in (("DrQ", on_cpu), ("DrQ with XLA's convolutions", lambda: False)):
+        jax.clear_caches()  # what is traced depends on it
         compiled = jax.jit(twice).lower(agent).compile()
         functions[name] = lambda run=compiled: jax.block_until_ready(run(agent))
-        if not ours:
+        if not on_cpu():
             break
-    drq.ON_CPU = ours
+    drq.on_cpu = on_cpu
     jax.clear_caches()
     seconds = medians(functions, min(rounds, 2))
     floor = drq_flops(args) / (PRODUCT_FLOPS / seconds.pop("floor"))
