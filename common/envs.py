@@ -43,6 +43,7 @@ PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 # Some tasks keep views of these arrays as attributes, so that what they call an initial position
 # moves along with the simulation.
 VIEWED_FIELDS = ("xpos", "xipos", "site_xpos", "geom_xpos")
+WORKER_MODULE = "common.envs"  # the program that a worker is; tools/trace.py has its own
 
 
 class WorkerError(RuntimeError):
@@ -368,7 +369,7 @@ def _start_worker(memory_fd: int, options: dict) -> tuple[subprocess.Popen, Conn
     }
     process = subprocess.Popen(
         # -P: a folder named `common` where the user happens to be is not ours.
-        [sys.executable, "-P", "-m", "common.envs", str(theirs.fileno()), str(memory_fd)],
+        [sys.executable, "-P", "-m", WORKER_MODULE, str(theirs.fileno()), str(memory_fd)],
         pass_fds=(theirs.fileno(), memory_fd), env=environment, stdin=subprocess.DEVNULL,
     )
     theirs.close()

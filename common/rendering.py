@@ -122,7 +122,6 @@ class Renderer:
         drawn = _drawn_model(model, size, quality)
         self._gl.make_current()
         self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_50.value)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._scene = mujoco.MjvScene(drawn, maxgeom=2000)
         self._option = mujoco.MjvOption()
         if quality == "fast":
@@ -134,6 +133,8 @@ class Renderer:
     def render(self, model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:
         """The picture of `data`, uint8 [size, size, 3], a copy. `model`: the simulated one."""
         self._gl.make_current()
+        # Each time, not once: other renderers of this process bind their own.
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         mujoco.mjv_updateScene(
             model, data, self._option, None, self._camera,
             mujoco.mjtCatBit.mjCAT_ALL.value, self._scene,

@@ -97,6 +97,19 @@ def test_one_renderer_draws_all_environments_of_a_task():
     np.testing.assert_array_equal(renderer.render(env.model, env.data), first)
 
 
+def test_renderers_do_not_draw_into_each_other():
+    env = scene("drawer-open-v3")
+    renderers = [Renderer(env.model, size, 2, "fast") for size in (SIZE, SIZE, 32)]
+    for _ in range(2):
+        first, second, small = (r.render(env.model, env.data) for r in renderers)
+        np.testing.assert_array_equal(first, second)
+        assert first.std() > 10 and small.std() > 10
+        env.step(np.array([1, 1, 1, 1], np.float32))
+    np.testing.assert_array_equal(
+        renderers[0].render(env.model, env.data), renderers[1].render(env.model, env.data)
+    )
+
+
 def test_cameras_by_name_and_number():
     env = scene("drawer-open-v3")
     assert tuple(env.model.camera(i).name for i in range(env.model.ncam)) == CAMERAS

@@ -1,0 +1,90 @@
+"""How far the two qualities of pictures are apart, task by task, and pictures of MT10 beside each other.
+
+    python -m tools.compare_qualities      # writes docs/drawing.md and docs/drawing.png
+
+Three kinds: `paper`; `fast` with all faces of the meshes, which tells the lighting's part from the
+simplification's; and `fast`.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from common import rendering
+from common.envs import make_env, place_goal_marker
+from common.tasks import ENV_IDS, MT10, expert_action, expert_policy
+
+KINDS = ("paper", "fast, all faces", "fast")
+TIMES = (0, 20, 40, 60)  # steps of the expert at which pictures are taken
+
+
+@dataclass(frozen=True)
+class Args:
+    size: int = 112
+    """width and height of the pictures, pixels (mini's)"""
+    output: Path = Path("docs/drawing.md")
+    """table to write; the pictures go beside it as .png"""
+
+
+def draw_task(env_id: str, size: int) -> np.ndarray:
+    """The same moments of one expert episode in each kind, uint8 [kinds, times, size, size, 3]."""
+    env = make_env(env_id, seed=0, index=0, goal="fixed", show_goal=True)
+    policy = expert_policy(env_id)
+    keep_faces = mock.patch.object(rendering, "_simplify_mesh", lambda model, mesh: None)
+    renderers = []
+    for kind in KINDS:
+        with keep_faces if kind == "fast, all faces" else contextlib.nullcontext():
+            renderers.append(rendering.Renderer(env.model, size, 2, kind.split(",")[0]))
+    obs, _ = env.reset()
+    place_goal_marker(env)
+    pictures = []
+    for step in range(max(TIMES) + 1):
+        if step in TIMES:
+            pictures.append([renderer.render(env.model, env.data) for renderer in renderers])
+        obs, *_ = env.step(expert_action(policy, obs))
+    for renderer in renderers:
+        renderer.close()
+    return np.swapaxes(np.array(pictures), 0, 1)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean absolute difference of two sets of pictures, in units of 1/255."""
+    return float(np.abs(a.astype(float) - b).mean())
+
+
+def main(args: Args) -> None:
+    rows, sheet = [], []
+    for env_id in ENV_IDS:
+        paper, all_faces, fast = pictures = draw_task(env_id, args.size)
+        rows.append((env_id, difference(fast, paper), difference(all_faces, paper),
+                     difference(fast, all_faces)))
+        print("{:32} {:6.2f} {:6.2f} {:6.2f}".format(*rows[-1]), flush=True)
+        if env_id in MT10:
+            sheet.append(np.concatenate(pictures[:, 2], axis=1))
+    half = len(sheet) // 2
+    columns = [np.concatenate(part) for part in (sheet[:half], sheet[half:])]
+    Image.fromarray(np.concatenate(columns, axis=1)).save(args.output.with_suffix(".png"))
+    means = np.mean([row[1:] for row in rows], axis=0)
+    lines = [
+        "# Drawing: `fast` against `paper`", "",
+        f"`python -m tools.compare_qualities`: mean absolute difference, in steps of 1/255, over "
+        f"{len(TIMES)} moments of an expert's episode, {args.size} px, camera 2. *Lighting*: "
+        "shadow map, multisampling and reflections left out, all faces kept; *simplification*: "
+        "meshes with 5 % of their faces, the lighting the same.", "",
+        f"![MT10 in {', '.join(KINDS)}]({args.output.with_suffix('.png').name})", "",
+        f"MT10; of each task, from left to right: {'; '.join(KINDS)}.", "",
+        "| task | fast against paper | lighting alone | simplification alone |",
+        "| --- | --- | --- | --- |",
+        *(f"| {name} | {a:.2f} | {b:.2f} | {c:.2f} |" for name, a, b, c in rows),
+        "| mean | {:.2f} | {:.2f} | {:.2f} |".format(*means),
+    ]
+    args.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

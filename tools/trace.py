@@ -1,0 +1,243 @@
+"""Where the time of an iteration goes: a trace that Perfetto opens, and its summary.
+
+    python -m tools.trace furl_sac_state                    # to trace.json.gz
+    python -m tools.trace sac_baseline --output sac.json.gz -- --utd 0.25
+    python -m tools.trace furl_sac_state --xla traces/      # XLA's own threads as well
+
+Open the file at https://ui.perfetto.dev (nothing is uploaded). Rows: the script's main thread, the
+updates (from their dispatch until their result is there), and each environment worker. The scripts
+know nothing of this: the functions that they call are wrapped from outside, also in the workers.
+"""
+
+import contextlib
+import functools
+import gzip
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from common import envs, rendering, replay
+from common.errors import UserError
+
+Script = Literal["furl_sac_state", "furl_drq_pixels", "sac_baseline", "relay_baseline",
+                 "vlm_rm_baseline"]
+FOLDER = "FURL_TRACE_FOLDER"  # where workers write their events
+MAIN, UPDATES = 1, 2  # rows; workers have their process id
+WAITING = ("wait for actions", "wait for workers")
+
+
+@dataclass(frozen=True)
+class Args:
+    script: Annotated[Script, tyro.conf.Positional]
+    """whose iterations"""
+    output: Path = Path("trace.json.gz")
+    """file to write"""
+    iterations: int = 20
+    """last iterations of the run that are kept"""
+    steps: int = 0
+    """environment steps of the run; 0: enough for 200 iterations with updates (pixels: 20)"""
+    xla: Path | None = None
+    """folder for JAX's own profile of the whole run (large)"""
+
+
+class Recorder:
+    """Events (row, name, start, end) in nanoseconds of the monotonic clock, which processes share."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[int, str, int, int]] = []
+
+    @contextlib.contextmanager
+    def span(self, row: int, name: str):
+        start = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            self.events.append((row, name, start, time.monotonic_ns()))
+
+    def wrap(self, owner: Any, function: str, name: str, row: int = MAIN) -> None:
+        """Make `owner.function` leave an event at each call."""
+        original = getattr(owner, function)
+
+        @functools.wraps(original)
+        def wrapped(*args, **kwargs):
+            with self.span(row, name):
+                return original(*args, **kwargs)
+
+        setattr(owner, function, wrapped)
+
+
+def work(socket_fd: int, memory_fd: int) -> None:
+    """An environment worker that keeps its events; see `common.envs._main`."""
+    recorder, pid = Recorder(), os.getpid()
+    recorder.wrap(rendering.Renderer, "render", "draw", pid)
+    make_env, serve = envs.make_env, envs._work
+
+    def make_traced_env(*args, **kwargs):
+        env = make_env(*args, **kwargs)
+        recorder.wrap(env, "step", "physics", pid)
+        return env
+
+    def serve_and_write(*args) -> None:
+        try:
+            serve(*args)
+        finally:
+            path = Path(os.environ[FOLDER]) / f"{pid}.json"
+            path.write_text(json.dumps(recorder.events))
+
+    envs.make_env, envs._work = make_traced_env, serve_and_write
+    envs._main(socket_fd, memory_fd)
+
+
+def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
+    """Trace what a script's main calls; the thread that waits for the updates' results."""
+    import jax
+
+    from common.evaluate import Evaluator
+    from common.run import Run
+    from common.vlm import VLM
+
+    recorder.wrap(envs.VecMetaWorld, "step_async", "send actions")
+    recorder.wrap(envs.VecMetaWorld, "step_wait", WAITING[1])
+    recorder.wrap(VLM, "embed_images", "embed")
+    recorder.wrap(replay, "add_rows", "store")
+    recorder.wrap(replay, "add_trajectory", "store trajectory")
+    recorder.wrap(Evaluator, "__call__", "evaluate")
+    recorder.wrap(Run, "save", "checkpoint")
+    recorder.wrap(Run, "log_training", "log")
+    act, update = script.act, script.update
+    waiter = ThreadPoolExecutor(1)
+
+    def traced_act(*args):
+        with recorder.span(MAIN, WAITING[0]):  # they need the networks after the last updates
+            return np.asarray(act(*args))
+
+    def wait(start: int, metrics: Any) -> None:
+        jax.block_until_ready(metrics)
+        recorder.events.append((UPDATES, "updates", start, time.monotonic_ns()))
+
+    def traced_update(*args):
+        start = time.monotonic_ns()
+        with recorder.span(MAIN, "dispatch updates"):
+            state, metrics = update(*args)
+        waiter.submit(wait, start, metrics)
+        return state, metrics
+
+    script.act, script.update = traced_act, traced_update
+    return waiter
+
+
+def keep_last(events: list, iterations: int) -> tuple[list, int, int]:
+    """Events of the last iterations, which begin as actions are sent; (events, start, end)."""
+    pauses = [event[2:] for event in events if event[1] == "evaluate"]  # it has steps of its own
+    sent = sorted(
+        start for _, name, start, _ in events
+        if name == "send actions" and not any(begin < start < end for begin, end in pauses)
+    )
+    if len(sent) <= iterations:
+        raise UserError(f"the run has only {len(sent) - 1} iterations, not {iterations}")
+    first, end = sent[-1 - iterations], sent[-1]
+    return [event for event in events if first <= event[2] and event[3] <= end], first, end
+
+
+def summarise(events: list, start: int, end: int, iterations: int, cores: int) -> str:
+    """Milliseconds an iteration by row and name, and how much of the time what overlaps."""
+    wall = (end - start) / 1e6 / iterations
+    totals: dict[tuple[str, str], float] = defaultdict(float)
+    workers = sorted({row for row, *_ in events} - {MAIN, UPDATES})
+    for row, name, begin, stop in events:
+        kind = {MAIN: "main thread", UPDATES: "updates"}.get(row, f"{len(workers)} workers")
+        totals[kind, name] += (stop - begin) / 1e6 / iterations
+    lines = [f"one iteration: {wall:.1f} ms (mean of {iterations}, {cores} cores)"]
+    for (kind, name), total in sorted(totals.items(), key=lambda item: (item[0][0], -item[1])):
+        lines.append(f"  {kind:12} {name:18} {total:8.2f} ms  {total / wall:6.1%}")
+    drawing = covered([e[2:] for e in events if e[0] in workers])
+    updating = covered([e[2:] for e in events if e[0] == UPDATES])
+    both = sum(max(0, min(a[1], b[1]) - max(a[0], b[0])) for a in drawing for b in updating)
+    length = sum(b - a for a, b in drawing)
+    if length and updating:
+        lines.append(f"  environments step or draw {length / 1e6 / iterations:.1f} ms of it, "
+                     f"{both / length:.0%} of that while updates run")
+    return "\n".join(lines)
+
+
+def covered(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The union of intervals, as disjoint intervals."""
+    union: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if union and start <= union[-1][1]:
+            union[-1] = (union[-1][0], max(end, union[-1][1]))
+        else:
+            union.append((start, end))
+    return union
+
+
+def chrome_trace(events: list, start: int) -> dict[str, Any]:
+    """The events in Chrome's trace format, microseconds since `start`."""
+    rows = {MAIN: "main thread", UPDATES: "updates"}
+    workers = sorted({row for row, *_ in events} - set(rows))
+    rows |= {row: f"environment worker {number}" for number, row in enumerate(workers)}
+    return {"displayTimeUnit": "ms", "traceEvents": [
+        *({"ph": "M", "pid": 1, "tid": row, "name": "thread_name", "args": {"name": name}}
+          for row, name in rows.items()),
+        *({"ph": "X", "pid": 1, "tid": row, "name": name, "ts": (begin - start) / 1e3,
+           "dur": (end - begin) / 1e3} for row, name, begin, end in sorted(events)),
+    ]}
+
+
+def main(args: Args, flags: list[str]) -> None:
+    """Run the script with `flags` on top of the defaults here, and write its trace."""
+    import jax
+
+    from common.cli import parse_args
+
+    script = importlib.import_module(args.script)
+    pixels = args.script == "furl_drq_pixels"
+    defaults = {"learning-starts": "160" if pixels else "1000", "checkpoint-every": "0",
+                "eval-every": "1000000000", "log-every": "400"}
+    # Long enough for failed episodes, and so for projection heads to train.
+    steps = args.steps or (320 if pixels else 4000 + 200 * 8)
+    flags = [*(word for name, value in defaults.items() for word in (f"--{name}", value)), *flags]
+    recorder = Recorder()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        os.environ[FOLDER] = folder
+        envs.WORKER_MODULE = "tools.trace"
+        script_args = parse_args(script.Args, [
+            *flags, "--total-timesteps", str(steps), "--run-dir", f"{folder}/run",
+        ])
+        waiter = wrap_script(recorder, script)
+        if args.xla:
+            stack.enter_context(jax.profiler.trace(args.xla, create_perfetto_trace=True))
+        script.main(script_args)
+        waiter.shutdown()
+        events = list(recorder.events)
+        for path in Path(folder).glob("*.json"):
+            events += map(tuple, json.loads(path.read_text()))
+    kept, start, end = keep_last(events, args.iterations)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(args.output, "wt", compresslevel=9) as file:
+        json.dump(chrome_trace(kept, start), file)
+    print(summarise(kept, start, end, args.iterations, envs.usable_cores()))
+    print(f"{args.output}: open it at https://ui.perfetto.dev")
+
+
+if __name__ == "__main__":
+    if FOLDER in os.environ:
+        work(int(sys.argv[1]), int(sys.argv[2]))
+    else:
+        try:
+            words = sys.argv[1:]
+            split = words.index("--") if "--" in words else len(words)
+            main(tyro.cli(Args, args=words[:split]), words[split + 1 :])
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from None
