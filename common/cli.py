@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from common.cores import share_cores
 from common.envs import MAX_EPISODE_STEPS
 from common.errors import UserError
 from common.logger import read_config
@@ -110,6 +111,7 @@ def run_script(main: Callable[[ArgsT], object], args_type: type[ArgsT]) -> None:
     and status 2; any other error keeps its traceback.
     """
     try:
+        share_cores()
         main(parse_args(args_type, sys.argv[1:]))
     except UserError as error:
         message = str(error)

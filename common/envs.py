@@ -22,6 +22,7 @@ import gymnasium
 import mujoco
 import numpy as np
 
+from common.cores import ONE_THREAD, num_cores
 from common.errors import UserError
 from common.rendering import (
     KEPT_FACES,
@@ -235,7 +236,7 @@ class VecMetaWorld:
         self._arrays = _map_arrays(memory_fd, layout)
         self._workers: list[tuple[subprocess.Popen, Connection]] = []
         self._is_stepping = False
-        num_workers = min(num_workers or usable_cores(), num_envs)
+        num_workers = min(num_workers or num_cores(), num_envs)
         for indices in np.array_split(np.arange(num_envs), num_workers):
             options = dict(
                 env_id=self.env_id, indices=indices.tolist(), seed=seed, goal=goal,
@@ -351,10 +352,6 @@ class VecMetaWorld:
                           "memory, or killed from outside")
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _start_worker(memory_fd: int, options: dict) -> tuple[subprocess.Popen, Connection]:
     ours, theirs = socket.socketpair()
     root = str(Path(__file__).resolve().parent.parent)
@@ -362,10 +359,7 @@ def _start_worker(memory_fd: int, options: dict) -> tuple[subprocess.Popen, Conn
         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "MUJOCO_GL": "egl",
         "FURL_ENV_WORKER": "1",
-        # One core per worker: neither numerics nor software drawing may start threads of their own.
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "LP_NUM_THREADS": os.environ.get("LP_NUM_THREADS", "0"),
+        **ONE_THREAD,
     }
     process = subprocess.Popen(
         # -P: a folder named `common` where the user happens to be is not ours.

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from common.cores import num_cores
 from common.errors import UserError
 
 CSV_HEADER = ("env_steps", "key", "value")
@@ -79,6 +80,7 @@ def write_config(run_dir: Path, args: Any, **facts: Any) -> dict[str, Any]:
         "commit": git_commit(),
         "versions": versions(),
         "cpu_count": os.cpu_count(),
+        "num_cores": num_cores(),
         **facts,
     }
     temporary = run_dir / "config.json.tmp"

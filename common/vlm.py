@@ -202,7 +202,6 @@ def load_vlm(
     weights: str | Path | None = None,
     pretrained: bool = True,
     device: str = "auto",
-    num_threads: int | None = None,
     seed: int = 0,
 ) -> VLM:
     """Load a frozen VLM.
@@ -213,7 +212,6 @@ def load_vlm(
         weights: a local file instead of a download: .safetensors, or .pt holding a state dict.
         pretrained: False: the same network with random weights drawn from `seed`.
         device: auto, cpu or cuda.
-        num_threads: torch's threads on the CPU; None leaves them.
         seed: of random weights.
 
     Raises:
@@ -229,16 +227,12 @@ def load_vlm(
             raise UserError(f"--vlm-weights {weights}: {reason}")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"unknown device {device!r}: allowed are auto, cpu and cuda")
-    if num_threads is not None and num_threads < 1:
-        raise UserError(f"the number of threads must be at least 1, not {num_threads}")
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no CUDA device on this machine: use cpu or auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
     if name == "mini":
         return MiniVLM(weights, pretrained, torch.device(device), seed)
 

@@ -349,23 +349,11 @@ def test_unknown_names_say_what_is_allowed():
 
 def test_arguments_are_checked(checkpoint):
     one_line_error("exclude each other", "tiny-resnet", weights=checkpoint, pretrained=False)
-    one_line_error("at least 1", "mini", num_threads=0)
     with pytest.raises(UserError, match="allowed are auto, cpu and cuda"):
         load_vlm("mini", device="tpu")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA device"):
             load_vlm("mini", device="cuda")
-
-
-def test_threads_are_set_and_left_alone():
-    before = torch.get_num_threads()
-    try:
-        on_cpu("mini", num_threads=before + 1)
-        assert torch.get_num_threads() == before + 1
-        on_cpu("mini")
-        assert torch.get_num_threads() == before + 1
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["tiny-resnet", "mini"])

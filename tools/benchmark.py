@@ -32,7 +32,8 @@ import tyro
 import furl_drq_pixels as drq
 import furl_sac_state as furl
 from common import replay
-from common.envs import VecMetaWorld, usable_cores
+from common.cores import num_cores, share_cores
+from common.envs import VecMetaWorld
 from common.errors import UserError
 from common.rendering import Renderer, gl_info
 from common.vlm import load_vlm
@@ -379,11 +380,12 @@ def machine() -> str:
     except (OSError, StopIteration):
         model = platform.processor()
     devices = ", ".join(str(device) for device in jax.devices())
-    return (f"{usable_cores()} cores, {model}, {os.sysconf('SC_PHYS_PAGES') * 4096 / 2**30:.0f} "
+    return (f"{num_cores()} cores, {model}, {os.sysconf('SC_PHYS_PAGES') * 4096 / 2**30:.0f} "
             f"GiB; drawing: {gl_info()['renderer']}; JAX {jax.__version__} on {devices}")
 
 
 def main(args: Args) -> None:
+    share_cores()
     measures = {"environments": measure_environments, "frames": measure_frames,
                 "embeddings": measure_embeddings, "updates": measure_updates,
                 "furl": measure_furl, "baselines": measure_baselines,

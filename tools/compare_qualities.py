@@ -1,4 +1,4 @@
-"""How far the two qualities of pictures are apart, task by task, and pictures of MT10 beside each other.
+"""How far the two qualities of pictures are apart, task by task, with pictures of MT10.
 
     python -m tools.compare_qualities      # writes docs/drawing.md and docs/drawing.png
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import tyro
 from gymnasium.wrappers import TimeLimit
 
@@ -36,6 +37,7 @@ def steps_per_second(args: Args) -> float:
         make_env(args.env_id, seed=0, index=0, goal="fixed", show_goal=False), MAX_EPISODE_STEPS
     )
     sac = importlib.import_module(args.package).SAC
+    torch.set_num_threads(1)  # what is best for stable-baselines3's small networks
     model = sac("MlpPolicy", env, learning_starts=args.warm_up // 2, batch_size=256, train_freq=1,
                 gradient_steps=1, policy_kwargs={"net_arch": [256, 256]}, seed=0)
     model.learn(args.warm_up)

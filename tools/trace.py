@@ -28,6 +28,7 @@ import numpy as np
 import tyro
 
 from common import envs, rendering, replay
+from common.cores import num_cores, share_cores
 from common.errors import UserError
 
 Script = Literal["furl_sac_state", "furl_drq_pixels", "sac_baseline", "relay_baseline",
@@ -52,7 +53,7 @@ class Args:
 
 
 class Recorder:
-    """Events (row, name, start, end) in nanoseconds of the monotonic clock, which processes share."""
+    """Events (row, name, start, end), in nanoseconds of the clock that all processes share."""
 
     def __init__(self) -> None:
         self.events: list[tuple[int, str, int, int]] = []
@@ -201,6 +202,8 @@ def main(args: Args, flags: list[str]) -> None:
 
     from common.cli import parse_args
 
+    share_cores()
+
     script = importlib.import_module(args.script)
     pixels = args.script == "furl_drq_pixels"
     defaults = {"learning-starts": "160" if pixels else "1000", "checkpoint-every": "0",
@@ -227,7 +230,7 @@ def main(args: Args, flags: list[str]) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(args.output, "wt", compresslevel=9) as file:
         json.dump(chrome_trace(kept, start), file)
-    print(summarise(kept, start, end, args.iterations, envs.usable_cores()))
+    print(summarise(kept, start, end, args.iterations, num_cores()))
     print(f"{args.output}: open it at https://ui.perfetto.dev")
 
 
