@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args
@@ -39,8 +39,8 @@ from common.rendering import Renderer, gl_info
 from common.vlm import load_vlm
 from tools.peer_sac import PACKAGES
 
-Part = Literal["environments", "frames", "embeddings", "updates", "furl", "baselines", "pixels",
-               "peers"]
+Part = Literal["environments", "frames", "embeddings", "updates", "scaling", "furl", "baselines",
+               "pixels", "peers"]
 PARTS: tuple[Part, ...] = get_args(Part)
 TASK = "drawer-open-v3"
 
@@ -143,6 +143,15 @@ def sac_flops(args: furl.Args) -> float:
     return 2.0 * batch * products
 
 
+def projection_flops(args: furl.Args, embed_dim: int, phase: furl.Phase) -> float:
+    """The same for the image head: the batch's rewards and, in an alignment phase, its update."""
+    hidden, out = args.projection_features
+    forward = embed_dim * hidden + hidden * out  # per picture
+    backward = forward + hidden * out  # the weights' gradients, and the one between the layers
+    pictures = {"none": 0, "goal-image": 2, "success": 3}[phase.alignment]
+    return 2.0 * args.batch_size * (forward + pictures * (forward + backward))
+
+
 PRODUCT_FLOPS = 200 * 2 * 256**3
 
 
@@ -153,55 +162,93 @@ def products() -> jax.Array:
     return jax.lax.fori_loop(0, 200, lambda _, y: y @ weights, weights)
 
 
+PHASES = {"SAC": furl.Phase(False, "none"), "relaying": furl.Phase(True, "goal-image"),
+          "relaying, Eq. 4": furl.Phase(True, "success"), "aligned": furl.Phase(False, "success")}
+
+
+def filled_buffers(embed_dim: int, num_rows: int, args: furl.Args) -> furl.Buffers:
+    """Buffers with `num_rows` random transitions and a few trajectories of either kind."""
+    rng = np.random.default_rng(0)
+    buffers = furl.init_buffers(embed_dim, args)
+    for number in range(4):
+        images = rng.normal(size=(500, embed_dim)).astype(np.float16)
+        buffers = buffers._replace(
+            positives=replay.add_trajectory(buffers.positives, images, number),
+            negatives=replay.add_trajectory(buffers.negatives, images[::-1], number),
+        )
+    n = 5000
+    block = furl.Transition(
+        rng.normal(size=(n, 39)).astype(np.float32),
+        rng.uniform(-1, 1, (n, 4)).astype(np.float32),
+        rng.normal(size=(n, 39)).astype(np.float32),
+        np.zeros(n, np.float32), np.zeros(n, np.float32),
+        rng.normal(size=(n, embed_dim)).astype(np.float16),
+    )
+    transitions = buffers.transitions
+    for _ in range(num_rows // n):
+        transitions = replay.add_rows(transitions, block)
+    return buffers._replace(transitions=transitions)
+
+
+def updating(
+    buffers: furl.Buffers, embed_dim: int, args: furl.Args, phase: furl.Phase
+) -> Callable[[], None]:
+    """A function that does one iteration's updates, each time on from the last."""
+    inputs = furl.VLMInputs(jnp.ones(embed_dim), jnp.zeros(embed_dim))
+    state = furl.init_state(jax.random.PRNGKey(0), embed_dim, args)
+
+    def run() -> None:
+        nonlocal state
+        state, _ = furl.update(state, buffers, inputs, jax.random.PRNGKey(1), args, phase)
+        jax.block_until_ready(state)
+
+    return run
+
+
 def measure_updates(rounds: int) -> Iterator[Row]:
     """Milliseconds per update in each phase, beside the same matrix products alone."""
+    args = furl.Args(buffer_size=100_000)
     functions: dict[str, Callable[[], object]] = {
         "floor": lambda: jax.block_until_ready(products())
     }
-    num_updates = {}
+    flops = {}
     for embed_dim in (128, 1024):
-        args = furl.Args(buffer_size=100_000, num_envs=8)
-        rng = np.random.default_rng(0)
-        buffers = furl.init_buffers(embed_dim, args)
-        for number in range(4):
-            images = rng.normal(size=(500, embed_dim)).astype(np.float16)
-            buffers = buffers._replace(
-                positives=replay.add_trajectory(buffers.positives, images, number),
-                negatives=replay.add_trajectory(buffers.negatives, images[::-1], number),
-            )
-        transition = furl.Transition(
-            rng.normal(size=(4096, 39)).astype(np.float32),
-            rng.uniform(-1, 1, (4096, 4)).astype(np.float32),
-            rng.normal(size=(4096, 39)).astype(np.float32),
-            np.zeros(4096, np.float32), np.zeros(4096, np.float32),
-            rng.normal(size=(4096, embed_dim)).astype(np.float16),
-        )
-        buffers = buffers._replace(transitions=replay.add_rows(buffers.transitions, transition))
-        inputs = furl.VLMInputs(jnp.ones(embed_dim), jnp.zeros(embed_dim))
-        phases = {"SAC": furl.Phase(False, "none"), "relaying": furl.Phase(True, "goal-image"),
-                  "relaying, Eq. 4": furl.Phase(True, "success"),
-                  "aligned": furl.Phase(False, "success")}
-        for name, phase in phases.items():
-            holder = [furl.init_state(jax.random.PRNGKey(0), embed_dim, args)]
-
-            def run(holder=holder, buffers=buffers, inputs=inputs, args=args, phase=phase) -> None:
-                holder[0], _ = furl.update(
-                    holder[0], buffers, inputs, jax.random.PRNGKey(1), args, phase
-                )
-                jax.block_until_ready(holder[0])
-
-            functions[f"{name}, D = {embed_dim}"] = run
-            num_updates[f"{name}, D = {embed_dim}"] = args.updates_per_iteration
+        buffers = filled_buffers(embed_dim, 5000, args)
+        for phase_name, phase in PHASES.items():
+            name = f"{phase_name}, D = {embed_dim}"
+            functions[name] = updating(buffers, embed_dim, args, phase)
+            agents = 2 if phase.relaying else 1
+            flops[name] = agents * sac_flops(args) + projection_flops(args, embed_dim, phase)
     seconds = medians(functions, rounds * 3)
     flops_per_second = PRODUCT_FLOPS / seconds.pop("floor")
     yield ("matrix products 256 x 256 x 256 alone", f"{flops_per_second / 1e9:.0f} GFLOP/s",
            "the floor of the updates")
-    sac_floor = sac_flops(furl.Args()) / flops_per_second
     for name, total in seconds.items():
-        per_update = total / num_updates[name]
-        agents = 2 if "relaying" in name else 1
+        per_update = total / args.updates_per_iteration
+        share = flops[name] / flops_per_second / per_update
         yield (f"update, {name}", f"{per_update * 1e3:.2f} ms",
-               f"{agents * sac_floor / per_update:.0%} of it is SAC's matrix products")
+               f"{share:.0%} of it is its matrix products at that speed")
+
+
+def measure_scaling(rounds: int) -> Iterator[Row]:
+    """Cost of an update by transitions in the replay, and steps/s by number of environments."""
+    for embed_dim in (128, 1024):
+        args = furl.Args()
+        functions, sizes = {}, (10_000, 100_000, 1_000_000)
+        for size in sizes:
+            # Side by side, so that they take turns: the two smaller ones in rings of their size.
+            sized = replace(args, buffer_size=size)
+            buffers = filled_buffers(embed_dim, size, sized)
+            functions[f"{size:,}"] = updating(buffers, embed_dim, sized, PHASES["relaying, Eq. 4"])
+        seconds = medians(functions, rounds * 3)
+        for name, total in seconds.items():
+            yield (f"update, relaying, Eq. 4, D = {embed_dim}, {name} transitions in the replay",
+                   f"{total / args.updates_per_iteration * 1e3:.2f} ms", "same size of batch")
+    for num_envs in (1, 2, 4, 8, 16, 32):
+        yield run_script(
+            "furl_sac_state.py", f"mini, relaying, {num_envs} environments",
+            ["--num-envs", str(num_envs), "--relay-until", ALWAYS], 3200, warm_up=1600,
+        )
 
 
 def drq_flops(args: drq.Args) -> float:
@@ -388,8 +435,9 @@ def main(args: Args) -> None:
     share_cores()
     measures = {"environments": measure_environments, "frames": measure_frames,
                 "embeddings": measure_embeddings, "updates": measure_updates,
-                "furl": measure_furl, "baselines": measure_baselines,
-                "pixels": measure_pixels, "peers": measure_peers}
+                "scaling": measure_scaling,
+                "furl": measure_furl, "baselines": measure_baselines, "pixels": measure_pixels,
+                "peers": measure_peers}
     lines = [f"Machine: {machine()}.", "", "| what | figure | remark |", "| --- | --- | --- |"]
     print("\n".join(lines), flush=True)
     results: list[Row] = []
