@@ -22,11 +22,12 @@ ifneq ($(shell [ -n "$$HOME" ] && [ -w "$$HOME" ] && echo yes),yes)
 export HOME := $(CURDIR)/$(VENV)/home
 endif
 
-.PHONY: help train test setup lint clean
+.PHONY: help train test doctor setup lint clean
 
 help:
 	@echo "make train   set up, then train FuRL: furl_sac_state.py $(TRAIN_ARGS)"
 	@echo "make test    set up, then run the tests"
+	@echo "make doctor  set up, then check in a minute that this machine can train"
 	@echo "make setup   only set up: $(VENV), pinned packages, headless EGL"
 	@echo "make lint    ruff"
 	@echo "make clean   remove $(VENV) and caches; runs/ is kept"
@@ -36,6 +37,9 @@ train: setup
 
 test: setup
 	@$(PY) -m pytest tests
+
+doctor: setup
+	@$(PY) -m tools.doctor
 
 setup: $(STAMP)
 	@mkdir -p "$$HOME"

@@ -568,6 +568,7 @@ def main(args: Args) -> dict[str, float]:
                 state.furl.params["actor"], state.relay.params["actor"], obs,
                 relay_acts(schedule, episode_time), act_key, args, phase.relaying,
             ))
+            run.check_finite(env_steps, action, metrics)
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
@@ -613,7 +614,7 @@ def main(args: Args) -> dict[str, float]:
                 **metrics, "charts/relaying": phase.relaying,
                 **{f"charts/num_{name}": count for name, count in counts.items()},
             })
-        if run.is_due(args.checkpoint_every, env_steps):
+        if run.must_save(env_steps):
             save()
 
     for thing in (run, evaluate, envs):

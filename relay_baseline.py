@@ -414,6 +414,7 @@ def main(args: Args) -> dict[str, float]:
                 state.furl.params["actor"], state.relay.params["actor"], obs,
                 relay_acts(schedule, episode_time), act_key, args, relaying,
             ))
+            run.check_finite(env_steps, action, metrics)
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
@@ -454,7 +455,7 @@ def main(args: Args) -> dict[str, float]:
                 **metrics, "charts/relaying": relaying,
                 **{f"charts/num_{name}": count for name, count in counts.items()},
             })
-        if run.is_due(args.checkpoint_every, env_steps):
+        if run.must_save(env_steps):
             save()
 
     for thing in (run, evaluate, envs):

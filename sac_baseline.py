@@ -325,6 +325,7 @@ def main(args: Args) -> dict[str, float]:
         else:
             key, act_key = jax.random.split(key)
             action = np.asarray(act(agent.params["actor"], obs, act_key, args))
+            run.check_finite(env_steps, action, metrics)
         envs.step_async(action)
 
         # ... while the step before is stored and learned from.
@@ -350,7 +351,7 @@ def main(args: Args) -> dict[str, float]:
             run.log_training(env_steps, "sac" if num_updates else "random", {
                 **metrics, "charts/num_updates": num_updates,
             })
-        if run.is_due(args.checkpoint_every, env_steps):
+        if run.must_save(env_steps):
             save()
 
     for thing in (run, evaluate, envs):

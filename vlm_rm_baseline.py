@@ -427,6 +427,7 @@ def main(args: Args) -> dict[str, float]:
         else:
             key, act_key = jax.random.split(key)
             action = np.asarray(act(agent.params["actor"], obs, act_key, args))
+            run.check_finite(env_steps, action, metrics)
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
@@ -460,7 +461,7 @@ def main(args: Args) -> dict[str, float]:
             run.log_training(env_steps, "vlm" if num_updates else "random", {
                 **metrics, "charts/num_updates": num_updates,
             })
-        if run.is_due(args.checkpoint_every, env_steps):
+        if run.must_save(env_steps):
             save()
 
     for thing in (run, evaluate, envs):

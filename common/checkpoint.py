@@ -119,19 +119,30 @@ def load_newest(
     raise UserError(f"{run_dir} has no usable checkpoint ({len(folders)} found): start a new run")
 
 
+def space_needed(rings: dict[str, Ring], total_timesteps: int) -> int:
+    """Bytes that a run's last checkpoint needs; of `rings` only shapes and dtypes are looked at."""
+    need = 200 * 2**20  # networks, environments, curves, videos
+    for ring in rings.values():
+        stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(ring.data))
+        need += int(stored * min(1.0, total_timesteps / ring.capacity))
+    return need
+
+
+def free_space(run_dir: Path) -> int:
+    """Bytes free on the disk that holds, or will hold, `run_dir`."""
+    existing = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents)
+                    if path.exists())
+    return shutil.disk_usage(existing).free
+
+
 def check_space(run_dir: Path, rings: dict[str, Ring], total_timesteps: int) -> None:
     """Make sure that the disk can hold the run's last checkpoint.
 
     Raises:
         UserError: it cannot.
     """
-    need = 200 * 2**20  # networks, environments, curves, videos
-    for ring in rings.values():
-        stored = sum(x.nbytes for x in jax.tree.leaves(ring.data))
-        need += int(stored * min(1.0, total_timesteps / ring.capacity))
-    existing = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents)
-                    if path.exists())
-    free = shutil.disk_usage(existing).free
+    need = space_needed(rings, total_timesteps)
+    free = free_space(run_dir)
     if free < need:
         raise UserError(f"the run's checkpoints need up to {need / 2**30:.1f} GiB in {run_dir}, "
                         f"where {free / 2**30:.1f} GiB are free: choose another --run-dir, or a "

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import tyro
 
 from common.cores import share_cores
-from common.envs import MAX_EPISODE_STEPS
+from common.envs import MAX_EPISODE_STEPS, WorkerError
 from common.errors import UserError
 from common.logger import read_config
 from common.tasks import resolve_env_id
@@ -23,7 +23,8 @@ MAY_CHANGE = {"resume", "total_timesteps", "eval_every", "checkpoint_every", "lo
               "wandb_project", "capture_video"}
 MAY_BE_ZERO = {"seed", "eval_episodes", "checkpoint_every", "camera_id", "learning_starts", "rho",
                "reward_margin", "l2_margin", "relay_until", "alpha"}
-DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO}
+LARGEST = 2**31 - 1  # counters on the device are int32
+DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
 def parse_args(args_type: type[ArgsT], argv: list[str]) -> ArgsT:
@@ -62,8 +63,10 @@ def check_args(args: ArgsT) -> ArgsT:
     """
     for field in dataclasses.fields(args):
         value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
-        if isinstance(value, tuple) and (not value or min(value) < 1):
-            raise UserError(f"{flag} must be whole numbers of 1 or more, not {value}")
+        if isinstance(value, tuple) and (not value or min(value) < 1 or max(value) > LARGEST):
+            raise UserError(f"{flag} must be whole numbers from 1 to {LARGEST}, not {value}")
+        if isinstance(value, int) and value > LARGEST:
+            raise UserError(f"{flag} must be at most {LARGEST}, not {value}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value) or value < 0:
@@ -73,9 +76,9 @@ def check_args(args: ArgsT) -> ArgsT:
         if value > 1 and field.name in {"gamma", "tau", "alpha"}:
             raise UserError(f"{flag} must be at most 1, not {value}")
     updates = args.utd * args.num_envs
-    if updates < 1 or abs(updates - round(updates)) > 1e-6:
+    if not 1 <= updates <= LARGEST or abs(updates - round(updates)) > 1e-6:
         raise UserError(f"--utd {args.utd:g} x --num-envs {args.num_envs} gives {updates:g} "
-                        "updates per iteration: it must be a whole number, 1 or more")
+                        f"updates per iteration: it must be a whole number from 1 to {LARGEST}")
     if args.total_timesteps % steps_per_iteration(args):
         raise UserError(f"--total-timesteps {args.total_timesteps} is no multiple of the "
                         f"{steps_per_iteration(args)} steps of an iteration (--num-envs"
@@ -108,8 +111,10 @@ def run_script(main: Callable[[ArgsT], object], args_type: type[ArgsT]) -> None:
     """Parse the command line and run `main`.
 
     What the user can mend, and a full or read-only disk, ends the process with one line on stderr
-    and status 2; any other error keeps its traceback.
+    and status 2, a worker's failure with its last words and 1, Ctrl-C with 130; any other error
+    keeps its traceback.
     """
+    status = 2
     try:
         share_cores()
         main(parse_args(args_type, sys.argv[1:]))
@@ -119,7 +124,16 @@ def run_script(main: Callable[[ArgsT], object], args_type: type[ArgsT]) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         message = f"{error.strerror}: {error.filename or 'the run folder'}; what was saved is safe"
+    except WorkerError as error:
+        message, status = f"{error}; the run can be resumed from its last checkpoint", 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise  # XLA's errors are RuntimeErrors that begin with their kind
+        message = ("out of memory: choose a smaller --batch-size, --num-envs, --buffer-size or "
+                   "smaller networks")
+    except KeyboardInterrupt:  # during the set-up, or the second one: `Run` handles the first
+        message, status = "interrupted", 130
     else:
         return
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)

@@ -5,6 +5,7 @@ training script. Commands go through a socket, arrays through shared memory. A w
 is gone ends itself; a worker that fails ends the run with its traceback.
 """
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -465,14 +466,18 @@ def goal_image(
 def _main(socket_fd: int, memory_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     connection = Connection(socket_fd)
+    last_words = None
     try:
         _work(connection, memory_fd)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent has closed the socket, or is gone
     except UserError as error:
-        connection.send(("user error", str(error)))
+        last_words = ("user error", str(error))
     except Exception:
-        connection.send(("error", traceback.format_exc()))
+        last_words = ("error", traceback.format_exc())
+    if last_words is not None:
+        with contextlib.suppress(OSError):  # another worker's failure has already ended the run
+            connection.send(last_words)
     # Not through the interpreter's shutdown: MuJoCo's GL context prints errors there.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -28,6 +28,7 @@ KEPT_FACES = 0.05
 WELD = 0.002  # metres
 MIN_FACES = 2_000  # smaller meshes, the tasks' objects among them, stay as they are
 EGL_COMMAND = "apt-get install -y libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libopengl0"
+DEVICES = Path("/dev")
 SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "software")
 
 
@@ -59,6 +60,11 @@ def _gl_context():
     return context
 
 
+def gpu_present() -> bool:
+    """Whether this machine has an NVIDIA GPU, whatever can use it."""
+    return any(DEVICES.glob("nvidia[0-9]*"))
+
+
 def gl_info() -> dict[str, str | bool]:
     """Vendor and renderer of the GL in use, and whether it draws in software.
 
@@ -70,13 +76,12 @@ def gl_info() -> dict[str, str | bool]:
 
     vendor, renderer = (GL.glGetString(name).decode() for name in (GL.GL_VENDOR, GL.GL_RENDERER))
     software = any(word in renderer.lower() for word in SOFTWARE_RENDERERS)
-    gpu_present = any(Path("/dev").glob("nvidia[0-9]*"))
-    if software and gpu_present:
+    if software and gpu_present():
         print(f"WARNING: this machine has a GPU, but pictures are drawn in software ({renderer}), "
               "50 times slower: check that the driver's EGL is installed (libnvidia-gl)",
               file=sys.stderr)
     return {"vendor": vendor, "renderer": renderer, "software": software,
-            "gpu_present": gpu_present}
+            "gpu_present": gpu_present()}
 
 
 def camera_number(model: mujoco.MjModel, camera: int | str) -> int:

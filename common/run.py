@@ -1,7 +1,11 @@
-"""One run: its folder, what it logs, what it saves."""
+"""One run: its folder, what it logs, what it saves, and how it is stopped."""
 
+import fcntl
+import os
+import signal
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -21,6 +25,26 @@ class Run:
         self._succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
         self._finished: list[bool] = []  # success_once of the episodes since the last row
         self.evaluation: dict[str, float] = {}  # the last one
+        self._lock = lock_run_dir(run_dir)
+        self._stopped_by: int | None = None  # the signal
+        self._handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._stop)
+
+    def _stop(self, number: int, _frame: Any) -> None:
+        """Ctrl-C or SIGTERM: the iteration is finished and saved first. A second one ends at once.
+
+        What a checkpoint holds is consistent only between two iterations.
+        """
+        self._stopped_by = number
+        self._restore_handlers()
+        # Not by print, which a signal may have interrupted.
+        os.write(2, b"\nstopping: this iteration is finished and saved first (again: at once)\n")
+
+    def _restore_handlers(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
     @property
     def logger(self) -> Logger:
@@ -35,10 +59,27 @@ class Run:
         )
 
     def save(self, env_steps: int, tree: Any, rings: dict, host: dict) -> None:
-        """Write a checkpoint; see `common.checkpoint.save`."""
+        """Write a checkpoint; see `common.checkpoint.save`. A run that was told to stop ends here.
+
+        Raises:
+            UserError: a network is not finite; the checkpoint before stays the newest.
+            SystemExit: 128 + the signal's number, as shells count it: 130 for Ctrl-C.
+        """
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if not np.isfinite(leaf).all():
+                name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
+                raise self._diverged(name, "not finite", env_steps)
         mine = {"succeeded": self._succeeded, "finished": self._finished,
                 "evaluation": self.evaluation}
         checkpoint.save(self.dir, env_steps, tree, rings, {"script": host, "run": mine})
+        if self._stopped_by is not None and env_steps < self.args.total_timesteps:
+            self.logger.say(f"saved at {env_steps:,} steps; continue with --resume {self.dir}")
+            self.close()
+            raise SystemExit(128 + self._stopped_by)
+
+    def must_save(self, env_steps: int) -> bool:
+        """True when a checkpoint is due, and when the run has been told to stop."""
+        return self._stopped_by is not None or self.is_due(self.args.checkpoint_every, env_steps)
 
     def load(self, tree: Any, rings: dict) -> tuple[Any, dict, dict]:
         """The newest usable checkpoint's (tree, rings, host); metrics after it are dropped."""
@@ -83,8 +124,7 @@ class Run:
         row = {key: float(value) for key, value in jax.device_get(metrics).items()}
         bad = first_not_finite(row)
         if bad is not None:
-            raise UserError(f"{bad} is {row[bad]} at step {env_steps}: the run has diverged; its "
-                            f"last checkpoint before that is in {self.dir}")
+            raise self._diverged(bad, row[bad], env_steps)
         train = "-"
         if self._finished:
             row["charts/success_once"] = float(np.mean(self._finished))
@@ -100,14 +140,54 @@ class Run:
             "phase": stage,
         })
 
+    def check_finite(self, env_steps: int, action: np.ndarray, metrics: dict[str, Any]) -> None:
+        """Stop a diverged run before environments get its actions; costs no look at the device.
+
+        Args:
+            env_steps: environment steps done.
+            action: [num_envs, action_dim], on the host.
+            metrics: of the last updates, which then tell what has diverged.
+
+        Raises:
+            UserError: an action is not finite.
+        """
+        if np.isfinite(action).all():
+            return
+        values = jax.device_get(metrics)
+        bad = first_not_finite(values)
+        raise self._diverged(bad or "an action", values.get(bad, "not finite"), env_steps)
+
+    def _diverged(self, what: str, value: Any, env_steps: int) -> UserError:
+        return UserError(f"{what} is {value} at step {env_steps}: the run has diverged; its last "
+                         f"checkpoint before that is in {self.dir}")
+
     def close(self) -> None:
-        if self.evaluation:
+        self._restore_handlers()
+        self._lock.close()
+        if self.evaluation and self._stopped_by is None:
             self.logger.say(
                 f"final policy: success_once {self.evaluation['eval/success_once']:.0%}, "
                 f"success_at_end {self.evaluation['eval/success_at_end']:.0%}; run folder: "
                 f"{self.dir}"
             )
         self.logger.close()
+
+
+def lock_run_dir(run_dir: Path) -> TextIO:
+    """Keep other processes from writing into a run folder; the lock goes with this process.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    file = open(run_dir / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{run_dir} is in use by another process: wait for it or stop it, or "
+                        "choose another --run-dir") from None
+    except OSError:  # a file system without locks is no reason to stop
+        pass
+    return file
 
 
 def start_run(args: Any, script: str, rings: dict, **facts: Any) -> Run:

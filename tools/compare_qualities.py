@@ -18,6 +18,7 @@ from PIL import Image
 from common import rendering
 from common.envs import make_env, place_goal_marker
 from common.tasks import ENV_IDS, MT10, expert_action, expert_policy
+from tools.golden import difference
 
 KINDS = ("paper", "fast, all faces", "fast")
 TIMES = (0, 20, 40, 60)  # steps of the expert at which pictures are taken
@@ -50,11 +51,6 @@ def draw_task(env_id: str, size: int) -> np.ndarray:
     for renderer in renderers:
         renderer.close()
     return np.swapaxes(np.array(pictures), 0, 1)
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean absolute difference of two sets of pictures, in units of 1/255."""
-    return float(np.abs(a.astype(float) - b).mean())
 
 
 def main(args: Args) -> None:

@@ -1,0 +1,202 @@
+"""Runs that are killed, stopped, damaged, starved of disk or diverge: nothing is lost, and what is
+resumed equals a run to which none of it happened, to the last digit."""
+
+import csv
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "furl_sac_state.py"
+# A checkpoint every ten iterations, so that a kill often meets one that is being written; the
+# replay wraps, an episode ends, and both agents and the heads learn.
+TINY = [
+    "--env-id", "drawer-close-v3", "--num-envs", "4", "--total-timesteps", "2240",
+    "--learning-starts", "80", "--batch-size", "8", "--utd", "0.25", "--hidden-features", "16",
+    "16", "--projection-features", "16", "8", "--buffer-size", "1000",
+    "--embedding-buffer-size", "500", "--eval-every", "1120", "--checkpoint-every", "40",
+    "--log-every", "80",
+]
+NUM_KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Compiled programs are kept, so that twenty starts need not compile twenty times."""
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+class Script:
+    """A script that runs; its output goes to files, so that a full pipe never stops it."""
+
+    def __init__(self, environment: dict[str, str], log: Path, *flags: str, **kwargs):
+        self.log = log
+        with open(log.with_suffix(".out"), "w") as out, open(log.with_suffix(".err"), "w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, str(SCRIPT), *flags], stdout=out, stderr=err, env=environment,
+                **kwargs,
+            )
+
+    def end(self, timeout: float = 300) -> int:
+        return self.process.wait(timeout)
+
+    def wait_until(self, condition) -> bool:
+        """False if the script has ended before the condition holds."""
+        deadline = time.monotonic() + 300
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, "the script hangs"
+            time.sleep(0.01)
+        return True
+
+    @property
+    def out(self) -> str:
+        return self.log.with_suffix(".out").read_text()
+
+    @property
+    def errors(self) -> str:
+        return self.log.with_suffix(".err").read_text()
+
+
+def newest(run_dir: Path) -> int:
+    """Steps of the newest checkpoint; -1 without one."""
+    names = [path.name for path in (run_dir / "checkpoints").glob("step_*")]
+    return max((int(name.removeprefix("step_")) for name in names), default=-1)
+
+
+def metrics(run_dir: Path) -> dict[tuple[int, str], str]:
+    """All rows but those of times; each (step, key) once."""
+    with open(run_dir / "metrics.csv", newline="") as file:
+        rows = [(int(step), key, value) for step, key, value in list(csv.reader(file))[1:]]
+    assert len(rows) == len({row[:2] for row in rows}), "a row was written twice"
+    return {row[:2]: row[2] for row in rows if not row[1].startswith("time/")}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, environment) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    script = Script(environment, run_dir.with_name("whole"), *TINY, "--run-dir", str(run_dir))
+    assert script.end() == 0, script.errors
+    rows = metrics(run_dir)
+    assert (2240, "eval/success_once") in rows
+    assert {"losses/furl_q", "losses/relay_q"} <= {key for _, key in rows}
+    assert {"losses/neg_neg_loss", "losses/pos_neg_loss"} & {key for _, key in rows}
+    return run_dir
+
+
+def test_killed_twenty_times_at_random_moments(whole_run, tmp_path, environment):
+    """Every fourth kill comes at any moment of the start, the others soon after a checkpoint."""
+    rng = random.Random(0)
+    run_dir, steps_at_kill = tmp_path / "run", []
+    flags = [*TINY, "--run-dir", str(run_dir)]
+    while True:
+        before = newest(run_dir)
+        number = len(steps_at_kill)
+        script = Script(environment, tmp_path / f"{number}", *flags)
+        if number >= NUM_KILLS:
+            assert script.end() == 0, script.errors
+            break
+        if number % 4 == 3:
+            time.sleep(rng.uniform(0, 8))
+        elif script.wait_until(lambda before=before: newest(run_dir) > before):
+            time.sleep(rng.uniform(0, 0.2))
+        assert script.process.poll() in (None, 0), script.errors
+        if script.process.poll() == 0:
+            pytest.fail(f"the run ended after {number} kills: give it more steps")
+        os.kill(script.process.pid, signal.SIGKILL)
+        script.end()
+        steps_at_kill.append(newest(run_dir))
+        if steps_at_kill[-1] >= 0:
+            flags = ["--resume", str(run_dir)]
+    assert len(set(steps_at_kill)) >= NUM_KILLS // 2, "the kills came at few different steps"
+    assert metrics(run_dir) == metrics(whole_run)
+
+
+def test_stopped_damaged_and_resumed(whole_run, tmp_path, environment):
+    run_dir = tmp_path / "run"
+    script = Script(environment, tmp_path / "first", *TINY, "--run-dir", str(run_dir),
+                    "--checkpoint-every", "0")
+    assert script.wait_until(lambda: "phase relay" in script.out)
+
+    # While it runs, nobody else may go on with it.
+    second = Script(environment, tmp_path / "second", "--resume", str(run_dir))
+    assert second.end() == 2
+    assert second.errors.startswith(f"error: {run_dir} is in use by another process")
+    assert len(second.errors.splitlines()) == 1, second.errors
+
+    # Ctrl-C: saved where it was, although no checkpoint was due; 130 as shells have it.
+    script.process.send_signal(signal.SIGINT)
+    assert script.end() == 130, script.errors
+    stopped_at = newest(run_dir)
+    assert stopped_at > 0 and f"saved at {stopped_at:,} steps" in script.out
+    assert "Traceback" not in script.errors
+
+    # SIGTERM, as from a cluster's scheduler: the same.
+    script = Script(environment, tmp_path / "third", "--resume", str(run_dir),
+                    "--checkpoint-every", "0")
+    assert script.wait_until(lambda: script.out.count("phase relay") >= 2), script.errors
+    script.process.terminate()
+    assert script.end() == 143, script.errors
+    assert newest(run_dir) > stopped_at
+
+    # A flipped bit in the newest checkpoint: recognised, and the one before it is used.
+    path = run_dir / "checkpoints" / f"step_{newest(run_dir):010d}" / "state.npz"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    script = Script(environment, tmp_path / "fourth", "--resume", str(run_dir))
+    assert script.end() == 0, script.errors
+    assert "does not match its checksum" in script.out
+    assert f"resumed at {stopped_at:,} steps" in script.out
+    assert metrics(run_dir) == metrics(whole_run)
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(whole_run, tmp_path, environment):
+    """The kernel refuses more than 100 kB a file: the first checkpoint fits, a later one does not.
+
+    A full disk and a full file end in the same place with other error numbers.
+    """
+    run_dir = tmp_path / "run"
+    limit = 100 * 1024 + (whole_run / "checkpoints").glob("step_*").__next__().joinpath(
+        "state.npz").stat().st_size
+    script = Script(
+        environment, tmp_path / "log", *TINY, "--run-dir", str(run_dir),
+        "--checkpoint-every", "800",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert script.end() == 2
+    assert "error: File too large" in script.errors and "what was saved is safe" in script.errors
+    assert newest(run_dir) == 0
+    assert not list((run_dir / "checkpoints").rglob("*.tmp")), "it still takes space"
+    script = Script(environment, tmp_path / "again", "--resume", str(run_dir))
+    assert script.end() == 0, script.errors
+    assert metrics(run_dir) == metrics(whole_run)
+
+
+def test_a_run_that_diverges_stops_and_says_what_did(tmp_path, environment):
+    """Steps of 1e30 overflow float32 within a few updates."""
+    run_dir = tmp_path / "run"
+    script = Script(environment, tmp_path / "log", *TINY, "--run-dir", str(run_dir),
+                    "--learning-rate", "1e30", "--log-every", "1120")
+    assert script.end() == 2
+    assert script.errors.startswith("error: losses/"), script.errors
+    assert "the run has diverged; its last checkpoint before that is in" in script.errors
+    assert len(script.errors.splitlines()) == 1
+    step = newest(run_dir)
+    assert 0 < step < 1120
+    with np.load(run_dir / "checkpoints" / f"step_{step:010d}" / "state.npz") as arrays:
+        floats = [x for x in arrays.values() if np.issubdtype(x.dtype, np.floating)]
+    assert floats and all(np.isfinite(x).all() for x in floats)
