@@ -504,7 +504,8 @@ def init_agent(key: jax.Array, args: Args) -> AgentState:
         "encoder": encoder_params,
         "actor": actor.init(actor_key, features),
         "critic": critic.init(critic_key, features, jnp.zeros((1, ACTION_DIM))),
-        "log_alpha": jnp.log(args.init_temperature),
+        # float32 by name: a weak type lasts until the first update, and then all compiles again.
+        "log_alpha": jnp.log(jnp.float32(args.init_temperature)),
     }
     target = jax.tree.map(jnp.copy, {name: params[name] for name in ("encoder", "critic")})
     return AgentState(params, target, optax.adam(args.learning_rate).init(params))

@@ -342,7 +342,8 @@ def init_agent(key: jax.Array, args: Args) -> AgentState:
     params = {
         "actor": actor.init(actor_key, obs),
         "critic": critic.init(critic_key, obs, action),
-        "log_alpha": jnp.log(args.init_temperature),
+        # float32 by name: a weak type lasts until the first update, and then all compiles again.
+        "log_alpha": jnp.log(jnp.float32(args.init_temperature)),
     }
     target_critic = jax.tree.map(jnp.copy, params["critic"])
     return AgentState(params, target_critic, optax.adam(args.learning_rate).init(params))

@@ -1,9 +1,11 @@
 """What two scripts both define is the same, byte for byte, unless this file says why it is not."""
 
 import ast
+import importlib
 from itertools import combinations
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +121,14 @@ def test_the_sac_block_is_in_all_state_scripts():
              "update_agent", "act_mean"}
     for script in set(SCRIPTS) - {PIXELS}:
         assert block <= definitions(script).keys(), script
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_update_leaves_the_types_as_they_were(script):
+    """Else the second update of a run, and what acts on it, would be compiled anew."""
+    module = importlib.import_module(Path(script).stem)
+    agent = jax.eval_shape(lambda key: module.init_agent(key, module.Args()), jax.random.key(0))
+    assert not [path for path, leaf in jax.tree.leaves_with_path(agent) if leaf.weak_type]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
