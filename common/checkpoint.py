@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +105,59 @@ def load_newest(
         OSError: the disk cannot be read; nothing is removed.
     """
     root = run_dir / "checkpoints"
-    folders = sorted(root.glob("step_*"), reverse=True)
-    for number, folder in enumerate(folders):
-        try:
-            loaded = _load(root, folder, tree, rings)
-            # The run goes this part of its way again: what was passed over must not be built upon.
-            for passed_over in folders[:number]:
-                shutil.rmtree(passed_over, ignore_errors=True)
-            return loaded
-        # Other errors of the disk are no damage: they may pass, so nothing is given up for them.
-        except (CheckpointError, FileNotFoundError, ValueError, KeyError,
-                zipfile.BadZipFile) as error:
-            say(f"warning: checkpoint {folder.name} is passed over: {error}")
-    raise UserError(f"{run_dir} has no usable checkpoint ({len(folders)} found): start a new run")
+    loaded, passed_over = _newest_whole(
+        run_dir, _folders(root), lambda folder: _load(root, folder, tree, rings), say
+    )
+    # The run goes this part of its way again: what was passed over must not be built upon.
+    for folder in passed_over:
+        shutil.rmtree(folder, ignore_errors=True)
+    return loaded
+
+
+def read_newest(
+    run_dir: Path, env_steps: int | None = None, say=print
+) -> tuple[int, list[np.ndarray], Any]:
+    """A checkpoint's networks and host values without its rings; nothing on disk is changed.
+
+    Args:
+        run_dir: the run folder.
+        env_steps: which checkpoint; None: the newest that is whole.
+        say: where warnings go.
+
+    Returns:
+        (env_steps, leaves of the tree given to `save`, host); see `unflatten`.
+
+    Raises:
+        UserError: no checkpoint can be used, or none has that number of steps.
+        OSError: the disk cannot be read.
+    """
+    folders = _folders(run_dir / "checkpoints")
+    if env_steps is not None:
+        kept = [int(folder.name.removeprefix("step_")) for folder in folders]
+        if env_steps not in kept:
+            names = ", ".join(map(str, sorted(kept))) or "none"
+            raise UserError(f"{run_dir} has no checkpoint of step {env_steps}; kept are: {names}")
+        folders = [folders[kept.index(env_steps)]]
+
+    def read(folder: Path) -> tuple[int, list[np.ndarray], Any]:
+        manifest, structure = _read_state(folder)
+        return manifest["env_steps"], structure["tree"], structure["host"]
+
+    return _newest_whole(run_dir, folders, read, say)[0]
+
+
+def unflatten(leaves: list[np.ndarray], tree: Any) -> Any:
+    """The tree that `leaves` were, in the structure of `tree` (arrays or ShapeDtypeStructs).
+
+    Raises:
+        CheckpointError: their number or a shape differs.
+    """
+    templates = jax.tree.leaves(tree)
+    if len(leaves) != len(templates) or any(
+        a.shape != np.shape(b) for a, b in zip(leaves, templates, strict=True)
+    ):
+        raise CheckpointError("its networks have other shapes than this script's")
+    return jax.tree.unflatten(jax.tree.structure(tree), [jnp.asarray(x) for x in leaves])
 
 
 def space_needed(rings: dict[str, Ring], total_timesteps: int) -> int:
@@ -149,18 +190,33 @@ def check_space(run_dir: Path, rings: dict[str, Ring], total_timesteps: int) -> 
                         "smaller --buffer-size")
 
 
-def _load(root: Path, folder: Path, tree: Any, rings: dict[str, Ring]):
+def _folders(root: Path) -> list[Path]:
+    """The checkpoints' folders, newest first."""
+    return sorted(root.glob("step_*"), reverse=True)
+
+
+def _newest_whole(run_dir: Path, folders: list[Path], load: Callable[[Path], Any], say):
+    """(what `load` returns of the first folder that is whole, the damaged ones before it)."""
+    for number, folder in enumerate(folders):
+        try:
+            return load(folder), folders[:number]
+        # Other errors of the disk are no damage: they may pass, so nothing is given up for them.
+        except (CheckpointError, FileNotFoundError, ValueError, KeyError,
+                zipfile.BadZipFile) as error:
+            say(f"warning: checkpoint {folder.name} is passed over: {error}")
+    raise UserError(f"{run_dir} has no usable checkpoint ({len(folders)} found): start a new run")
+
+
+def _read_state(folder: Path) -> tuple[dict, dict]:
+    """A checkpoint's manifest, and the leaves of its tree and its host values."""
     manifest = _read_manifest(folder)
     state = _read_npz(folder / "state.npz", manifest["state"])
-    structure = _decode(json.loads(state["json"].tobytes()), state)
-    treedef = jax.tree.structure(tree)
-    leaves = structure["tree"]
-    templates = jax.tree.leaves(tree)
-    if len(leaves) != len(templates) or any(
-        a.shape != np.shape(b) for a, b in zip(leaves, templates, strict=True)
-    ):
-        raise CheckpointError("its networks have other shapes than this script's")
-    restored_tree = jax.tree.unflatten(treedef, [jnp.asarray(x) for x in leaves])
+    return manifest, _decode(json.loads(state["json"].tobytes()), state)
+
+
+def _load(root: Path, folder: Path, tree: Any, rings: dict[str, Ring]):
+    manifest, structure = _read_state(folder)
+    restored_tree = unflatten(structure["tree"], tree)
     restored_rings = {}
     for name, ring in rings.items():
         data = [np.array(x) for x in jax.tree.leaves(ring.data)]
@@ -180,7 +236,7 @@ def _load(root: Path, folder: Path, tree: Any, rings: dict[str, Ring]):
 
 
 def _newest_manifest(root: Path) -> dict | None:
-    for folder in sorted(root.glob("step_*"), reverse=True):
+    for folder in _folders(root):
         try:
             return _read_manifest(folder)
         except (OSError, CheckpointError):
@@ -195,7 +251,7 @@ def _read_manifest(folder: Path) -> dict:
             return manifest
     except (ValueError, KeyError, TypeError):
         pass
-    raise CheckpointError("its manifest is damaged")
+    raise CheckpointError("its manifest is damaged or another version's")
 
 
 def _digest(manifest: dict) -> str:
@@ -210,7 +266,7 @@ def _remove_old(root: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
     for unfinished in (root / "rings").glob("*.tmp"):
         unfinished.unlink(missing_ok=True)
-    folders = sorted(root.glob("step_*"), reverse=True)
+    folders = _folders(root)
     for folder in folders[KEEP:]:
         shutil.rmtree(folder, ignore_errors=True)
     needed: set[str] = set()

@@ -39,13 +39,8 @@ def parse_args(args_type: type[ArgsT], argv: list[str]) -> ArgsT:
     folder = resumed_folder(argv)
     if folder is None:
         return tyro.cli(args_type, args=argv)
-    stored = read_config(Path(folder))["args"]
+    default = stored_args(read_config(Path(folder))["args"], args_type, f"--resume {folder}")
     names = {f.name for f in dataclasses.fields(args_type)}
-    if set(stored) != names:
-        odd = sorted(set(stored) ^ names)[0]
-        raise UserError(f"--resume {folder}: that run is another script's or version's (its "
-                        f"arguments differ in {odd})")
-    default = args_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
     args = tyro.cli(args_type, args=argv, default=default)
     args = dataclasses.replace(args, env_id=resolve_env_id(args.env_id))
     for name in sorted(names - MAY_CHANGE):
@@ -53,6 +48,20 @@ def parse_args(args_type: type[ArgsT], argv: list[str]) -> ArgsT:
             raise UserError(f"--{name.replace('_', '-')} cannot change in a resumed run: it is "
                             f"{getattr(default, name)}, not {getattr(args, name)}")
     return args
+
+
+def stored_args(stored: dict[str, Any], args_type: type[ArgsT], name: str) -> ArgsT:
+    """The arguments in a run's config.json as the script's dataclass.
+
+    Raises:
+        UserError: they are not this script's or version's; `name` is what it calls the run.
+    """
+    names = {f.name for f in dataclasses.fields(args_type)}
+    if set(stored) != names:
+        odd = sorted(set(stored) ^ names)[0]
+        raise UserError(f"{name}: that run is another script's or version's (its arguments differ "
+                        f"in {odd})")
+    return args_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
 
 
 def check_args(args: ArgsT) -> ArgsT:

@@ -89,22 +89,23 @@ def write_config(run_dir: Path, args: Any, **facts: Any) -> dict[str, Any]:
     return config
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """The configuration of the run in `run_dir`.
+def read_config(run_dir: Path, name: str | None = None) -> dict[str, Any]:
+    """The configuration of the run in `run_dir`; `name`: what an error calls the folder.
 
     Raises:
         UserError: there is no run in that folder, or its config.json cannot be read.
     """
+    name = name or f"--resume {run_dir}"
     if not run_dir.is_dir():
-        raise UserError(f"--resume {run_dir}: no such folder; give a run folder under runs/")
+        raise UserError(f"{name}: no such folder; give a run folder under runs/")
     try:
         config = json.loads((run_dir / "config.json").read_text())
         config["args"]["env_id"]
         return config
     except FileNotFoundError:
-        raise UserError(f"--resume {run_dir}: not a run folder (it has no config.json)") from None
+        raise UserError(f"{name}: not a run folder (it has no config.json)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume {run_dir}: its config.json cannot be read ({error})") from None
+        raise UserError(f"{name}: its config.json cannot be read ({error})") from None
 
 
 class Logger:

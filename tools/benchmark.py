@@ -19,7 +19,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,7 +32,7 @@ import tyro
 
 import furl_drq_pixels as drq
 import furl_sac_state as furl
-from common import replay
+from common import checkpoint, replay
 from common.cores import num_cores, share_cores
 from common.envs import VecMetaWorld
 from common.errors import UserError
@@ -39,8 +40,8 @@ from common.rendering import Renderer, gl_info
 from common.vlm import load_vlm
 from tools.peer_sac import PACKAGES
 
-Part = Literal["environments", "frames", "embeddings", "updates", "scaling", "furl", "baselines",
-               "pixels", "peers"]
+Part = Literal["environments", "frames", "embeddings", "updates", "scaling", "checkpoints",
+               "furl", "baselines", "pixels", "peers"]
 PARTS: tuple[Part, ...] = get_args(Part)
 TASK = "drawer-open-v3"
 
@@ -230,25 +231,93 @@ def measure_updates(rounds: int) -> Iterator[Row]:
                f"{share:.0%} of it is its matrix products at that speed")
 
 
+SIZES = (10_000, 100_000, 1_000_000)  # transitions in the replay
+NUM_ENVS = (1, 2, 4, 8, 16, 32)
+
+
+def storing(buffers: furl.Buffers, num_envs: int) -> Callable[[], None]:
+    """A function that stores one iteration's transitions, 50 times."""
+    ring = buffers.transitions
+    rows = jax.tree.map(lambda x: np.asarray(x[:num_envs]), ring.data)
+    ring = jax.tree.map(jnp.copy, ring)  # `add_rows` takes it over
+
+    def run() -> None:
+        nonlocal ring
+        for _ in range(50):
+            ring = replay.add_rows(ring, rows)
+        jax.block_until_ready(ring)
+
+    return run
+
+
 def measure_scaling(rounds: int) -> Iterator[Row]:
-    """Cost of an update by transitions in the replay, and steps/s by number of environments."""
+    """What a step costs by transitions in the replay, and steps/s by number of environments."""
     for embed_dim in (128, 1024):
-        args = furl.Args()
-        functions, sizes = {}, (10_000, 100_000, 1_000_000)
-        for size in sizes:
-            # Side by side, so that they take turns: the two smaller ones in rings of their size.
-            sized = replace(args, buffer_size=size)
-            buffers = filled_buffers(embed_dim, size, sized)
-            functions[f"{size:,}"] = updating(buffers, embed_dim, sized, PHASES["relaying, Eq. 4"])
-        seconds = medians(functions, rounds * 3)
-        for name, total in seconds.items():
-            yield (f"update, relaying, Eq. 4, D = {embed_dim}, {name} transitions in the replay",
-                   f"{total / args.updates_per_iteration * 1e3:.2f} ms", "same size of batch")
-    for num_envs in (1, 2, 4, 8, 16, 32):
+        updates, stores = {}, {}
+        for size in SIZES:
+            args = furl.Args(buffer_size=size)
+            buffers = filled_buffers(embed_dim, size, args)
+            updates[size] = updating(buffers, embed_dim, args, PHASES["relaying, Eq. 4"])
+            stores[size] = storing(buffers, args.num_envs)
+        for what, functions, calls in (
+            ("update, relaying, Eq. 4", updates, furl.Args().updates_per_iteration),
+            ("storing 8 transitions", stores, 50),
+        ):
+            seconds = medians({str(k): v for k, v in functions.items()}, rounds * 3)
+            for size in SIZES:
+                yield (f"{what}, D = {embed_dim}, {size:,} transitions in the replay",
+                       f"{seconds[str(size)] / calls * 1e3:.3g} ms", "")
+    for num_envs in NUM_ENVS:
         yield run_script(
             "furl_sac_state.py", f"mini, relaying, {num_envs} environments",
             ["--num-envs", str(num_envs), "--relay-until", ALWAYS], 3200, warm_up=1600,
         )
+
+
+def measure_checkpoints(rounds: int) -> Iterator[Row]:
+    """A checkpoint at its default interval: a full replay, of which 50,000 transitions are new."""
+    args = furl.Args()
+    new = args.checkpoint_every
+    for embed_dim in (128, 1024):
+        buffers = filled_buffers(embed_dim, args.buffer_size, args)
+        state = furl.init_state(jax.random.PRNGKey(0), embed_dim, args)
+        rows = jax.tree.map(lambda x: np.asarray(x[:new]), buffers.transitions.data)
+        seconds = []
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            for number in range(min(rounds, 3) + 1):
+                save = partial(checkpoint.save, Path(folder), number, state, buffers._asdict(), {})
+                seconds.append(timed(save))
+                buffers = buffers._replace(transitions=replay.add_rows(buffers.transitions, rows))
+                jax.block_until_ready(buffers)
+        row_bytes = sum(x.nbytes for x in jax.tree.leaves(rows))
+        yield (f"checkpoint, D = {embed_dim}, {new:,} new of {args.buffer_size:,} transitions",
+               f"{np.median(seconds[1:]):.2f} s", f"{row_bytes / 2**20:.0f} MiB of new rows; all "
+               f"rows at once take {seconds[0]:.1f} s")
+
+
+def plot_scaling(rows: list[Row], path: Path) -> None:
+    """Both halves of `measure_scaling` as one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figures = {what: float(figure.split()[0]) for what, figure, _ in rows if figure != "-"}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for embed_dim, marker in ((128, "o"), (1024, "s")):
+        for what in ("update, relaying, Eq. 4", "storing 8 transitions"):
+            name = f"{what}, D = {embed_dim}"
+            ms = [figures[f"{name}, {size:,} transitions in the replay"] for size in SIZES]
+            left.plot(SIZES, ms, marker=marker, label=name)
+    left.set(xscale="log", yscale="log", xlabel="transitions in the replay", ylabel="ms")
+    left.legend(fontsize=7)
+    right.plot(NUM_ENVS, [figures[f"furl_sac_state.py, mini, relaying, {n} environments"]
+                          for n in NUM_ENVS], marker="o")
+    right.set(xscale="log", xlabel="--num-envs", ylabel="environment steps/s", ylim=(0, None))
+    right.set_xticks(NUM_ENVS, [str(n) for n in NUM_ENVS])
+    right.minorticks_off()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def drq_flops(args: drq.Args) -> float:
@@ -435,7 +504,7 @@ def main(args: Args) -> None:
     share_cores()
     measures = {"environments": measure_environments, "frames": measure_frames,
                 "embeddings": measure_embeddings, "updates": measure_updates,
-                "scaling": measure_scaling,
+                "scaling": measure_scaling, "checkpoints": measure_checkpoints,
                 "furl": measure_furl, "baselines": measure_baselines, "pixels": measure_pixels,
                 "peers": measure_peers}
     lines = [f"Machine: {machine()}.", "", "| what | figure | remark |", "| --- | --- | --- |"]
@@ -451,6 +520,8 @@ def main(args: Args) -> None:
         title = ["# Benchmark", "", f"`python -m tools.benchmark --rounds {args.rounds}`", ""]
         args.output.write_text("\n".join(title + lines) + "\n")
         args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        if "scaling" in args.only:
+            plot_scaling(results, args.output.with_name("scaling.png"))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import mujoco
 import numpy as np
 import torch
 import tyro
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from common.envs import PHYSICS, make_env
@@ -38,7 +38,9 @@ from common.mini import (
     save_mini,
 )
 from common.rendering import Renderer
-from common.tasks import ENV_IDS, INSTRUCTIONS, MT10, expert_action, expert_policy
+from common.tasks import ENV_IDS, INSTRUCTIONS, MT10
+from tools.episodes import play_episode
+from tools.measures import auc
 from tools.mini_sentences import MT10_PARAPHRASES, TRAINING_SENTENCES
 
 DATA = Path("data/mini")
@@ -49,7 +51,6 @@ HELD_OUT = ("faucet-open-v3", "plate-slide-v3", "handle-press-v3", "coffee-pull-
 NOISE_LEVELS = (0.0, 0.1, 0.3, 0.5, 0.7)
 FRAMES_PER_EPISODE = 24
 GROUP = 4  # episodes with one goal
-MAX_STEPS = 400
 ROBOT_JOINTS = ("right_j", "r_close", "l_close")
 ORDINARY, COUNTERFACTUAL = 0, 1
 
@@ -69,44 +70,6 @@ class Args:
 
 
 # --------------------------------------------------------------------------- data
-
-
-def play_episode(env, task: str, noise: float | str, rng: np.random.Generator):
-    """Physics states, success per step; `noise` on the expert's actions, or without it:
-
-    `drift`: smooth random behaviour near the start; `wander`: to random points all over the
-    workspace and on, into corners where no expert goes but where a learning agent does.
-    """
-    policy = expert_policy(task)
-    obs, _ = env.reset()
-    states, success = [], []
-    drift = np.zeros(4)
-    steps_left = 150 if isinstance(noise, str) else MAX_STEPS
-
-    def record(is_success: bool) -> None:
-        physics = np.empty(mujoco.mj_stateSize(env.model, PHYSICS))
-        mujoco.mj_getState(env.model, env.data, physics, PHYSICS)
-        states.append(physics)
-        success.append(is_success)
-
-    record(False)
-    while steps_left > 0:
-        if noise == "drift":
-            drift = 0.9 * drift + 0.35 * rng.normal(size=4)
-            action = np.clip(drift, -1, 1)
-        elif noise == "wander":
-            if steps_left % 30 == 0:
-                target = rng.uniform(env.mocap_low, env.mocap_high)
-                grip = rng.uniform(-1, 1)
-            action = np.clip([*(10 * (target - obs[:3])), grip], -1, 1)
-        else:
-            action = np.clip(expert_action(policy, obs) + noise * rng.normal(size=4), -1, 1)
-        obs, _, _, _, info = env.step(action.astype(np.float32))
-        record(bool(info["success"]))
-        if sum(success) == 2 and success[-2]:  # success holds: a few more steps and the end
-            steps_left = min(steps_left, 10)
-        steps_left -= 1
-    return np.array(states), np.array(success)
 
 
 def collect_task(task: str, episodes: int, seed: int) -> Path:
@@ -418,15 +381,6 @@ def train(args: Args) -> Path:
 
 
 # ----------------------------------------------------------------------- evaluation
-
-
-def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """P(positive > negative), ties count half (Mann-Whitney); NaN without both kinds."""
-    if not len(positive) or not len(negative):
-        return float("nan")
-    ranks = rankdata(np.concatenate([positive, negative]))[: len(positive)]
-    return float((ranks.sum() - len(positive) * (len(positive) + 1) / 2)
-                 / (len(positive) * len(negative)))
 
 
 def pixels(frames: np.ndarray) -> np.ndarray:

@@ -1,0 +1,359 @@
+"""Opening a run of each script, and evaluating it: figures by hand, videos, what is refused."""
+
+import csv
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import imageio
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import furl_drq_pixels as drq
+import furl_sac_state as furl
+import relay_baseline as relay
+import sac_baseline as sac
+import vlm_rm_baseline as vlm_rm
+from common import checkpoint
+from common.cli import run_script
+from common.envs import VecMetaWorld
+from common.errors import UserError
+from common.evaluate import EVAL_SEED_OFFSET
+from common.tasks import expert_action, expert_policy
+from tools import evaluate
+from tools.measures import auc, epic_distance, spearman, standard_error, wilson_interval
+from tools.trained import open_run
+
+# ------------------------------------------------------------------------------ measures
+
+
+def test_wilson_intervals_by_hand():
+    """5 of 10 at z = 2: (0.5 + 0.2) / 1.4 -+ 2 / 1.4 * sqrt(0.025 + 0.01)."""
+    low, high = wilson_interval(5, 10, z=2.0)
+    assert (low, high) == pytest.approx((0.5 - 0.267261, 0.5 + 0.267261), abs=1e-6)
+    # No success in 10 at z = 2: from 0 to z^2 / (n + z^2) = 4 / 14.
+    assert wilson_interval(0, 10, z=2.0) == pytest.approx((0.0, 4 / 14))
+    assert wilson_interval(10, 10, z=2.0) == pytest.approx((10 / 14, 1.0))
+    # 95 %: the value that Newcombe (1998, Table I) gives for 81 of 263.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    for successes, trials in ((0, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError):
+            wilson_interval(successes, trials)
+
+
+def test_standard_error_by_hand():
+    assert standard_error(np.array([1.0, 3.0])) == pytest.approx(1.0)  # sqrt(2) / sqrt(2)
+    assert np.isnan(standard_error(np.array([1.0])))
+
+
+def test_auc_by_hand():
+    assert auc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1
+    assert auc(np.array([0.0]), np.array([1.0, 2.0])) == 0
+    # Pairs (1, 0), (1, 1), (1, 2): won, tied, lost.
+    assert auc(np.array([1.0]), np.array([0.0, 1.0, 2.0])) == pytest.approx(0.5)
+    assert np.isnan(auc(np.array([]), np.array([1.0])))
+
+
+def test_spearman_by_hand():
+    assert spearman(np.arange(4), np.array([1.0, 10.0, 100.0, 1000.0])) == pytest.approx(1)
+    # Ranks 1 2 3 against 1 3 2: 1 - 6 * 2 / (3 * 8).
+    assert spearman(np.arange(3), np.array([0.0, 5.0, 4.0])) == pytest.approx(0.5)
+    assert np.isnan(spearman(np.arange(3), np.ones(3)))
+
+
+def test_epic_distance_by_hand():
+    is_goal = np.array([True, False, False, True])
+    for reward in (is_goal, 3.0 * is_goal - 7):  # the same up to a positive affine map
+        assert epic_distance(reward, is_goal) == pytest.approx(0, abs=1e-7)
+    assert epic_distance(-2.0 * is_goal, is_goal) == pytest.approx(1)
+    assert epic_distance(np.array([1.0, 1.0, 0.0, 0.0]), is_goal) == pytest.approx(0.5**0.5)
+    # Lemma 1: goal states have 2, the others 0 and 1; Var(r) = 11/16, share 1/4.
+    reward, one_goal = np.array([2.0, 0.0, 1.0, 1.0]), np.array([True, False, False, False])
+    correlation = (3 / 16 / 0.5) ** 0.5 * (2 - 2 / 3)
+    assert epic_distance(reward, one_goal) == pytest.approx(((1 - correlation) / 2) ** 0.5)
+    rng = np.random.default_rng(0)
+    reward, some = rng.normal(size=50), rng.random(50) < 0.3
+    expected = np.sqrt((1 - np.corrcoef(reward, some)[0, 1]) / 2)
+    assert epic_distance(reward, some) == pytest.approx(expected)
+    assert np.isnan(epic_distance(np.ones(4), is_goal))
+    assert np.isnan(epic_distance(np.arange(4), np.zeros(4, bool)))
+
+
+def test_summary_by_hand():
+    """Three steps of four episodes: solved and kept, solved and lost, twice nothing."""
+    success = np.zeros((3, 4), bool)
+    success[1:, 0] = True
+    success[1, 1] = True
+    figures = evaluate.summarise(success, independent=True)
+    assert figures["success_once"]["rate"] == 0.5 and figures["success_at_end"]["rate"] == 0.25
+    assert figures["success_once"]["wilson_95"] == pytest.approx(wilson_interval(2, 4))
+    assert figures["return"]["mean"] == 0.75  # 2, 1, 0, 0
+    assert figures["return"]["standard_error"] == pytest.approx((2.75 / 3) ** 0.5 / 2)
+    assert figures["per_episode"]["return"] == [2, 1, 0, 0]
+    one = evaluate.summarise(success[:, :1], independent=False)
+    assert one["success_once"]["wilson_95"] is None and one["return"]["standard_error"] is None
+    assert "100.0%   -" in evaluate.table(one)
+
+
+# ---------------------------------------------------------------------------- a run opened
+
+TINY = dict(env_id="drawer-close-v3", num_envs=4, total_timesteps=8, learning_starts=100,
+            batch_size=8, buffer_size=80, hidden_features=(16,), checkpoint_every=4)
+UPDATED = TINY | dict(total_timesteps=16, learning_starts=4, utd=0.25)
+RUNS = {
+    "furl": (furl, furl.Args(**UPDATED, projection_features=(8, 4))),
+    "drq": (drq, drq.Args(**TINY | {"total_timesteps": 160, "learning_starts": 200},
+                          encoder_features=(4, 4), action_repeat=20)),
+    "sac": (sac, sac.Args(**UPDATED, goal="random", eval_episodes=2)),
+    "relay": (relay, relay.Args(**TINY)),
+    "vlm-rm": (vlm_rm, vlm_rm.Args(**TINY, alpha=0.5, projection=True)),
+}
+
+
+def moved(state, *_):
+    """In place of an update, which takes long to compile: all networks change."""
+    return jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x, state), {}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """name -> (run folder, the tree of its last checkpoint), each trained when first asked for."""
+    runs = {}
+
+    def train(name: str):
+        if name not in runs:
+            script, args = RUNS[name]
+            folder = tmp_path_factory.mktemp("runs") / name
+            saved = []
+            with pytest.MonkeyPatch.context() as patch:
+                save = checkpoint.save
+                patch.setattr(checkpoint, "save", lambda *a: saved.append(
+                    jax.tree.map(np.asarray, a[2])) or save(*a))
+                patch.setattr(script, "update", moved)
+                script.main(script.Args(**vars(args) | {"run_dir": str(folder)}))
+            runs[name] = folder, saved[-1]
+        return runs[name]
+
+    return train
+
+
+def contents(folder: Path) -> dict[str, tuple[int, str]]:
+    return {str(f.relative_to(folder)): (
+        f.stat().st_mtime_ns, hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else "")
+        for f in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_policy_and_the_reward_are_those_of_the_script(name, trained):
+    folder, (state, _) = trained(name)
+    script, args = RUNS[name]
+    before = contents(folder)
+    run = open_run(folder)
+    assert run.script is script and run.args.env_id == args.env_id
+    assert run.env_steps == args.total_timesteps
+    rng = np.random.default_rng(0)
+    agent = state if name in ("sac", "vlm-rm") else state.furl
+    if name == "drq":
+        obs = rng.integers(0, 256, (2, 112, 112, 9), np.uint8)
+        expected = drq.act_mean(agent.params, obs, args=args)
+    else:
+        obs = rng.normal(size=(2, 39)).astype(np.float32)
+        expected = script.act_mean(agent.params["actor"], obs, args=args)
+    np.testing.assert_allclose(run.policy(obs), expected, atol=1e-6)
+    assert run.has_vlm == (name != "sac")
+    if run.has_vlm:
+        vlm = run.load_vlm()
+        images = rng.normal(size=(5, vlm.embed_dim)).astype(np.float32)
+        text = jnp.asarray(vlm.embed_text(["Push and close a drawer."])[0])
+        if name in ("furl", "drq"):
+            heads = script.Projection(args.projection_features)
+            expected = script.cosine_similarity(*heads.apply(state.projection, text, images))
+        elif name == "vlm-rm":
+            key = jax.random.split(jax.random.PRNGKey(args.seed), 3)[2]
+            heads = script.Projection(args.projection_features)
+            params = heads.init(key, text, text[None])
+            base = jnp.asarray(vlm.embed_text(["A robot arm and a drawer."])[0])
+            goal, features = heads.apply(params, text, images)
+            expected = script.goal_baseline_reward(
+                goal, heads.apply(params, base, images)[0], features, 0.5)
+        else:
+            expected = images @ text / np.linalg.norm(text) / np.linalg.norm(images, axis=-1)
+        np.testing.assert_allclose(run.vlm_reward(vlm)(images), expected, atol=1e-5)
+    assert contents(folder) == before
+
+
+def test_the_rewards_heads_are_those_that_the_script_used(monkeypatch, tmp_path):
+    """LIV-Proj's heads are drawn again: compared with what its update was given."""
+    seen = []
+    monkeypatch.setattr(vlm_rm, "update", lambda agent, buffers, vlm, key, args: (
+        seen.append(vlm), (agent, {}))[1])
+    args = vlm_rm.Args(**UPDATED, seed=3, projection=True, run_dir=str(tmp_path / "r"))
+    vlm_rm.main(args)
+    run = open_run(tmp_path / "r")
+    vlm = run.load_vlm()
+    images = np.random.default_rng(0).normal(size=(5, vlm.embed_dim)).astype(np.float32)
+    expected = vlm_rm.vlm_reward(images, seen[0], args)
+    np.testing.assert_allclose(run.vlm_reward(vlm)(images), expected, atol=1e-6)
+
+
+def test_a_kept_checkpoint_is_chosen_by_its_steps(trained):
+    folder, _ = trained("furl")
+    old = open_run(folder, 12)
+    assert old.env_steps == 12
+    obs = np.ones((1, 39), np.float32)
+    assert np.abs(old.policy(obs) - open_run(folder).policy(obs)).max() > 1e-6
+    with pytest.raises(UserError, match="no checkpoint of step 5; kept are: 12, 16"):
+        open_run(folder, 5)
+
+
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_stays(trained, tmp_path, capsys):
+    folder = copy_of(trained("furl")[0], tmp_path)
+    newest = folder / "checkpoints/step_0000000016/state.npz"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    before = contents(folder)
+    assert open_run(folder).env_steps == 12
+    assert "step_0000000016 is passed over" in capsys.readouterr().err
+    assert contents(folder) == before
+    with pytest.raises(UserError, match="no usable checkpoint") as error:
+        open_run(folder, 16)
+    assert "\n" not in str(error.value) and "does not match its checksum" in str(error.value)
+
+
+def change_config(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda c: c["args"].pop("rho"), "another script's or version's .* differ in rho"),
+    (lambda c: c.update(script="ppo"), "unknown script 'ppo'"),
+    (lambda c: c["args"].update(hidden_features=[32]), "another version's run: .*other shapes"),
+    (lambda c: c["args"].update(hidden_features=[16, 16]), "another version's run: .*other shapes"),
+])
+def test_runs_of_other_versions_are_one_clear_line(change, message, trained, tmp_path):
+    folder = copy_of(trained("furl")[0], tmp_path)
+    change_config(folder, change)
+    with pytest.raises(UserError, match=message) as error:
+        open_run(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_another_vlm_gives_no_reward(trained, tmp_path):
+    folder = copy_of(trained("furl")[0], tmp_path)
+    change_config(folder, lambda c: c.update(vlm_id="mini-0000-112px"))
+    with pytest.raises(UserError, match="its reward would mean nothing"):
+        open_run(folder).load_vlm()
+
+
+# ---------------------------------------------------------------------------- evaluations
+
+
+def test_a_fixed_goal_is_played_once_as_the_script_evaluates_it(trained, tmp_path, capsys):
+    folder, _ = trained("drq")
+    before = contents(folder)
+    results = evaluate.main(evaluate.Args(folder, output=tmp_path / "out"))
+    assert contents(folder) == before
+    assert results["episodes"] == 1 and results["success_once"]["wilson_95"] is None
+    assert "all episodes of the mean action are the same" in capsys.readouterr().out
+    with open(folder / "metrics.csv", newline="") as file:
+        logged = {row["key"]: float(row["value"]) for row in csv.DictReader(file)}
+    assert results["return"]["mean"] == logged["eval/return"]
+    stored = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert stored == json.loads(json.dumps(results))
+    assert stored["env_steps"] == 160 and stored["run"]["args"]["env_id"] == "drawer-close-v3"
+    assert stored["video_curve"].startswith("VLM reward")
+    frames = imageio.mimread(tmp_path / "out/episode_0.mp4", memtest=False)
+    assert len(frames) == 25 and frames[0].shape[1] == evaluate.VIDEO_SIZE
+    with pytest.raises(UserError, match="exists: choose another --output"):
+        evaluate.main(evaluate.Args(folder, output=tmp_path / "out"))
+
+
+def test_random_goals_are_new_and_the_same_each_time(trained, tmp_path):
+    """The run's sparse reward is what its video shows; without videos none is drawn."""
+    folder, _ = trained("sac")
+    args = evaluate.Args(folder, episodes=3, videos=0, output=tmp_path / "one")
+    one = evaluate.main(args)
+    assert one["goal"] == "random" and one["episodes"] == 3
+    assert one["seed"] not in (0, EVAL_SEED_OFFSET)
+    assert one["success_once"]["wilson_95"] == pytest.approx(
+        wilson_interval(one["success_once"]["successes"], 3))
+    assert [f.name for f in (tmp_path / "one").iterdir()] == ["evaluation.json"]
+
+
+def expert(env_id: str) -> SimpleNamespace:
+    """A run whose policy is the scripted expert, which sees the goal."""
+    policy = expert_policy(env_id)
+    return SimpleNamespace(
+        args=SimpleNamespace(), action_repeat=1, frame_stack=0, has_vlm=False,
+        policy=lambda obs: np.stack([expert_action(policy, o) for o in obs]),
+    )
+
+
+def test_the_expert_succeeds_and_its_video_shows_the_same_episodes(monkeypatch):
+    """Five episodes in rounds of two; the frames are those of the actions played again."""
+    monkeypatch.setattr(evaluate, "BATCH", 2)
+    where = {"env_id": "drawer-close-v3", "goal": "random", "seed": 5}
+    episodes = evaluate.play(expert("drawer-close-v3"), 5, **where)
+    assert episodes.success.shape == (500, 5) and episodes.actions.shape == (500, 5, 4)
+    assert episodes.obs.shape == (501, 5, 39)
+    assert evaluate.summarise(episodes.success, True)["success_once"]["rate"] == 1
+    goals = episodes.obs[0, :, 36:39]
+    assert len(np.unique(goals, axis=0)) == 5
+    frames = evaluate.draw_again(
+        expert("drawer-close-v3"), episodes.actions[:40, :1], 64, **where)
+    envs = VecMetaWorld(**where, num_envs=2, frame_size=64)
+    envs.reset()
+    for t in range(40):
+        step = envs.step(episodes.actions[t, :2])
+        np.testing.assert_array_equal(step.final_obs, episodes.obs[t + 1, :2])
+        np.testing.assert_array_equal(step.frames[0], frames[t, 0])
+    envs.close()
+
+
+def test_pictures_of_the_video():
+    """The curve grows, success is marked, and a long instruction gets more lines."""
+    frames = np.full((5, 160, 160, 3), 200, np.uint8)
+    success = np.array([False, False, False, False, True])
+    pictures = evaluate.compose(frames, np.arange(5.0), success, "Open.", "reward", every=2)
+    assert len(pictures) == 3 and all(p.shape == pictures[0].shape for p in pictures)
+    assert pictures[0].shape[1] == 160 and pictures[0].shape[0] % 8 == 0
+    curve = [(p[-evaluate.CURVE_HEIGHT + 34:] == [21, 101, 192]).all(-1).sum() for p in pictures]
+    assert 0 < curve[0] < curve[1] < curve[2]
+    green = [(p == [46, 125, 50]).all(-1).any() for p in pictures]
+    assert green == [False, False, True]
+    constant = evaluate.compose(frames, np.zeros(5), success, "word " * 40, "reward", every=9)
+    assert constant[0].shape[0] > pictures[0].shape[0] and len(constant) == 2
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["RUN", "--episodes", "0"], "--episodes must be 1 or more"),
+    (["RUN", "--seed", "-1"], "--seed must not be negative"),
+    (["RUN", "--env-id", "drawer-opn-v3"], "did you mean drawer-open-v3"),
+    (["RUN", "--output", "/proc/evaluation"], "/proc/evaluation cannot be written"),
+    (["RUN", "--step", "7"], "kept are: 12, 16"),
+    (["/nowhere"], "/nowhere: no such folder"),
+    (["."], "not a run folder"),
+])
+def test_bad_input_ends_with_one_line_and_status_2(
+    flags, message, trained, tmp_path, monkeypatch, capfd
+):
+    folder = str(trained("furl")[0])
+    capfd.readouterr()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate", *(folder if f == "RUN" else f for f in flags)])
+    with pytest.raises(SystemExit) as stop:
+        run_script(evaluate.main, evaluate.Args)
+    assert stop.value.code == 2
+    errors = capfd.readouterr().err
+    assert message in errors and len(errors.strip().splitlines()) == 1, errors
+    assert not list(tmp_path.iterdir())

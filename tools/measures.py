@@ -1,0 +1,64 @@
+"""Figures of merit that several tools share."""
+
+import math
+
+import numpy as np
+from scipy.stats import rankdata, spearmanr
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson, 1927); 95 % by default.
+
+    Unlike the normal approximation it stays within [0, 1], and has a width without successes too.
+
+    Raises:
+        ValueError: no trials, or successes outside 0 to `trials`.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes in {trials} trials")
+    rate = successes / trials
+    centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * math.sqrt(
+        rate * (1 - rate) / trials + z**2 / (4 * trials**2)
+    )
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of `values` [n]; NaN for fewer than two."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """P(positive > negative), ties count half (Mann-Whitney); NaN without both kinds."""
+    if not len(positive) or not len(negative):
+        return float("nan")
+    ranks = rankdata(np.concatenate([positive, negative]))[: len(positive)]
+    return float((ranks.sum() - len(positive) * (len(positive) + 1) / 2)
+                 / (len(positive) * len(negative)))
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation of x [n] and y [n]; NaN where one of them is constant."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(spearmanr(x, y).statistic)
+
+
+def epic_distance(reward: np.ndarray, is_goal: np.ndarray) -> float:
+    """EPIC distance of a reward to the indicator of goal states: Lemma 1 of the VLM-RM paper.
+
+    Rocamonde et al., ICLR 2024, Appendix A; the state distribution mu is the sample. 0: equal up to
+    a positive affine map; 0.71: uncorrelated; 1: opposite. NaN where one of them is constant.
+
+    Args:
+        reward: [n], of states.
+        is_goal: [n] bool, the sparse reward of the same states.
+    """
+    reward, is_goal = np.asarray(reward, np.float64), np.asarray(is_goal, bool)
+    if is_goal.all() or not is_goal.any() or np.ptp(reward) == 0:
+        return float("nan")
+    share = is_goal.mean()
+    difference = reward[is_goal].mean() - reward[~is_goal].mean()
+    correlation = math.sqrt(share * (1 - share)) / reward.std() * difference
+    return math.sqrt(max(0.0, 1 - correlation) / 2)

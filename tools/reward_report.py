@@ -1,0 +1,438 @@
+"""Should I trust this VLM with this prompt on this task? A report, without training.
+
+    python -m tools.reward_report --env-id drawer-open-v3
+    python -m tools.reward_report --env-id drawer-open-v3 --prompt "Open a drawer." long --vlm clip
+    python -m tools.reward_report --env-id drawer-close-v3 --checkpoints runs/<folder>
+
+The expert, an expert that gives up half-way and wanders, and random actions play the same goals;
+the VLM scores what is seen. Writes PNGs, one HTML page that needs nothing else, and a JSON. The
+figures are those of the FuRL paper (Fu et al., ICML 2024: 1, 2, 11, 16, 17) and of the VLM-RM paper
+(Rocamonde et al., ICLR 2024: 4a, 7), the EPIC distance is that of its Lemma 1.
+"""
+
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from common.cli import run_script
+from common.cores import num_cores
+from common.envs import MAX_EPISODE_STEPS, goal_image, make_env
+from common.errors import UserError
+from common.evaluate import EVAL_SEED_OFFSET
+from common.logger import git_commit, versions
+from common.tasks import (
+    baseline_prompt_for,
+    expert_action,
+    expert_policy,
+    prompt_for,
+    resolve_env_id,
+)
+from common.vlm import VLM, load_vlm
+from tools import evaluate
+from tools.episodes import (
+    EXPERT,
+    KINDS,
+    SUBOPTIMAL,
+    Data,
+    Drawn,
+    Scene,
+    draw_episodes,
+    init_worker,
+)
+from tools.measures import auc, epic_distance, spearman, standard_error
+from tools.report_page import (
+    COLUMNS,
+    cell,
+    page,
+    plot_curves,
+    plot_epic,
+    plot_frames,
+    plot_histograms,
+    plot_paths,
+    table_rows,
+)
+from tools.trained import Trained, new_folder, open_run
+
+ALPHAS = np.linspace(0, 1, 11).round(1)  # strengths of goal-baseline regularisation
+
+
+@dataclass(frozen=True)
+class Args:
+    env_id: str = "drawer-open-v3"
+    """any Meta-World v3 task"""
+    vlm: str = "mini"
+    """mini, liv, clip, or an open_clip pair such as ViT-B-32/openai"""
+    vlm_weights: str | None = None
+    """local weights file for --vlm"""
+    prompt: tuple[str, ...] = ()
+    """prompts to compare; default: the task's instruction; short, long, none as in training"""
+    baseline_prompt: str | None = None
+    """for goal-baseline regularisation; default: the task's own"""
+    checkpoints: tuple[Path, ...] = ()
+    """run folders: their reward after alignment, and the paths of their policies"""
+    episodes: int = 50
+    """goals, each played by the expert, sub-optimally and at random"""
+    steps: int = 200
+    """environment steps of an episode"""
+    every: int = 4
+    """environment steps from one picture to the next"""
+    goal: Literal["fixed", "random"] | None = None
+    """default: as the first checkpoint was trained, else random"""
+    seed: int | None = None
+    """of goals and behaviour; default: the first checkpoint's, else 0"""
+    camera_id: int = 2
+    """camera of the pictures"""
+    quality: Literal["fast", "paper"] = "fast"
+    """of the pictures; paper: MuJoCo's default, slow"""
+    workers: int = 0
+    """processes that play and draw; 0: one per core; no effect on the results"""
+    output: Path | None = None
+    """new folder; default: reports/<task>__<vlm>"""
+
+
+# ------------------------------------------------------------------------------- data
+
+
+def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarray | None) -> Data:
+    """Play, draw and embed; pictures are embedded as they come, so that few are held."""
+    from tools.pretrain_mini import pixels
+
+    goal_pixels = None if goal is None else pixels(goal[None])[0]
+    goal_embedding = None if goal is None else vlm.embed_images(goal[None])[0]
+    embeddings, pixel_distance, success, first_success, first = [], [], [], [], None
+    jobs = [(scene, number) for number in range(episodes)]
+    with multiprocessing.get_context("spawn").Pool(workers, initializer=init_worker) as pool:
+        for drawn in pool.imap(_draw, jobs):
+            flat = drawn.frames.reshape(-1, *drawn.frames.shape[2:])
+            shape = drawn.success.shape
+            embeddings.append(vlm.embed_images(flat).reshape(*shape, -1))
+            if goal_pixels is not None:
+                distance = np.linalg.norm(pixels(flat) - goal_pixels, axis=-1)
+                pixel_distance.append(distance.reshape(shape))
+            success.append(drawn.success)
+            first_success.append(drawn.first_success)
+            first = drawn.frames if first is None else first
+    stacked = np.stack(embeddings)
+    distance = goal is not None and np.linalg.norm(stacked - goal_embedding, axis=-1)
+    return Data(stacked, np.stack(pixel_distance) if goal is not None else None,
+                distance if goal is not None else None, np.stack(success),
+                np.stack(first_success), first)
+
+
+def _draw(job: tuple[Scene, int]) -> Drawn:
+    return draw_episodes(*job)
+
+
+def cosine_similarity(text: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Eq. 2 of the FuRL paper: text [D], images [..., D] -> [...]."""
+    return images @ text / np.linalg.norm(text) / np.linalg.norm(images, axis=-1)
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def measure(reward: np.ndarray, data: Data, every: int, seed: int) -> dict[str, Any]:
+    """What one reward [E, 3, n] is worth on `data`; NaN where there is nothing to measure.
+
+    spearman: of reward and time from the start to the first success, per expert episode, the mean;
+    auc: P(a success frame scores above another one), over all frames, with the 95 % interval of a
+    bootstrap over goals; auc_suboptimal: the same against sub-optimal frames alone; fooled: share
+    of sub-optimal episodes with a failure frame that scores like a success (at least the median of
+    success frames); epic: Lemma 1, the states being those of all frames.
+    """
+    progress = []
+    for episode, first in zip(reward[:, EXPERT], data.first_success[:, EXPERT], strict=True):
+        until = episode[: max(first, 0) // every + 1]
+        if len(until) > 2:
+            progress.append(spearman(np.arange(len(until)), until))
+    progress = [value for value in progress if not math.isnan(value)]
+    goal, other = reward[data.success], reward[~data.success]
+    failures = ~data.success[:, SUBOPTIMAL]
+    highest = np.where(failures, reward[:, SUBOPTIMAL], -np.inf).max(1)[failures.any(1)]
+    rng = np.random.default_rng(seed)
+    resampled = []
+    for _ in range(200):
+        rows = rng.integers(0, len(reward), len(reward))
+        chosen, labels = reward[rows], data.success[rows]
+        resampled.append(auc(chosen[labels], chosen[~labels]))
+    return {
+        "spearman": float(np.mean(progress)) if progress else math.nan,
+        "spearman_standard_error": standard_error(np.array(progress)) if progress else math.nan,
+        "auc": auc(goal, other),
+        "auc_95": [float(x) for x in np.nanpercentile(resampled, [2.5, 97.5])]
+        if len(goal) and len(other) else [math.nan, math.nan],
+        "auc_suboptimal": auc(goal, reward[:, SUBOPTIMAL][failures]),
+        "fooled": float(np.mean(highest >= np.median(goal))) if len(goal) and len(highest)
+        else math.nan,
+        "epic": epic_distance(reward.ravel(), data.success.ravel()),
+    }
+
+
+ADVICE = {
+    "raw": {
+        "good": "It can serve as a dense reward as it is.",
+        "fuzzy": "It points in the right direction, but is not to be trusted alone: add it to the "
+                 "sparse reward and align it, as FuRL does.",
+        "misleading": "Do not use it as it is: it can lead an agent away from the task. Try "
+                      "another prompt or VLM.",
+    },
+    "checkpoint": {
+        "good": "At this checkpoint the run's reward is a good guide.",
+        "fuzzy": "At this checkpoint the run's reward is a guide with gaps.",
+        "misleading": "At this checkpoint the run's reward is no guide from start to success.",
+    },
+}
+
+
+def verdict(figures: dict[str, Any], kind: str = "raw") -> tuple[str, str]:
+    """(good, fuzzy, misleading or unknown; what that means in words) for `measure`'s figures."""
+    rises, separates, fooled = figures["spearman"], figures["auc"], figures["fooled"]
+    if math.isnan(rises) or math.isnan(separates):
+        return "unknown", ("The expert did not succeed often enough in these episodes to tell: "
+                           "try more --steps.")
+    text = (f"Along the expert's way the reward {'rises' if rises >= 0.2 else 'does not rise'} "
+            f"with progress (Spearman {rises:.2f}). A success frame scores higher than another "
+            f"frame in {separates:.0%} of all pairs, where guessing gives 50%.")
+    if not math.isnan(fooled):
+        text += (f" {fooled:.0%} of the sub-optimal episodes contain a failure that scores like a "
+                 "success.")
+    level = "fuzzy"
+    if rises < 0.2 or separates < 0.6:
+        level = "misleading"
+    elif rises >= 0.7 and separates >= 0.9 and (math.isnan(fooled) or fooled <= 0.2):
+        level = "good"
+    return level, f"{text} {ADVICE.get(kind, ADVICE['raw'])[level]}"
+
+
+def epic_by_alpha(text: np.ndarray, baseline: np.ndarray, data: Data) -> list[float] | None:
+    """EPIC distance for each of ALPHAS (Figure 4a); None where both texts mean the same."""
+    from vlm_rm_baseline import goal_baseline_reward
+
+    if cosine_similarity(text, baseline[None])[0] > 0.9999:
+        return None
+    images, labels = data.embeddings.reshape(-1, len(text)), data.success.ravel()
+    return [epic_distance(np.asarray(goal_baseline_reward(text, baseline, images, float(alpha))),
+                          labels) for alpha in ALPHAS]
+
+
+def paths(trained: Trained, env_id: str) -> dict[str, list[np.ndarray]]:
+    """End-effector paths [T, 3], m, of the policy and of the expert on the same goals (Figure 2).
+
+    The run's own goal if that is fixed, else five that it has not seen.
+    """
+    goal = trained.args.goal
+    count, seed = (1, trained.args.seed) if goal == "fixed" else (
+        5, trained.args.seed + 2 * EVAL_SEED_OFFSET)
+    played = evaluate.play(trained, count, env_id=env_id, goal=goal, seed=seed)
+    expert, policy = [], expert_policy(env_id)
+    for index in range(count):
+        env = make_env(env_id, seed=seed, index=index, goal=goal, show_goal=True)
+        obs, way, left = env.reset()[0], [], MAX_EPISODE_STEPS
+        while left > 0:
+            way.append(obs[:3].copy())
+            obs, _, _, _, info = env.step(expert_action(policy, obs))
+            left = min(left - 1, 10) if info["success"] else left - 1
+        expert.append(np.array(way))
+    return {"policy": [played.obs[:, i, :3] for i in range(count)], "expert": expert}
+
+
+# ------------------------------------------------------------------------------- main
+
+
+def check(args: Args) -> None:
+    """Raises:
+        UserError: names the flag whose value cannot work.
+    """
+    if args.episodes < 2 or args.every < 1 or args.workers < 0 or (args.seed or 0) < 0:
+        raise UserError("--episodes must be 2 or more, --every 1 or more, --workers and --seed not "
+                        f"negative; they are {args.episodes}, {args.every}, {args.workers} and "
+                        f"{args.seed}")
+    if not 4 * args.every <= args.steps <= MAX_EPISODE_STEPS - 1:
+        raise UserError(f"--steps must be four times --every {args.every} or more and below "
+                        f"{MAX_EPISODE_STEPS}, not {args.steps}")
+
+
+def open_checkpoints(args: Args, env_id: str) -> list[Trained]:
+    """The runs of --checkpoints.
+
+    Raises:
+        UserError: one is no run, or of another task, VLM, camera or quality.
+    """
+    runs = [open_run(folder) for folder in args.checkpoints]
+    if len({run.name for run in runs}) < len(runs):
+        raise UserError("--checkpoints holds two folders of one name")
+    for run in runs:
+        if run.args.env_id != env_id:
+            raise UserError(f"{run.folder} was trained on {run.args.env_id}, not on {env_id}")
+        for name in ("vlm", "camera_id", "quality") if run.has_vlm else ():
+            ours, theirs = getattr(args, name), getattr(run.args, name)
+            if ours != theirs:
+                raise UserError(f"{run.folder} was trained with --{name.replace('_', '-')} "
+                                f"{theirs}, not {ours}")
+    return runs
+
+
+def goal_picture(env_id: str, goal: str, seed: int, **drawing: Any) -> np.ndarray | None:
+    """The expert's success: with the fixed goal, or with a random one that is not played here; None
+    where the expert fails, with the fifth random goal too."""
+    seeds = [seed] if goal == "fixed" else [seed + EVAL_SEED_OFFSET + i for i in range(5)]
+    for picture_seed in seeds:
+        try:
+            return goal_image(env_id, seed=picture_seed, goal=goal, **drawing)
+        except UserError as error:
+            if "expert fails" not in str(error):
+                raise
+    return None
+
+
+def build_rewards(
+    data: Data, texts: dict[str, np.ndarray], runs: list[Trained], vlm: VLM
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Name -> (kind, reward [E, 3, n]) of all that is compared."""
+    shape = data.success.shape
+    flat = data.embeddings.reshape(-1, vlm.embed_dim)
+    rewards = {f"“{prompt}”": ("raw", cosine_similarity(text, data.embeddings))
+               for prompt, text in texts.items()}
+    rewards |= {run.name: ("checkpoint", run.vlm_reward(vlm)(flat).reshape(shape))
+                for run in runs if run.has_vlm}
+    if data.goal_distance is not None:
+        rewards[f"goal picture, {vlm.name}"] = "goal picture", -data.goal_distance
+        rewards["goal picture, raw pixels"] = "goal picture", -data.pixel_distance
+    return rewards
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Write the report; returns what its JSON holds."""
+    start = time.monotonic()
+    check(args)
+    env_id = resolve_env_id(args.env_id)
+    prompts = list(dict.fromkeys(prompt_for(env_id, p) for p in args.prompt or (None,)))
+    baseline_prompt = baseline_prompt_for(env_id, args.baseline_prompt)
+    name = f"{env_id}__{args.vlm.replace('/', '-')}"
+    output = new_folder(args.output or Path("reports") / name)
+    runs = open_checkpoints(args, env_id)
+    goal, seed = args.goal, args.seed
+    if goal is None:
+        goal = "fixed" if runs and runs[0].args.goal == "fixed" else "random"
+    if seed is None:
+        seed = runs[0].args.seed if runs else 0
+    vlm = load_vlm(args.vlm, weights=args.vlm_weights)
+    for run in runs:
+        if run.has_vlm:
+            run.check_vlm(vlm)
+    drawing = {"camera_id": args.camera_id, "quality": args.quality}
+    notes = []
+    picture = goal_picture(env_id, goal, seed, size=vlm.frame_size, **drawing)
+    if picture is None:
+        notes.append("Without a goal picture: the scripted expert fails on that goal.")
+    scene = Scene(env_id, goal, seed, args.steps, args.every, vlm.frame_size, **drawing)
+    workers = min(args.workers or num_cores(), args.episodes)
+    data = collect(scene, args.episodes, workers, vlm, picture)
+    texts = dict(zip(prompts, vlm.embed_text(prompts), strict=True))
+    baseline = vlm.embed_text([baseline_prompt])[0]
+    rewards = build_rewards(data, texts, runs, vlm)
+
+    figures: dict[str, Any] = {}
+    for reward_name, (kind, reward) in rewards.items():
+        measured = measure(reward, data, args.every, seed)
+        level, words = verdict(measured, kind)
+        figures[reward_name] = {"kind": kind, **measured, "verdict": level, "in_words": words}
+    raw = [n for n, f in figures.items() if f["kind"] == "raw"]
+    if len(raw) > 1:
+        best = max(raw, key=lambda n: np.nan_to_num(figures[n]["auc"]))
+        notes.append(f"Of the prompts, {best} separates success best (AUC "
+                     f"{cell(figures[best]['auc'])}).")
+    plain = figures.get("goal picture, raw pixels")
+    if plain and plain["auc"] >= max(figures[n]["auc"] for n in raw):
+        notes.append("A goal picture compared in raw pixels separates success as well as the best "
+                     f"of these texts, or better (AUC {cell(plain['auc'])}).")
+    for run in runs:
+        if run.has_vlm and (run.args.goal, run.args.seed) != (goal, seed):
+            notes.append(f"{run.name} was trained with goal {run.args.goal} and seed "
+                         f"{run.args.seed}; this report plays goal {goal}, seed {seed}.")
+    epic = {p: epic_by_alpha(text, baseline, data) for p, text in texts.items()}
+    epic = {p: curve for p, curve in epic.items() if curve is not None}
+    ways = {f"{run.name}, {run.env_steps:,} steps": paths(run, env_id) for run in runs}
+    succeeded = (data.first_success >= 0).mean(0)
+    goals = f"{args.episodes} random goals"
+    if goal == "fixed":
+        goals = f"one goal, {args.episodes} episodes of each behaviour"
+        notes.append("With one goal, standard errors and intervals are those of noise in the "
+                     "behaviour; other goals may differ more.")
+    results = {
+        "env_id": env_id, "instruction": prompt_for(env_id, None), "vlm": vlm.name,
+        "vlm_id": vlm.id, "goal": goal, "seed": seed,
+        "setting": f"{goals} (seed {seed}), {args.steps} steps, a picture every {args.every}; "
+                   "success: " + ", ".join(
+                       f"{kind} {share:.0%}" for kind, share in zip(KINDS, succeeded, strict=True)),
+        "success": dict(zip(KINDS, map(float, succeeded), strict=True)),
+        "success_frames": int(data.success.sum()), "frames": int(data.success.size),
+        "rewards": figures, "notes": notes, "baseline_prompt": baseline_prompt,
+        "epic_by_alpha": {"alpha": ALPHAS.tolist(), **epic},
+        "args": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()
+                 if k != "checkpoints"} | {"checkpoints": [str(c) for c in args.checkpoints]},
+        "commit": git_commit(), "versions": versions(),
+    }
+    plotted = {n: r for n, (_, r) in rewards.items()}
+    text_rewards = {n: r for n, (kind, r) in rewards.items() if kind != "goal picture"}
+    drawn: dict[str, Callable[[], Any]] = {
+        "curves": lambda: plot_curves(plotted, data, args.every),
+        "frames": lambda: plot_frames(text_rewards, data, args.every),
+        "histograms": lambda: plot_histograms(plotted, data),
+    }
+    if epic and data.success.any():
+        drawn["epic"] = lambda: plot_epic(ALPHAS, epic)
+    if ways:
+        drawn["paths"] = lambda: plot_paths(ways)
+    write(output, results, drawn)
+    print_report(results)
+    print(f"written in {time.monotonic() - start:.0f} s: {output / 'report.html'}")
+    return results
+
+
+def write(output: Path, results: dict[str, Any], drawn: dict[str, Callable[[], Any]]) -> None:
+    import matplotlib.pyplot as plt
+
+    output.mkdir(parents=True)
+    pictures = {}
+    for name, draw in drawn.items():
+        figure = draw()
+        path = output / f"{name}.png"
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+        pictures[name] = path.read_bytes()
+    (output / "report.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
+    (output / "report.html").write_text(page(results, pictures))
+
+
+def without_nan(value: Any) -> Any:
+    """For JSON, which has no NaN: None in its place."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def print_report(results: dict[str, Any]) -> None:
+    print(results["setting"])
+    rows = [["reward", *COLUMNS], *table_rows(results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)))
+    for name, f in results["rewards"].items():
+        if f["kind"] != "goal picture":
+            print(f"{name}: {f['verdict']}. {f['in_words']}")
+    for note in results["notes"]:
+        print(f"note: {note}")
+
+
+if __name__ == "__main__":
+    run_script(main, Args)
