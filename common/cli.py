@@ -134,12 +134,13 @@ def run_script(main: Callable[[ArgsT], object], args_type: type[ArgsT]) -> None:
             raise
         message = f"{error.strerror}: {error.filename or 'the run folder'}; what was saved is safe"
     except WorkerError as error:
-        message, status = f"{error}; the run can be resumed from its last checkpoint", 1
+        message, status = f"{error}; what was saved is safe", 1
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise  # XLA's errors are RuntimeErrors that begin with their kind
-        message = ("out of memory: choose a smaller --batch-size, --num-envs, --buffer-size or "
-                   "smaller networks")
+        # XLA's and torch's are RuntimeErrors: "RESOURCE_EXHAUSTED: ..." and "CUDA out of memory".
+        full = "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error)
+        if not isinstance(error, MemoryError) and not full:
+            raise
+        message = "out of memory: choose smaller batches, buffers or networks"
     except KeyboardInterrupt:  # during the set-up, or the second one: `Run` handles the first
         message, status = "interrupted", 130
     else:

@@ -41,6 +41,6 @@ def num_cores() -> int:
 
 
 def share_cores() -> None:
-    """Tell XLA and torch; they look when they start their threads, so before either is used."""
+    """Tell XLA and torch: before torch is imported, and before JAX computes."""
     for variable in ("NPROC", "OMP_NUM_THREADS"):
         os.environ.setdefault(variable, str(num_cores()))

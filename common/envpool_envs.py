@@ -9,6 +9,7 @@ from importlib import metadata
 
 import numpy as np
 
+from common.cores import num_cores
 from common.envs import MAX_EPISODE_STEPS, Step
 from common.errors import UserError
 from common.tasks import resolve_env_id
@@ -58,7 +59,7 @@ class EnvPoolMetaWorld:
         self.env_id, self.num_envs = resolve_env_id(env_id), num_envs
         self._pool = envpool.make_gymnasium(
             envpool_id(self.env_id), num_envs=num_envs, seed=seed % 2**31,
-            num_threads=num_workers or 0, max_episode_steps=max_episode_steps,
+            num_threads=num_workers or num_cores(), max_episode_steps=max_episode_steps,
             partially_observable=goal == "random-hidden",
         )
         version = metadata.version("envpool")

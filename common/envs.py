@@ -366,6 +366,7 @@ def _start_worker(memory_fd: int, options: dict) -> tuple[subprocess.Popen, Conn
         # -P: a folder named `common` where the user happens to be is not ours.
         [sys.executable, "-P", "-m", WORKER_MODULE, str(theirs.fileno()), str(memory_fd)],
         pass_fds=(theirs.fileno(), memory_fd), env=environment, stdin=subprocess.DEVNULL,
+        process_group=0,  # a terminal's Ctrl-C is not for it
     )
     theirs.close()
     connection = Connection(ours.detach())
@@ -464,7 +465,8 @@ def goal_image(
 
 
 def _main(socket_fd: int, memory_fd: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
     connection = Connection(socket_fd)
     last_words = None
     try:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -22,28 +23,70 @@ CSV_HEADER = ("env_steps", "key", "value")
 PACKAGES = ("metaworld", "mujoco", "gymnasium", "jax", "jaxlib", "flax", "optax", "torch", "numpy")
 
 
+_LOCKS: dict[Path, TextIO] = {}  # the run folders that this process writes to
+
+
 def create_run_dir(run_dir: str | None, env_id: str, script: str, seed: int) -> Path:
-    """Make the run folder and return it: `runs/<env>__<script>__<seed>__<time>` by default.
+    """Make and lock the run folder: `runs/<env>__<script>__<seed>__<time>` by default.
+
+    A folder whose run died before its first checkpoint may be used again.
 
     Raises:
-        UserError: it cannot be written, or already holds a run.
+        UserError: it cannot be written, is in use, or already holds a run.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = Path(run_dir) if run_dir else Path("runs") / f"{env_id}__{script}__{seed}__{stamp}"
-    if (path / "config.json").exists():
-        raise UserError(f"{path} already holds a run: continue it with --resume {path}, or choose "
-                        "another --run-dir")
     try:
+        if path.resolve() in _LOCKS or holds_run(path):
+            raise UserError(f"{path} already holds a run: continue it with --resume {path}, or "
+                            "choose another --run-dir")
         path.mkdir(parents=True, exist_ok=True)
-        # Claimed with O_EXCL, so that of two runs started into one folder only one gets it.
-        with open(path / "config.json", "x"):
-            pass
+        lock_run_dir(path)
+        if not (path / "config.json").exists():
+            with open(path / "config.json", "x"):  # decides where a file system has no locks
+                pass
     except FileExistsError:
         raise UserError(f"{path} is not a free folder: choose another --run-dir") from None
     except OSError as error:
         raise UserError(f"cannot write the run folder {path}: {error.strerror}; choose another "
                         "--run-dir") from error
     return path
+
+
+def holds_run(path: Path) -> bool:
+    """Whether there is anything in a run folder that a new run would destroy."""
+    metrics = path / "metrics.csv"
+    return (path / "config.json").exists() and (
+        any((path / "checkpoints").glob("step_*"))
+        or (metrics.exists() and len(metrics.read_bytes().splitlines()) > 1)
+    )
+
+
+def lock_run_dir(path: Path) -> None:
+    """Keep other processes from writing into a run folder, until `unlock_run_dir` or this
+    process's end, however it comes.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if path.resolve() in _LOCKS:
+        return
+    file = open(path / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(f"{path} is in use by another process: wait for it or stop it, or "
+                        "choose another --run-dir") from None
+    except OSError:  # a file system without locks is no reason to stop
+        pass
+    _LOCKS[path.resolve()] = file
+
+
+def unlock_run_dir(path: Path) -> None:
+    """Let others write there again."""
+    if file := _LOCKS.pop(path.resolve(), None):
+        file.close()
 
 
 def git_commit() -> str:
@@ -179,25 +222,33 @@ class Logger:
         line = " | ".join(parts)
         if sys.stdout.isatty():
             line = line[: shutil.get_terminal_size().columns - 1]
-            print("\r" + line.ljust(self._line_width), end="", flush=True)
+            show("\r" + line.ljust(self._line_width), end="")
             self._line_width = len(line)
         else:
-            print(line, flush=True)
+            show(line)
 
     def say(self, text: str) -> None:
         """A line of its own, which the live line does not overwrite."""
         if self._line_width:
-            print()
+            show()
             self._line_width = 0
-        print(text, flush=True)
+        show(text)
 
     def close(self) -> None:
         if self._line_width:
-            print()
+            show()
         self._file.close()
         self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def show(text: str = "", end: str = "\n") -> None:
+    """Print; if nobody reads any more (a closed terminal, a dead `tee`), the run goes on."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def keep_rows_until(path: Path, env_steps: int) -> None:

@@ -1,11 +1,12 @@
 """One run: its folder, what it logs, what it saves, and how it is stopped."""
 
-import fcntl
+import contextlib
 import os
 import signal
 import threading
+import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,15 @@ import numpy as np
 from common import checkpoint
 from common.cli import steps_per_iteration
 from common.errors import UserError
-from common.logger import Logger, create_run_dir, first_not_finite, read_config, write_config
+from common.logger import (
+    Logger,
+    create_run_dir,
+    first_not_finite,
+    lock_run_dir,
+    read_config,
+    unlock_run_dir,
+    write_config,
+)
 
 
 class Run:
@@ -25,26 +34,28 @@ class Run:
         self._succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
         self._finished: list[bool] = []  # success_once of the episodes since the last row
         self.evaluation: dict[str, float] = {}  # the last one
-        self._lock = lock_run_dir(run_dir)
-        self._stopped_by: int | None = None  # the signal
+        lock_run_dir(run_dir)
+        self._stopped_by: int | None = None  # the first signal
+        self._stopped_at = 0.0
+        self._stopped_early = False
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._stop)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self._handlers[number] = signal.signal(number, self._stop)
 
     def _stop(self, number: int, _frame: Any) -> None:
-        """Ctrl-C or SIGTERM: the iteration is finished and saved first. A second one ends at once.
+        """Ctrl-C, SIGTERM or SIGHUP: the iteration, or evaluation, is finished and saved first.
 
-        What a checkpoint holds is consistent only between two iterations.
+        What a checkpoint holds is consistent only between two iterations. A second Ctrl-C ends at
+        once; not within a second of the first signal, which a process and its group may both get.
         """
-        self._stopped_by = number
-        self._restore_handlers()
-        # Not by print, which a signal may have interrupted.
-        os.write(2, b"\nstopping: this iteration is finished and saved first (again: at once)\n")
-
-    def _restore_handlers(self) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
+        if self._stopped_by is None:
+            self._stopped_by, self._stopped_at = number, time.monotonic()
+            with contextlib.suppress(OSError):  # not by print, which may have been interrupted
+                os.write(2, b"\nstopping: this iteration is finished and saved first\n")
+        elif number == signal.SIGINT and time.monotonic() - self._stopped_at > 1:
+            raise KeyboardInterrupt
 
     @property
     def logger(self) -> Logger:
@@ -74,6 +85,7 @@ class Run:
         checkpoint.save(self.dir, env_steps, tree, rings, {"script": host, "run": mine})
         if self._stopped_by is not None and env_steps < self.args.total_timesteps:
             self.logger.say(f"saved at {env_steps:,} steps; continue with --resume {self.dir}")
+            self._stopped_early = True
             self.close()
             raise SystemExit(128 + self._stopped_by)
 
@@ -158,36 +170,22 @@ class Run:
         raise self._diverged(bad or "an action", values.get(bad, "not finite"), env_steps)
 
     def _diverged(self, what: str, value: Any, env_steps: int) -> UserError:
+        self._stopped_early = True
+        self.close()
         return UserError(f"{what} is {value} at step {env_steps}: the run has diverged; its last "
                          f"checkpoint before that is in {self.dir}")
 
     def close(self) -> None:
-        self._restore_handlers()
-        self._lock.close()
-        if self.evaluation and self._stopped_by is None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+        if self.evaluation and not self._stopped_early:
             self.logger.say(
                 f"final policy: success_once {self.evaluation['eval/success_once']:.0%}, "
                 f"success_at_end {self.evaluation['eval/success_at_end']:.0%}; run folder: "
                 f"{self.dir}"
             )
         self.logger.close()
-
-
-def lock_run_dir(run_dir: Path) -> TextIO:
-    """Keep other processes from writing into a run folder; the lock goes with this process.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    file = open(run_dir / "lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{run_dir} is in use by another process: wait for it or stop it, or "
-                        "choose another --run-dir") from None
-    except OSError:  # a file system without locks is no reason to stop
-        pass
-    return file
+        unlock_run_dir(self.dir)
 
 
 def start_run(args: Any, script: str, rings: dict, **facts: Any) -> Run:

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -225,18 +226,57 @@ def test_the_default_run_folder(tmp_path, monkeypatch):
     assert path.name.startswith("drawer-open-v3__furl_sac_state__7__")
 
 
-def test_a_folder_holds_one_run(tmp_path):
-    logger.create_run_dir(str(tmp_path / "a/b"), "reach-v3", "s", 0)
-    with pytest.raises(UserError, match=r"already holds a run.*--resume.*--run-dir"):
-        logger.create_run_dir(str(tmp_path / "a/b"), "reach-v3", "s", 0)
+@pytest.mark.parametrize("trace", ["checkpoints/step_0000000000/manifest.json", "metrics.csv"])
+def test_a_folder_holds_one_run(tmp_path, trace):
+    path = logger.create_run_dir(str(tmp_path / "a/b"), "reach-v3", "s", 0)
+    for _ in range(2):  # while it runs, and after
+        with pytest.raises(UserError, match=r"already holds a run.*--resume.*--run-dir"):
+            logger.create_run_dir(str(path), "reach-v3", "s", 0)
+        (path / trace).parent.mkdir(parents=True, exist_ok=True)
+        (path / trace).write_text("env_steps,key,value\n0,eval/return,1\n")
+        logger.unlock_run_dir(path)
 
 
-def test_of_two_runs_started_at_once_one_gets_the_folder(tmp_path, monkeypatch):
-    """The second has looked before the first wrote its config.json."""
+def test_a_run_that_died_before_its_first_checkpoint_leaves_its_folder_free(tmp_path):
+    path = logger.create_run_dir(str(tmp_path), "reach-v3", "s", 0)
+    (path / "metrics.csv").write_text("env_steps,key,value\n")
+    logger.unlock_run_dir(path)
+    assert logger.create_run_dir(str(tmp_path), "reach-v3", "s", 0) == path
+
+
+def test_of_two_runs_started_at_once_one_gets_the_folder(tmp_path):
     logger.create_run_dir(str(tmp_path), "reach-v3", "s", 0)
-    monkeypatch.setattr(Path, "exists", lambda self: False)
-    with pytest.raises(UserError, match="--run-dir"):
-        logger.create_run_dir(str(tmp_path), "reach-v3", "s", 0)
+    code = ("import sys; from common.logger import create_run_dir;"
+            "create_run_dir(sys.argv[1], 'reach-v3', 's', 0)")
+    root = Path(cli.__file__).parent.parent
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root,
+                            capture_output=True, text=True, timeout=120)
+    assert "is in use by another process" in result.stderr, result.stderr
+    logger.unlock_run_dir(tmp_path)
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root,
+                            capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    logger.show("one")
+    logger.show("two")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_networks_that_are_not_finite_are_not_saved(tmp_path, value):
+    run = start(tmp_path)
+    with pytest.raises(UserError, match=r"actor/w is not finite at step 100.*has diverged"):
+        run.save(100, ({"actor": {"w": jnp.array([1.0, value])}},), {"replay": small_ring()}, {})
+    assert not (run.dir / "checkpoints").exists()
 
 
 def test_a_run_folder_that_is_a_file(tmp_path):
@@ -418,6 +458,7 @@ def start(tmp_path: Path, **changes) -> Run:
 
 def test_start_run_writes_config_and_says_where(tmp_path, capsys):
     run = start(tmp_path)
+    run.log_evaluation(100, {"eval/success_once": 0.0, "eval/success_at_end": 0.0})
     run.close()
     out = capsys.readouterr().out
     assert f"run folder: {tmp_path / 'run'}" in out and "vlm_id: mini-1" in out

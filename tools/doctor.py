@@ -501,4 +501,8 @@ if __name__ == "__main__":
         import tyro
     except ImportError:
         raise SystemExit(f"error: the package tyro is not installed: {INSTALL}") from None
-    raise SystemExit(main(tyro.cli(Args)))
+    try:
+        raise SystemExit(main(tyro.cli(Args)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

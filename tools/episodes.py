@@ -1,6 +1,5 @@
 """Episodes of scripted behaviour: the expert, with noise or giving up, and random actions."""
 
-import os
 from functools import cache
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ from common.tasks import expert_action, expert_policy
 MAX_STEPS = 400
 KINDS = ("expert", "sub-optimal", "random")
 EXPERT, SUBOPTIMAL, RANDOM = range(3)
+# For a pool's processes: one core each, and no torch, so nothing to load before Mesa.
+WORKER_ENVIRONMENT = ONE_THREAD | {"FURL_ENV_WORKER": "1"}
 FIXED_GOAL_NOISE = 0.1  # without it all of the expert's episodes with a fixed goal were one
 
 
@@ -101,11 +102,6 @@ class Data(NamedTuple):
     success: np.ndarray  # [E, 3, n] bool
     first_success: np.ndarray  # [E, 3] int, the step; -1: never
     frames: np.ndarray  # [3, n, size, size, 3], of the first goal
-
-
-def init_worker() -> None:
-    """For a pool's processes: one core each, and no torch, so nothing to load before Mesa."""
-    os.environ.update(ONE_THREAD, FURL_ENV_WORKER="1")
 
 
 @cache

@@ -29,6 +29,7 @@ from tools.measures import standard_error, wilson_interval
 from tools.trained import Trained, new_folder, open_run
 
 BATCH = 20  # environments side by side; not the number of cores: it decides which goals are drawn
+MAX_VIDEOS = 4  # their frames are all in memory: 0.2 GB each
 VIDEO_SIZE = 384  # pixels, of the picture in the video
 CURVE_HEIGHT = 136
 WHITE, INK, GREY, BLUE, GREEN = "#ffffff", "#1f2933", "#8a94a0", "#1565c0", "#2e7d32"
@@ -49,7 +50,7 @@ class Args:
     seed: int | None = None
     """of the goals; default: the run's own for a fixed goal, else one unused so far"""
     videos: int = 1
-    """episodes to film, the first ones; 0: none"""
+    """episodes to film, the first ones, at most 4; 0: none"""
     output: Path | None = None
     """new folder for results; default: evaluations/<run>__<step>__<task>__<goal>__<seed>"""
 
@@ -252,8 +253,8 @@ def film(
 
 def main(args: Args) -> dict[str, Any]:
     """Evaluate, and return what the JSON holds."""
-    if args.episodes < 1 or args.videos < 0:
-        raise UserError(f"--episodes must be 1 or more and --videos 0 or more; they are "
+    if args.episodes < 1 or not 0 <= args.videos <= MAX_VIDEOS:
+        raise UserError(f"--episodes must be 1 or more and --videos 0 to {MAX_VIDEOS}; they are "
                         f"{args.episodes} and {args.videos}")
     if args.seed is not None and args.seed < 0:
         raise UserError(f"--seed must not be negative, but is {args.seed}")
@@ -298,7 +299,7 @@ def main(args: Args) -> dict[str, Any]:
     }
     output.mkdir(parents=True)
     if args.videos:
-        count = min(args.videos, num_episodes, BATCH)
+        count = min(args.videos, num_episodes)
         results["videos"], results["video_curve"] = film(trained, episodes, count, output, **where)
     (output / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"written: {output}")

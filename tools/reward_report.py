@@ -13,11 +13,13 @@ figures are those of the FuRL paper (Fu et al., ICML 2024: 1, 2, 11, 16, 17) and
 import json
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 
@@ -40,11 +42,11 @@ from tools.episodes import (
     EXPERT,
     KINDS,
     SUBOPTIMAL,
+    WORKER_ENVIRONMENT,
     Data,
     Drawn,
     Scene,
     draw_episodes,
-    init_worker,
 )
 from tools.measures import auc, epic_distance, spearman, standard_error
 from tools.report_page import (
@@ -86,7 +88,7 @@ class Args:
     goal: Literal["fixed", "random"] | None = None
     """default: as the first checkpoint was trained, else random"""
     seed: int | None = None
-    """of goals and behaviour; default: the first checkpoint's, else 0"""
+    """of goals and behaviour; default: the first checkpoint's fixed goal, else unseen ones"""
     camera_id: int = 2
     """camera of the pictures"""
     quality: Literal["fast", "paper"] = "fast"
@@ -108,7 +110,9 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
     goal_embedding = None if goal is None else vlm.embed_images(goal[None])[0]
     embeddings, pixel_distance, success, first_success, first = [], [], [], [], None
     jobs = [(scene, number) for number in range(episodes)]
-    with multiprocessing.get_context("spawn").Pool(workers, initializer=init_worker) as pool:
+    with mock.patch.dict(os.environ, WORKER_ENVIRONMENT):  # which processes get as they start
+        pool = multiprocessing.get_context("spawn").Pool(workers)
+    with pool:
         for drawn in pool.imap(_draw, jobs):
             flat = drawn.frames.reshape(-1, *drawn.frames.shape[2:])
             shape = drawn.success.shape
@@ -323,6 +327,8 @@ def main(args: Args) -> dict[str, Any]:
         goal = "fixed" if runs and runs[0].args.goal == "fixed" else "random"
     if seed is None:
         seed = runs[0].args.seed if runs else 0
+        if runs and goal == "random":  # goals that neither training nor its evaluations had
+            seed += 2 * EVAL_SEED_OFFSET
     vlm = load_vlm(args.vlm, weights=args.vlm_weights)
     for run in runs:
         if run.has_vlm:

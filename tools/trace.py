@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,8 +46,6 @@ class Args:
     """file to write"""
     iterations: int = 20
     """last iterations of the run that are kept"""
-    steps: int = 0
-    """environment steps of the run; 0: enough for 200 iterations with updates (pixels: 20)"""
     xla: Path | None = None
     """folder for JAX's own profile of the whole run (large)"""
 
@@ -104,12 +102,14 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
     """Trace what a script's main calls; the thread that waits for the updates' results."""
     import jax
 
+    from common.envpool_envs import EnvPoolMetaWorld
     from common.evaluate import Evaluator
     from common.run import Run
     from common.vlm import VLM
 
-    recorder.wrap(envs.VecMetaWorld, "step_async", "send actions")
-    recorder.wrap(envs.VecMetaWorld, "step_wait", WAITING[1])
+    for engine in (envs.VecMetaWorld, EnvPoolMetaWorld):
+        recorder.wrap(engine, "step_async", "send actions")
+        recorder.wrap(engine, "step_wait", WAITING[1])
     recorder.wrap(VLM, "embed_images", "embed")
     recorder.wrap(replay, "add_rows", "store")
     recorder.wrap(replay, "add_trajectory", "store trajectory")
@@ -200,7 +200,7 @@ def main(args: Args, flags: list[str]) -> None:
     """Run the script with `flags` on top of the defaults here, and write its trace."""
     import jax
 
-    from common.cli import parse_args
+    from common.cli import parse_args, steps_per_iteration
 
     share_cores()
 
@@ -208,16 +208,18 @@ def main(args: Args, flags: list[str]) -> None:
     pixels = args.script == "furl_drq_pixels"
     defaults = {"learning-starts": "160" if pixels else "1000", "checkpoint-every": "0",
                 "eval-every": "1000000000", "log-every": "400"}
-    # Long enough for failed episodes, and so for projection heads to train.
-    steps = args.steps or (320 if pixels else 4000 + 200 * 8)
     flags = [*(word for name, value in defaults.items() for word in (f"--{name}", value)), *flags]
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         os.environ[FOLDER] = folder
         envs.WORKER_MODULE = "tools.trace"
-        script_args = parse_args(script.Args, [
-            *flags, "--total-timesteps", str(steps), "--run-dir", f"{folder}/run",
-        ])
+        script_args = parse_args(script.Args, [*flags, "--run-dir", f"{folder}/run"])
+        iteration = steps_per_iteration(script_args)
+        # First whole failed episodes, and so projection heads to train; not on pixels, which take
+        # minutes for that. Then a few iterations for what is compiled.
+        start = script_args.learning_starts if pixels else 500 * script_args.num_envs
+        steps = (-(-start // iteration) + 5 + args.iterations + 2) * iteration
+        script_args = replace(script_args, total_timesteps=steps)
         waiter = wrap_script(recorder, script)
         if args.xla:
             stack.enter_context(jax.profiler.trace(args.xla, create_perfetto_trace=True))
