@@ -39,6 +39,12 @@ def environment(tmp_path_factory) -> dict[str, str]:
     }
 
 
+def heed_signals() -> None:
+    """In the script: what a shell starts in the background ignores Ctrl-C, and so would it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Script:
     """A script that runs; its output goes to files, so that a full pipe never stops it."""
 
@@ -47,7 +53,7 @@ class Script:
         with open(log.with_suffix(".out"), "w") as out, open(log.with_suffix(".err"), "w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, str(SCRIPT), *flags], stdout=out, stderr=err, env=environment,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=heed_signals,
             )
 
     def send(self, number: int) -> None:
