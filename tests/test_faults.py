@@ -39,10 +39,12 @@ def environment(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def heed_signals() -> None:
-    """In the script: what a shell starts in the background ignores Ctrl-C, and so would it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+# What a shell starts in the background ignores Ctrl-C, and so would the script. (Not by preexec_fn:
+# forking a process that holds JAX's threads may hang.)
+HEED_SIGNALS = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
 
 
 class Script:
@@ -52,8 +54,8 @@ class Script:
         self.log = log
         with open(log.with_suffix(".out"), "w") as out, open(log.with_suffix(".err"), "w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), *flags], stdout=out, stderr=err, env=environment,
-                start_new_session=True, preexec_fn=heed_signals,
+                [sys.executable, "-c", HEED_SIGNALS, str(SCRIPT), *flags], stdout=out, stderr=err,
+                env=environment, start_new_session=True,
             )
 
     def send(self, number: int) -> None:
