@@ -37,7 +37,6 @@ class Run:
         lock_run_dir(run_dir)
         self._stopped_by: int | None = None  # the first signal
         self._stopped_at = 0.0
-        self._stopped_early = False
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -85,8 +84,7 @@ class Run:
         checkpoint.save(self.dir, env_steps, tree, rings, {"script": host, "run": mine})
         if self._stopped_by is not None and env_steps < self.args.total_timesteps:
             self.logger.say(f"saved at {env_steps:,} steps; continue with --resume {self.dir}")
-            self._stopped_early = True
-            self.close()
+            self.close(finished=False)
             raise SystemExit(128 + self._stopped_by)
 
     def must_save(self, env_steps: int) -> bool:
@@ -170,15 +168,15 @@ class Run:
         raise self._diverged(bad or "an action", values.get(bad, "not finite"), env_steps)
 
     def _diverged(self, what: str, value: Any, env_steps: int) -> UserError:
-        self._stopped_early = True
-        self.close()
+        self.close(finished=False)
         return UserError(f"{what} is {value} at step {env_steps}: the run has diverged; its last "
                          f"checkpoint before that is in {self.dir}")
 
-    def close(self) -> None:
+    def close(self, finished: bool = True) -> None:
+        """End the records; `finished`: the last evaluation is that of the final policy."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())
-        if self.evaluation and not self._stopped_early:
+        if self.evaluation and finished:
             self.logger.say(
                 f"final policy: success_once {self.evaluation['eval/success_once']:.0%}, "
                 f"success_at_end {self.evaluation['eval/success_at_end']:.0%}; run folder: "

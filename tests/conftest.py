@@ -5,6 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -12,3 +14,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 compiled = tempfile.TemporaryDirectory(prefix="furl-tests-")  # until the tests end
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture
+def refused(monkeypatch, capfd):
+    """`refused(module, flags, message)`: its command line ends with one line and status 2."""
+    from common.cli import run_script
+
+    def check(module, flags: list[str], message: str) -> None:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", [module.__name__, *flags])
+        with pytest.raises(SystemExit) as stop:
+            run_script(module.main, module.Args)
+        assert stop.value.code == 2
+        errors = capfd.readouterr().err
+        assert message in errors and len(errors.strip().splitlines()) == 1, errors
+
+    return check

@@ -125,16 +125,10 @@ def test_a_worker_that_dies_ends_the_run_which_can_be_resumed(tmp_path):
         (["--run-dir", "/proc/run"], "/proc/run"),
     ],
 )
-def test_bad_input_ends_in_one_clear_line(flags, message, tmp_path, monkeypatch, capfd):
+def test_bad_input_ends_in_one_clear_line(flags, message, tmp_path, monkeypatch, refused):
     """In this process, which saves the imports; the next test looks at a real one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["furl_sac_state.py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        run_script(furl_sac_state.main, furl_sac_state.Args)
-    assert stop.value.code == 2
-    errors = capfd.readouterr().err
-    assert message in errors
-    assert len(errors.strip().splitlines()) == 1, errors
+    refused(furl_sac_state, flags, message)
     assert not (tmp_path / "runs").exists()
 
 

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,6 @@ import relay_baseline as relay
 import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
 from common import checkpoint
-from common.cli import run_script
 from common.envs import VecMetaWorld
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
@@ -167,7 +165,7 @@ def test_the_policy_and_the_reward_are_those_of_the_script(name, trained):
     np.testing.assert_allclose(run.policy(obs), expected, atol=1e-6)
     assert run.has_vlm == (name != "sac")
     if run.has_vlm:
-        vlm = run.load_vlm()
+        vlm = run.vlm
         images = rng.normal(size=(5, vlm.embed_dim)).astype(np.float32)
         text = jnp.asarray(vlm.embed_text(["Push and close a drawer."])[0])
         if name in ("furl", "drq"):
@@ -195,7 +193,7 @@ def test_the_rewards_heads_are_those_that_the_script_used(monkeypatch, tmp_path)
     args = vlm_rm.Args(**UPDATED, seed=3, projection=True, run_dir=str(tmp_path / "r"))
     vlm_rm.main(args)
     run = open_run(tmp_path / "r")
-    vlm = run.load_vlm()
+    vlm = run.vlm
     images = np.random.default_rng(0).normal(size=(5, vlm.embed_dim)).astype(np.float32)
     expected = vlm_rm.vlm_reward(images, seen[0], args)
     np.testing.assert_allclose(run.vlm_reward(vlm)(images), expected, atol=1e-6)
@@ -252,7 +250,7 @@ def test_another_vlm_gives_no_reward(trained, tmp_path):
     folder = copy_of(trained("furl")[0], tmp_path)
     change_config(folder, lambda c: c.update(vlm_id="mini-0000-112px"))
     with pytest.raises(UserError, match="its reward would mean nothing"):
-        open_run(folder).load_vlm()
+        _ = open_run(folder).vlm
 
 
 # ---------------------------------------------------------------------------- evaluations
@@ -345,15 +343,9 @@ def test_pictures_of_the_video():
     (["."], "not a run folder"),
 ])
 def test_bad_input_ends_with_one_line_and_status_2(
-    flags, message, trained, tmp_path, monkeypatch, capfd
+    flags, message, trained, tmp_path, monkeypatch, refused
 ):
     folder = str(trained("furl")[0])
-    capfd.readouterr()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate", *(folder if f == "RUN" else f for f in flags)])
-    with pytest.raises(SystemExit) as stop:
-        run_script(evaluate.main, evaluate.Args)
-    assert stop.value.code == 2
-    errors = capfd.readouterr().err
-    assert message in errors and len(errors.strip().splitlines()) == 1, errors
+    refused(evaluate, [folder if f == "RUN" else f for f in flags], message)
     assert not list(tmp_path.iterdir())

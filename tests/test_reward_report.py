@@ -4,7 +4,6 @@ import base64
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -14,7 +13,6 @@ import pytest
 import furl_sac_state as furl
 import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
-from common.cli import run_script
 from common.envs import make_env
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
@@ -241,15 +239,9 @@ def test_paths_are_those_of_the_end_effector(runs):
     (["--output", "."], "exists: choose another --output"),
 ])
 def test_bad_input_ends_with_one_line_and_status_2(
-    flags, message, runs, tmp_path, monkeypatch, capfd
+    flags, message, runs, tmp_path, monkeypatch, refused
 ):
     monkeypatch.chdir(tmp_path)
     flags = [str(runs[0]) if f == "RUN" else f for f in flags]
-    capfd.readouterr()
-    monkeypatch.setattr(sys, "argv", ["reward_report", *flags])
-    with pytest.raises(SystemExit) as stop:
-        run_script(report.main, report.Args)
-    assert stop.value.code == 2
-    errors = capfd.readouterr().err
-    assert message in errors and len(errors.strip().splitlines()) == 1, errors
+    refused(report, flags, message)
     assert not list(tmp_path.iterdir())

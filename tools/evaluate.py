@@ -79,7 +79,7 @@ def play(trained: Trained, num_episodes: int, **where: Any) -> Episodes:
     if trained.frame_stack:  # what the policy was trained to see
         size = trained.script.PICTURE_SIZE
         if trained.has_vlm:
-            size = max(size, trained.load_vlm().frame_size)
+            size = max(size, trained.vlm.frame_size)
     envs = environments(trained, min(BATCH, num_episodes), frame_size=size, **where)
     rounds = []
     for _ in range(math.ceil(num_episodes / envs.num_envs)):
@@ -226,7 +226,7 @@ def film(
     rewards, label = success.astype(np.float32), "sparse reward"
     if trained.has_vlm:
         try:
-            vlm = trained.load_vlm()
+            vlm = trained.vlm
         except UserError as error:
             print(f"note: the video shows the sparse reward: {error}")
         else:

@@ -35,7 +35,6 @@ Script = Literal["furl_sac_state", "furl_drq_pixels", "sac_baseline", "relay_bas
                  "vlm_rm_baseline"]
 FOLDER = "FURL_TRACE_FOLDER"  # where workers write their events
 MAIN, UPDATES = 1, 2  # rows; workers have their process id
-WAITING = ("wait for actions", "wait for workers")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
 
     for engine in (envs.VecMetaWorld, EnvPoolMetaWorld):
         recorder.wrap(engine, "step_async", "send actions")
-        recorder.wrap(engine, "step_wait", WAITING[1])
+        recorder.wrap(engine, "step_wait", "wait for workers")
     recorder.wrap(VLM, "embed_images", "embed")
     recorder.wrap(replay, "add_rows", "store")
     recorder.wrap(replay, "add_trajectory", "store trajectory")
@@ -120,7 +119,7 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
     waiter = ThreadPoolExecutor(1)
 
     def traced_act(*args):
-        with recorder.span(MAIN, WAITING[0]):  # they need the networks after the last updates
+        with recorder.span(MAIN, "wait for actions"):  # the last updates come first
             return np.asarray(act(*args))
 
     def wait(start: int, metrics: Any) -> None:
@@ -203,7 +202,6 @@ def main(args: Args, flags: list[str]) -> None:
     from common.cli import parse_args, steps_per_iteration
 
     share_cores()
-
     script = importlib.import_module(args.script)
     pixels = args.script == "furl_drq_pixels"
     defaults = {"learning-starts": "160" if pixels else "1000", "checkpoint-every": "0",
@@ -217,8 +215,9 @@ def main(args: Args, flags: list[str]) -> None:
         iteration = steps_per_iteration(script_args)
         # First whole failed episodes, and so projection heads to train; not on pixels, which take
         # minutes for that. Then a few iterations for what is compiled.
-        start = script_args.learning_starts if pixels else 500 * script_args.num_envs
-        steps = (-(-start // iteration) + 5 + args.iterations + 2) * iteration
+        first = (script_args.learning_starts if pixels
+                 else envs.MAX_EPISODE_STEPS * script_args.num_envs)
+        steps = (-(-first // iteration) + 5 + args.iterations + 2) * iteration
         script_args = replace(script_args, total_timesteps=steps)
         waiter = wrap_script(recorder, script)
         if args.xla:

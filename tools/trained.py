@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,8 +75,9 @@ class Trained:
         params = agent.params if self.frame_stack else agent.params["actor"]
         return np.asarray(self.script.act_mean(params, obs, args=self.args))
 
-    def load_vlm(self) -> VLM:
-        """The run's VLM.
+    @cached_property
+    def vlm(self) -> VLM:
+        """The run's VLM, loaded when first asked for.
 
         Raises:
             UserError: it cannot be loaded here, or is not the one that the run was trained with.
@@ -101,7 +102,7 @@ class Trained:
         projection heads; Eq. 2 without alignment and for Relay; VLM-RM's own.
 
         Args:
-            vlm: the run's (`load_vlm`).
+            vlm: the run's own, or one that `check_vlm` accepts.
         """
         args, script = self.args, self.script
         text = jnp.asarray(vlm.embed_text([self.prompt])[0])
