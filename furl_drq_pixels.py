@@ -611,14 +611,15 @@ def update_once(
 @partial(jax.jit, static_argnames=("args", "phase"), donate_argnames="state")
 def update(
     state: FuRLState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, args: Args, phase: Phase
-) -> tuple[FuRLState, dict]:
-    """All updates of an iteration in one dispatch; metrics are their means."""
+) -> tuple[FuRLState, jax.Array, dict]:
+    """All updates of an iteration in one dispatch: the next key, and the means of the metrics."""
+    key, scan_key = jax.random.split(key)
     state, metrics = jax.lax.scan(
         lambda carry, update_key: update_once(carry, buffers, vlm, update_key, args, phase),
         state,
-        jax.random.split(key, args.updates_per_iteration),
+        jax.random.split(scan_key, args.updates_per_iteration),
     )
-    return state, jax.tree.map(jnp.mean, metrics)
+    return state, key, jax.tree.map(jnp.mean, metrics)
 
 
 # ------------------------------------------------------------------------------ relay
@@ -653,17 +654,18 @@ def choose_phase(num_positives: int, num_negatives: int, args: Args) -> Phase:
 def act(
     furl: dict, relay: dict, obs: jax.Array, use_relay: jax.Array, key: jax.Array,
     args: Args, relaying: bool,
-) -> jax.Array:
-    """Exploration: both agents (their params) sample for all stacks uint8 [n, 84, 84, 9], a mask
-    [n] selects."""
-    furl_key, relay_key = jax.random.split(key)
+) -> tuple[jax.Array, jax.Array]:
+    """Both agents (their params) sample for all stacks uint8 [n, 84, 84, 9], a mask [n] selects;
+    returns the next key too."""
+    key, act_key = jax.random.split(key)
+    furl_key, relay_key = jax.random.split(act_key)
     features = encode(furl["encoder"], obs, args)
     furl_action, _ = sample_action(furl["actor"], features, furl_key, args)
     if not relaying:
-        return furl_action
+        return furl_action, key
     features = encode(relay["encoder"], obs, args)
     relay_action, _ = sample_action(relay["actor"], features, relay_key, args)
-    return jnp.where(use_relay[:, None], relay_action, furl_action)
+    return jnp.where(use_relay[:, None], relay_action, furl_action), key
 
 
 @partial(jax.jit, static_argnames="args")
@@ -709,22 +711,21 @@ def main(args: Args) -> dict[str, float]:
         action_repeat=args.action_repeat, **drawing,
     )
 
-    def embed(frames: np.ndarray) -> np.ndarray:
-        embedding = np.zeros((len(frames), 1)) if vlm is None else vlm.embed_images(frames)
-        return embedding.astype(np.float16)
+    def embed(frames: np.ndarray) -> np.ndarray | jax.Array:
+        return np.zeros((len(frames), 1)) if vlm is None else vlm.embed_images(frames)
 
     # Everything that changes during the run: checkpoints hold all of it.
     key, init_key = jax.random.split(jax.random.PRNGKey(args.seed))
     state = init_state(init_key, embed_dim, args)
     buffers = init_buffers(embed_dim, args)
-    trajectories = replay.init_trajectories(args.num_envs, args.episode_length, embed_dim)
     rng = np.random.default_rng(args.seed)  # random actions and relay schedules
     schedule = draw_schedule(rng, args.num_envs, args)
     picture = np.asarray(scale_down(envs.reset()[1]))
     buffers = store_first(buffers, picture)
     obs = np.concatenate([picture] * args.frame_stack, -1)
+    succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
     waiting = None  # the last step, until its frames are embedded
-    counts = {"updates": 0, "positives": 0, "negatives": 0, "trajectories": 0}
+    counts = {"updates": 0, "positives": 0, "negatives": 0}
     env_steps = 0
 
     run = start_run(
@@ -736,11 +737,11 @@ def main(args: Args) -> dict[str, float]:
         buffers = Buffers(**rings)
         envs.set_state(host["envs"])
         rng.bit_generator.state = host["rng"]
-        env_steps, counts, obs, waiting, schedule, trajectories = host["loop"]
-        schedule, trajectories = RelaySchedule(*schedule), replay.Trajectories(*trajectories)
+        env_steps, counts, obs, succeeded, waiting, schedule = host["loop"]
+        schedule = RelaySchedule(*schedule)
 
     def save() -> None:
-        loop = env_steps, counts, obs, waiting, schedule, trajectories
+        loop = env_steps, counts, obs, succeeded, waiting, schedule
         run.save(env_steps, (state, key), buffers._asdict(), {
             "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
         })
@@ -755,11 +756,11 @@ def main(args: Args) -> dict[str, float]:
         if env_steps < args.learning_starts:
             action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
         else:
-            key, act_key = jax.random.split(key)
-            action = np.asarray(act(
+            action, key = act(
                 state.furl.params, state.relay.params, obs, relay_acts(schedule, episode_time),
-                act_key, args, phase.relaying,
-            ))
+                key, args, phase.relaying,
+            )
+            action = np.asarray(action)  # waits for the updates before
             run.check_finite(env_steps, action, metrics)
         envs.step_async(action)
 
@@ -768,31 +769,32 @@ def main(args: Args) -> dict[str, float]:
             embedding = embed(waiting["frames"])
             step_rows = PixelStep(embedding=embedding, **waiting["step"])
             buffers = buffers._replace(pixels=replay.add_rows(buffers.pixels, step_rows))
-            for kind, frames in replay.collect(
-                trajectories, embedding, waiting["success"], waiting["truncated"]
-            ):
-                number = counts["trajectories"]
-                ring = replay.add_trajectory(getattr(buffers, kind), frames, number)
+            for kind in ("positives", "negatives"):
+                ring = replay.add_episodes(
+                    getattr(buffers, kind), buffers.pixels, waiting[kind], waiting["length"],
+                    args.episode_length,
+                )
                 buffers = buffers._replace(**{kind: ring})
-                counts[kind] += len(frames)
-                counts["trajectories"] += 1
+                counts[kind] += waiting["length"] * int(waiting[kind].sum())
             if waiting["first"] is not None:
                 buffers = store_first(buffers, waiting["first"])
             if env_steps >= args.learning_starts:
-                key, update_key = jax.random.split(key)
-                state, metrics = update(state, buffers, vlm_inputs, update_key, args, phase)
+                state, key, metrics = update(state, buffers, vlm_inputs, key, args, phase)
                 counts["updates"] += args.updates_per_iteration
 
         step = envs.step_wait()
         env_steps += args.num_envs * args.action_repeat
         picture = np.asarray(scale_down(step.frames))
+        positives, negatives, succeeded = replay.sort_episodes(
+            succeeded, step.success, step.truncated
+        )
         waiting = {
             "step": {
                 "picture": picture, "action": action, "sparse_reward": step.sparse_reward,
                 "terminated": step.terminated.astype(np.float32),
             },
-            "frames": step.frames, "success": step.success, "truncated": step.truncated,
-            "first": None,
+            "frames": step.frames, "positives": positives, "negatives": negatives,
+            "length": episode_time // args.action_repeat + 1, "first": None,
         }
         obs = np.concatenate([obs[..., 3:], picture], -1)
         if step.truncated.all():  # time alone ends episodes: all end together

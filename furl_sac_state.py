@@ -440,14 +440,15 @@ def update_once(
 @partial(jax.jit, static_argnames=("args", "phase"), donate_argnames="state")
 def update(
     state: FuRLState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, args: Args, phase: Phase
-) -> tuple[FuRLState, dict]:
-    """All updates of an iteration in one dispatch; metrics are their means."""
+) -> tuple[FuRLState, jax.Array, dict]:
+    """All updates of an iteration in one dispatch: the next key, and the means of the metrics."""
+    key, scan_key = jax.random.split(key)
     state, metrics = jax.lax.scan(
         lambda carry, update_key: update_once(carry, buffers, vlm, update_key, args, phase),
         state,
-        jax.random.split(key, args.updates_per_iteration),
+        jax.random.split(scan_key, args.updates_per_iteration),
     )
-    return state, jax.tree.map(jnp.mean, metrics)
+    return state, key, jax.tree.map(jnp.mean, metrics)
 
 
 # ------------------------------------------------------------------------------ relay
@@ -482,14 +483,15 @@ def choose_phase(num_positives: int, num_negatives: int, args: Args) -> Phase:
 def act(
     furl_actor: dict, relay_actor: dict, obs: jax.Array, use_relay: jax.Array, key: jax.Array,
     args: Args, relaying: bool,
-) -> jax.Array:
-    """Exploration: both agents sample for all observations [n, obs_dim], a mask [n] selects."""
-    furl_key, relay_key = jax.random.split(key)
+) -> tuple[jax.Array, jax.Array]:
+    """Both agents sample for all obs [n, obs_dim], a mask [n] selects; returns the next key too."""
+    key, act_key = jax.random.split(key)
+    furl_key, relay_key = jax.random.split(act_key)
     furl_action, _ = sample_action(furl_actor, obs, furl_key, args)
     if not relaying:
-        return furl_action
+        return furl_action, key
     relay_action, _ = sample_action(relay_actor, obs, relay_key, args)
-    return jnp.where(use_relay[:, None], relay_action, furl_action)
+    return jnp.where(use_relay[:, None], relay_action, furl_action), key
 
 
 @partial(jax.jit, static_argnames="args")
@@ -529,12 +531,12 @@ def main(args: Args) -> dict[str, float]:
     key, init_key = jax.random.split(jax.random.PRNGKey(args.seed))
     state = init_state(init_key, vlm.embed_dim, args)
     buffers = init_buffers(vlm.embed_dim, args)
-    trajectories = replay.init_trajectories(args.num_envs, MAX_EPISODE_STEPS, vlm.embed_dim)
     rng = np.random.default_rng(args.seed)  # random actions and relay schedules
     schedule = draw_schedule(rng, args.num_envs, args)
     obs = envs.reset()[0]
+    succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
     waiting = None  # the last step, until its frames are embedded
-    counts = {"updates": 0, "positives": 0, "negatives": 0, "trajectories": 0}
+    counts = {"updates": 0, "positives": 0, "negatives": 0}
     env_steps = 0
 
     run = start_run(
@@ -545,11 +547,11 @@ def main(args: Args) -> dict[str, float]:
         (state, key), rings, host = run.load((state, key), buffers._asdict())
         buffers, obs = Buffers(**rings), envs.set_state(host["envs"])
         rng.bit_generator.state = host["rng"]
-        env_steps, counts, waiting, schedule, trajectories = host["loop"]
-        schedule, trajectories = RelaySchedule(*schedule), replay.Trajectories(*trajectories)
+        env_steps, counts, succeeded, waiting, schedule = host["loop"]
+        schedule = RelaySchedule(*schedule)
 
     def save() -> None:
-        loop = env_steps, counts, waiting, schedule, trajectories
+        loop = env_steps, counts, succeeded, waiting, schedule
         run.save(env_steps, (state, key), buffers._asdict(), {
             "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
         })
@@ -564,41 +566,43 @@ def main(args: Args) -> dict[str, float]:
         if env_steps < args.learning_starts:
             action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
         else:
-            key, act_key = jax.random.split(key)
-            action = np.asarray(act(
+            action, key = act(
                 state.furl.params["actor"], state.relay.params["actor"], obs,
-                relay_acts(schedule, episode_time), act_key, args, phase.relaying,
-            ))
+                relay_acts(schedule, episode_time), key, args, phase.relaying,
+            )
+            action = np.asarray(action)  # waits for the updates before
             run.check_finite(env_steps, action, metrics)
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
         if waiting is not None:
-            embedding = vlm.embed_images(waiting["frames"]).astype(np.float16)
+            embedding = vlm.embed_images(waiting["frames"])
             transition = Transition(embedding=embedding, **waiting["transition"])
             buffers = buffers._replace(transitions=replay.add_rows(buffers.transitions, transition))
-            for kind, frames in replay.collect(
-                trajectories, embedding, waiting["success"], waiting["truncated"]
-            ):
-                number = counts["trajectories"]
-                ring = replay.add_trajectory(getattr(buffers, kind), frames, number)
+            for kind in ("positives", "negatives"):
+                ring = replay.add_episodes(
+                    getattr(buffers, kind), buffers.transitions, waiting[kind], waiting["length"],
+                    MAX_EPISODE_STEPS,
+                )
                 buffers = buffers._replace(**{kind: ring})
-                counts[kind] += len(frames)
-                counts["trajectories"] += 1
+                counts[kind] += waiting["length"] * int(waiting[kind].sum())
             if env_steps >= args.learning_starts:
-                key, update_key = jax.random.split(key)
-                state, metrics = update(state, buffers, vlm_inputs, update_key, args, phase)
+                state, key, metrics = update(state, buffers, vlm_inputs, key, args, phase)
                 counts["updates"] += args.updates_per_iteration
 
         step = envs.step_wait()
         env_steps += args.num_envs
+        positives, negatives, succeeded = replay.sort_episodes(
+            succeeded, step.success, step.truncated
+        )
         waiting = {
             "transition": {
                 "obs": obs, "action": action, "next_obs": step.final_obs,
                 "sparse_reward": step.sparse_reward,
                 "terminated": step.terminated.astype(np.float32),
             },
-            "frames": step.frames, "success": step.success, "truncated": step.truncated,
+            "frames": step.frames, "positives": positives, "negatives": negatives,
+            "length": episode_time + 1,
         }
         obs = step.obs
         if step.truncated.all():  # time alone ends episodes: all end together

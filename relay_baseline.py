@@ -304,14 +304,15 @@ def update_once(
 def update(
     state: RelayState, buffers: Buffers, text: jax.Array, key: jax.Array, args: Args,
     relaying: bool,
-) -> tuple[RelayState, dict]:
-    """All updates of an iteration in one dispatch; metrics are their means."""
+) -> tuple[RelayState, jax.Array, dict]:
+    """All updates of an iteration in one dispatch: the next key, and the means of the metrics."""
+    key, scan_key = jax.random.split(key)
     state, metrics = jax.lax.scan(
         lambda carry, update_key: update_once(carry, buffers, text, update_key, args, relaying),
         state,
-        jax.random.split(key, args.updates_per_iteration),
+        jax.random.split(scan_key, args.updates_per_iteration),
     )
-    return state, jax.tree.map(jnp.mean, metrics)
+    return state, key, jax.tree.map(jnp.mean, metrics)
 
 
 # ------------------------------------------------------------------------------ relay
@@ -336,14 +337,15 @@ def relay_acts(schedule: RelaySchedule, episode_time: int) -> np.ndarray:
 def act(
     furl_actor: dict, relay_actor: dict, obs: jax.Array, use_relay: jax.Array, key: jax.Array,
     args: Args, relaying: bool,
-) -> jax.Array:
-    """Exploration: both agents sample for all observations [n, obs_dim], a mask [n] selects."""
-    furl_key, relay_key = jax.random.split(key)
+) -> tuple[jax.Array, jax.Array]:
+    """Both agents sample for all obs [n, obs_dim], a mask [n] selects; returns the next key too."""
+    key, act_key = jax.random.split(key)
+    furl_key, relay_key = jax.random.split(act_key)
     furl_action, _ = sample_action(furl_actor, obs, furl_key, args)
     if not relaying:
-        return furl_action
+        return furl_action, key
     relay_action, _ = sample_action(relay_actor, obs, relay_key, args)
-    return jnp.where(use_relay[:, None], relay_action, furl_action)
+    return jnp.where(use_relay[:, None], relay_action, furl_action), key
 
 
 @partial(jax.jit, static_argnames="args")
@@ -410,27 +412,27 @@ def main(args: Args) -> dict[str, float]:
         if env_steps < args.learning_starts:
             action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
         else:
-            key, act_key = jax.random.split(key)
-            action = np.asarray(act(
+            action, key = act(
                 state.furl.params["actor"], state.relay.params["actor"], obs,
-                relay_acts(schedule, episode_time), act_key, args, relaying,
-            ))
+                relay_acts(schedule, episode_time), key, args, relaying,
+            )
+            action = np.asarray(action)  # waits for the updates before
             run.check_finite(env_steps, action, metrics)
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
         if waiting is not None:
-            embedding = vlm.embed_images(waiting["frames"]).astype(np.float16)
+            embedding = vlm.embed_images(waiting["frames"])
             transition = Transition(embedding=embedding, **waiting["transition"])
             buffers = Buffers(replay.add_rows(buffers.transitions, transition))
             counts["positives"] += waiting["positives"]
             if env_steps >= args.learning_starts:
-                key, update_key = jax.random.split(key)
-                state, metrics = update(state, buffers, text, update_key, args, relaying)
+                state, key, metrics = update(state, buffers, text, key, args, relaying)
                 counts["updates"] += args.updates_per_iteration
 
         step = envs.step_wait()
         env_steps += args.num_envs
+        positives, _, succeeded = replay.sort_episodes(succeeded, step.success, step.truncated)
         waiting = {
             "transition": {
                 "obs": obs, "action": action, "next_obs": step.final_obs,
@@ -438,10 +440,9 @@ def main(args: Args) -> dict[str, float]:
                 "terminated": step.terminated.astype(np.float32),
             },
             "frames": step.frames,
-            "positives": (episode_time + 1) * int((step.success & ~succeeded).sum()),
+            "positives": (episode_time + 1) * int(positives.sum()),
         }
         obs = step.obs
-        succeeded = (succeeded | step.success) & ~step.truncated
         if step.truncated.all():  # time alone ends episodes: all end together
             schedule = draw_schedule(rng, args.num_envs, args)
 

@@ -253,20 +253,24 @@ def update_once(
 @partial(jax.jit, static_argnames="args", donate_argnames="agent")
 def update(
     agent: AgentState, buffers: Buffers, key: jax.Array, args: Args
-) -> tuple[AgentState, dict]:
-    """All updates of an iteration in one dispatch; metrics are their means."""
+) -> tuple[AgentState, jax.Array, dict]:
+    """All updates of an iteration in one dispatch: the next key, and the means of the metrics."""
+    key, scan_key = jax.random.split(key)
     agent, metrics = jax.lax.scan(
         lambda carry, update_key: update_once(carry, buffers, update_key, args),
         agent,
-        jax.random.split(key, args.updates_per_iteration),
+        jax.random.split(scan_key, args.updates_per_iteration),
     )
-    return agent, jax.tree.map(jnp.mean, metrics)
+    return agent, key, jax.tree.map(jnp.mean, metrics)
 
 
 @partial(jax.jit, static_argnames="args")
-def act(actor_params: dict, obs: jax.Array, key: jax.Array, args: Args) -> jax.Array:
-    """Exploration: a sampled action for each observation [n, obs_dim], [n, action_dim]."""
-    return sample_action(actor_params, obs, key, args)[0]
+def act(
+    actor_params: dict, obs: jax.Array, key: jax.Array, args: Args
+) -> tuple[jax.Array, jax.Array]:
+    """Exploration: a sampled action for each observation [n, obs_dim], and the next key."""
+    key, act_key = jax.random.split(key)
+    return sample_action(actor_params, obs, act_key, args)[0], key
 
 
 @partial(jax.jit, static_argnames="args")
@@ -324,8 +328,8 @@ def main(args: Args) -> dict[str, float]:
         if env_steps < args.learning_starts:
             action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
         else:
-            key, act_key = jax.random.split(key)
-            action = np.asarray(act(agent.params["actor"], obs, act_key, args))
+            action, key = act(agent.params["actor"], obs, key, args)
+            action = np.asarray(action)  # waits for the updates before
             run.check_finite(env_steps, action, metrics)
         envs.step_async(action)
 
@@ -333,8 +337,7 @@ def main(args: Args) -> dict[str, float]:
         if waiting is not None:
             buffers = Buffers(replay.add_rows(buffers.transitions, waiting))
             if env_steps >= args.learning_starts:
-                key, update_key = jax.random.split(key)
-                agent, metrics = update(agent, buffers, update_key, args)
+                agent, key, metrics = update(agent, buffers, key, args)
                 num_updates += args.updates_per_iteration
 
         step = envs.step_wait()

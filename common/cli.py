@@ -92,12 +92,17 @@ def check_args(args: ArgsT) -> ArgsT:
         raise UserError(f"--total-timesteps {args.total_timesteps} is no multiple of the "
                         f"{steps_per_iteration(args)} steps of an iteration (--num-envs"
                         f"{' x --action-repeat' if hasattr(args, 'action_repeat') else ''})")
-    if args.buffer_size < args.num_envs:
-        raise UserError(f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}")
-    # An episode is written at once: a shorter ring would take its rows in no certain order.
-    if getattr(args, "embedding_buffer_size", MAX_EPISODE_STEPS) < MAX_EPISODE_STEPS:
-        raise UserError("--embedding-buffer-size must be an episode's length, "
-                        f"{MAX_EPISODE_STEPS}, or more")
+    least, why = args.num_envs, "one step"
+    if hasattr(args, "embedding_buffer_size"):
+        # An episode is copied from one ring to the other at once: both must hold it.
+        if args.embedding_buffer_size < MAX_EPISODE_STEPS:
+            raise UserError("--embedding-buffer-size must be an episode's length, "
+                            f"{MAX_EPISODE_STEPS}, or more")
+        least *= -(-MAX_EPISODE_STEPS // getattr(args, "action_repeat", 1))
+        why = "an episode"
+    if args.buffer_size < least:
+        raise UserError(f"--buffer-size must hold {why} of each of {args.num_envs} environments, "
+                        f"{least} transitions or more, not {args.buffer_size}")
     return dataclasses.replace(args, env_id=resolve_env_id(args.env_id))
 
 

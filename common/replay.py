@@ -4,6 +4,7 @@ A ring is a pytree of arrays with a counter. `add` is meant to be jitted with th
 that a row is written in place whatever the capacity; rows are read inside the jitted update.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +51,7 @@ class Frame(NamedTuple):
     """One frame of a finished trajectory in an embedding buffer; leaves have a leading axis [n]."""
 
     embedding: jax.Array  # [n, embed_dim] float16
-    trajectory: jax.Array  # [n] int32, the trajectory's number
+    trajectory: jax.Array  # [n] int32, a number that no other trajectory of the ring has
     time: jax.Array  # [n] int32, steps since the trajectory's start
 
 
@@ -126,66 +127,47 @@ def read_rows(ring: Ring, start: int, stop: int) -> Rows:
 add_rows = jax.jit(add, donate_argnums=0)
 
 
-class Trajectories(NamedTuple):
-    """The running episodes' embeddings on the host, written in place until they are sorted."""
+def add_episodes(
+    frames: Ring, steps: Ring, episodes: np.ndarray, length: int, max_length: int
+) -> Ring:
+    """Copy running episodes from the replay to an embedding buffer, without leaving the device.
 
-    embeddings: np.ndarray  # [num_envs, max_episode_steps, embed_dim] float16
-    time: np.ndarray  # [num_envs] int64, frames so far
-    succeeded: np.ndarray  # [num_envs] bool
+    Args:
+        frames: of `Frame`s (donated).
+        steps: rows with an `embedding`, one for each environment and step; it must still hold the
+            newest `max_length` steps.
+        episodes: which environments', bool [num_envs].
+        length: steps of the episodes so far, at most `max_length`.
+    """
+    for env in np.flatnonzero(episodes):
+        frames = _add_episode(frames, steps, env, length, len(episodes), max_length)
+    return frames
 
 
-def init_trajectories(num_envs: int, max_episode_steps: int, embed_dim: int) -> Trajectories:
-    return Trajectories(
-        np.zeros((num_envs, max_episode_steps, embed_dim), np.float16),
-        np.zeros(num_envs, np.int64),
-        np.zeros(num_envs, bool),
-    )
+@partial(jax.jit, static_argnums=(4, 5), donate_argnums=0)
+def _add_episode(
+    frames: Ring, steps: Ring, env: int, length: int, num_envs: int, max_length: int
+) -> Ring:
+    time = jnp.arange(max_length)
+    first = steps.total - num_envs * length + env  # number of the row of the episode's first step
+    embeddings = steps.data.embedding[(first + num_envs * time) % steps.capacity]
+    return add(frames, Frame(embeddings, jnp.full_like(time, first), time), length)
 
 
-def collect(
-    trajectories: Trajectories, embeddings: np.ndarray, success: np.ndarray, truncated: np.ndarray
-) -> list[tuple[str, np.ndarray]]:
-    """Append one step and return what is known to be positive or negative now.
+def sort_episodes(
+    succeeded: np.ndarray, success: np.ndarray, truncated: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which running episodes are known to be positive or negative after one more step.
 
     Positives are the frames of an episode up to and including its first success, negatives those
     of a whole episode without one (section 3.3.1 of the FuRL paper).
 
     Args:
-        trajectories: changed in place.
-        embeddings: [num_envs, embed_dim] of the states reached in this step.
-        success, truncated: [num_envs] bool.
+        succeeded: whether the running episodes have succeeded before, bool [num_envs].
+        success, truncated: of the step, bool [num_envs].
 
     Returns:
-        ("positives" | "negatives", embeddings [length, embed_dim]) of each such trajectory.
+        (positive now, negative now, `succeeded` for the next step), bool [num_envs] each.
     """
-    everyone = np.arange(len(success))
-    trajectories.embeddings[everyone, trajectories.time] = embeddings
-    trajectories.time[:] += 1
-    first_success = success & ~trajectories.succeeded
-    trajectories.succeeded[:] |= success
-    failed = truncated & ~trajectories.succeeded
-
-    def frames(i: int) -> np.ndarray:
-        return trajectories.embeddings[i, : trajectories.time[i]].copy()
-
-    known = [("positives", frames(i)) for i in np.flatnonzero(first_success)]
-    known += [("negatives", frames(i)) for i in np.flatnonzero(failed)]
-    trajectories.time[truncated] = 0
-    trajectories.succeeded[truncated] = False
-    return known
-
-
-def add_trajectory(ring: Ring, embeddings: np.ndarray, number: int) -> Ring:
-    """Write one trajectory [length, embed_dim] into an embedding buffer (donated).
-
-    Args:
-        ring: of `Frame`s.
-        embeddings: in order of time.
-        number: the trajectory's, unlike that of any other in the ring.
-    """
-    length, embed_dim = embeddings.shape
-    padded_length = -(-length // 500) * 500  # few shapes, so few compilations
-    padded = np.zeros((padded_length, embed_dim), np.float16)
-    padded[:length] = embeddings
-    time = np.arange(padded_length, dtype=np.int32)
-    return add_rows(ring, Frame(padded, np.full_like(time, number), time), length)
+    before, succeeded = succeeded, succeeded | success
+    return success & ~before, truncated & ~succeeded, succeeded & ~truncated

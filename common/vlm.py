@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from common.errors import UserError
@@ -60,8 +62,8 @@ class VLM:
     def __init__(self, device: torch.device):
         self.device = device
 
-    def embed_images(self, frames: np.ndarray) -> np.ndarray:
-        """RGB uint8 [B, H, W, 3] -> float32 [B, D].
+    def embed_images(self, frames: np.ndarray) -> jax.Array:
+        """RGB uint8 [B, H, W, 3] -> float32 [B, D], on JAX's device.
 
         Raises:
             ValueError: another shape or dtype.
@@ -73,13 +75,13 @@ class VLM:
             raise ValueError(
                 f"frames must be uint8 [B, H, W, 3], not {frames.dtype} {list(frames.shape)}"
             )
-        embeddings = [np.zeros((0, self.embed_dim), np.float32)]
+        embeddings = [torch.zeros((0, self.embed_dim), device=self.device)]
         with torch.inference_mode():
             for start in range(0, len(frames), MAX_BATCH):
                 part = np.require(frames[start : start + MAX_BATCH], requirements=["C", "W"])
                 batch = torch.from_numpy(part).to(self.device)
-                embeddings.append(self._encode_images(batch).float().cpu().numpy())
-        return np.concatenate(embeddings)
+                embeddings.append(self._encode_images(batch).float())
+            return to_jax(torch.cat(embeddings))
 
     def embed_text(self, prompts: list[str]) -> np.ndarray:
         """N prompts -> float32 [N, D], from the disk's cache where it has them."""
@@ -194,6 +196,17 @@ class OpenClipVLM(VLM):
 
     def _encode_text(self, prompts: list[str]) -> torch.Tensor:
         return self._model.encode_text(self._tokenize(prompts).to(self.device))
+
+
+def to_jax(tensor: torch.Tensor) -> jax.Array:
+    """A tensor as JAX's; where both libraries use the same device, nothing is copied or waited for.
+
+    The tensor must not be changed afterwards.
+    """
+    backend = jax.default_backend()
+    if tensor.device.type == ("cuda" if backend == "gpu" else backend):
+        return jnp.from_dlpack(tensor)
+    return jnp.asarray(tensor.cpu().numpy())
 
 
 def load_vlm(

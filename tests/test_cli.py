@@ -48,7 +48,7 @@ def rows_of(run_dir: Path) -> list[list[str]]:
     ({"utd": 0.3}, "--utd"),
     ({"utd": 0.1}, "--utd"),
     ({"buffer_size": 0}, "--buffer-size"),
-    ({"buffer_size": 3}, "--buffer-size"),
+    ({"buffer_size": 1999}, "--buffer-size"),
     ({"batch_size": 0}, "--batch-size"),
     ({"learning_rate": 0.0}, "--learning-rate"),
     ({"learning_rate": math.nan}, "--learning-rate"),
@@ -81,7 +81,7 @@ def test_a_value_that_cannot_work_is_named(change, flag):
 @pytest.mark.parametrize("change", [
     {}, {"rho": 0.0}, {"seed": 0}, {"checkpoint_every": 0}, {"eval_episodes": 0},
     {"learning_starts": 0}, {"relay_until": 0}, {"reward_margin": 0.0}, {"l2_margin": 0.0},
-    {"gamma": 1.0}, {"tau": 1.0}, {"utd": 0.5}, {"utd": 0.25}, {"buffer_size": 4},
+    {"gamma": 1.0}, {"tau": 1.0}, {"utd": 0.5}, {"utd": 0.25}, {"buffer_size": 2000},
     {"num_envs": 10, "utd": 0.3},  # 3 updates, though not in binary
 ])
 def test_values_at_their_limits_work(change):

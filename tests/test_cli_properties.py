@@ -98,7 +98,9 @@ def must_be_possible(args) -> None:
     """What the scripts compute first from their arguments."""
     assert args.updates_per_iteration >= 1
     assert args.total_timesteps % cli.steps_per_iteration(args) == 0
-    assert args.buffer_size >= args.num_envs >= 1
+    episode = hasattr(args, "embedding_buffer_size")  # is copied from ring to ring at once
+    per_env = 500 // getattr(args, "action_repeat", 1) if episode else 1
+    assert args.buffer_size >= args.num_envs * per_env >= 1
     jax.random.PRNGKey(args.seed)
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)

@@ -20,7 +20,7 @@ SCRIPT = ROOT / "furl_sac_state.py"
 TINY = [
     "--env-id", "drawer-close-v3", "--num-envs", "4", "--total-timesteps", "2400",
     "--learning-starts", "400", "--batch-size", "32", "--eval-every", "1200",
-    "--checkpoint-every", "800", "--log-every", "400", "--buffer-size", "1800", "--utd", "0.5",
+    "--checkpoint-every", "800", "--log-every", "400", "--buffer-size", "2000", "--utd", "0.5",
 ]
 
 

@@ -101,7 +101,7 @@ def test_summary_by_hand():
 # ---------------------------------------------------------------------------- a run opened
 
 TINY = dict(env_id="drawer-close-v3", num_envs=4, total_timesteps=8, learning_starts=100,
-            batch_size=8, buffer_size=80, hidden_features=(16,), checkpoint_every=4)
+            batch_size=8, buffer_size=2000, hidden_features=(16,), checkpoint_every=4)
 UPDATED = TINY | dict(total_timesteps=16, learning_starts=4, utd=0.25)
 RUNS = {
     "furl": (furl, furl.Args(**UPDATED, projection_features=(8, 4))),

@@ -22,7 +22,7 @@ SCRIPT = ROOT / "furl_sac_state.py"
 TINY = [
     "--env-id", "drawer-close-v3", "--num-envs", "4", "--total-timesteps", "2400",
     "--learning-starts", "80", "--batch-size", "8", "--utd", "0.25", "--hidden-features", "16",
-    "16", "--projection-features", "16", "8", "--buffer-size", "1000",
+    "16", "--projection-features", "16", "8", "--buffer-size", "2000",
     "--embedding-buffer-size", "500", "--eval-every", "1200", "--checkpoint-every", "40",
     "--log-every", "80",
 ]

@@ -230,7 +230,7 @@ def test_shapes_of_table_5():
 TINY = [
     "--env-id", "drawer-close-v3", "--num-envs", "2", "--total-timesteps", "1600",
     "--learning-starts", "1200", "--batch-size", "8", "--eval-every", "800",
-    "--checkpoint-every", "800", "--log-every", "400", "--buffer-size", "500", "--utd", "0.5",
+    "--checkpoint-every", "800", "--log-every", "400", "--buffer-size", "1000", "--utd", "0.5",
     "--hidden-features", "16", "--encoder-features", "4", "4", "4", "4",
 ]
 
@@ -272,7 +272,8 @@ def test_a_run_and_its_resumption(flags, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--action-repeat", "3", "--total-timesteps", "24000"],
      "--action-repeat must divide 500"),
-    (["--buffer-size", "1001"], "--buffer-size must be a multiple of --num-envs 8"),
+    (["--buffer-size", "1992"], "--buffer-size must hold an episode of each of 8 environments"),
+    (["--buffer-size", "20001"], "--buffer-size must be a multiple of --num-envs 8"),
     (["--total-timesteps", "1000008"], "multiple of the 16 steps of an iteration"),
 ])
 def test_bad_input_ends_with_status_2(flags, message, tmp_path, monkeypatch, capfd):

@@ -60,12 +60,14 @@ def buffers() -> script.Buffers:
     rng = np.random.default_rng(5)
 
     def trajectory(length):
-        return rng.normal(size=(length, EMBED_DIM)).astype(np.float16)
+        time = np.arange(length, dtype=np.int32)
+        images = rng.normal(size=(length, EMBED_DIM)).astype(np.float16)
+        return replay.Frame(images, np.full_like(time, length), time)
 
     return script.Buffers(
         replay.add_rows(buffers.transitions, random_batch(1, 50)),
-        replay.add_trajectory(buffers.positives, trajectory(7), 0),
-        replay.add_trajectory(buffers.negatives, trajectory(12), 1),
+        replay.add_rows(buffers.positives, trajectory(7)),
+        replay.add_rows(buffers.negatives, trajectory(12)),
     )
 
 
@@ -433,11 +435,13 @@ def test_scanned_updates_equal_single_ones(buffers):
     phase = PHASES[0]
     state, key = init_state(jax.random.key(3), EMBED_DIM, SMALL), jax.random.key(9)
     expected, collected = state, []
-    for update_key in jax.random.split(key, 3):
+    next_key, scan_key = jax.random.split(key)
+    for update_key in jax.random.split(scan_key, 3):
         expected, metrics = update_once(expected, buffers, VLM, update_key, SMALL, phase)
         collected.append(metrics)
     assert changed(state, expected)
-    actual, means = script.update(state, buffers, VLM, key, SMALL, phase)  # donates `state`
+    actual, after, means = script.update(state, buffers, VLM, key, SMALL, phase)  # donates `state`
+    assert after == next_key
     close = partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-6)
     jax.tree.map(close, actual, expected)
     for name, mean in means.items():
@@ -601,10 +605,10 @@ def test_the_mask_selects_per_environment(agent):
     furl = fixed_actor(agent, np.full(4, 1.0), np.full(4, -10.0))
     relay = fixed_actor(agent, np.full(4, -1.0), np.full(4, -10.0))
     obs, mask = jnp.zeros((3, 39)), np.array([True, False, True])
-    action = script.act(furl, relay, obs, mask, jax.random.key(0), SMALL, True)
+    action, _ = script.act(furl, relay, obs, mask, jax.random.key(0), SMALL, True)
     expected = np.tanh(np.where(mask[:, None], -1.0, 1.0)) * np.ones((3, 4))
     np.testing.assert_allclose(action, expected, atol=1e-3)
-    action = script.act(furl, relay, obs, mask, jax.random.key(0), SMALL, False)
+    action, _ = script.act(furl, relay, obs, mask, jax.random.key(0), SMALL, False)
     np.testing.assert_allclose(action, np.full((3, 4), np.tanh(1.0)), atol=1e-3)
 
 
@@ -612,7 +616,8 @@ def test_the_two_agents_explore_with_different_noise(agent):
     actor = fixed_actor(agent, np.zeros(4), np.zeros(4))
     obs, key = jnp.zeros((3, 39)), jax.random.key(0)
     actions = [
-        script.act(actor, actor, obs, np.full(3, use), key, SMALL, True) for use in (True, False)
+        script.act(actor, actor, obs, np.full(3, use), key, SMALL, True)[0]
+        for use in (True, False)
     ]
     assert np.abs(np.asarray(actions[0]) - actions[1]).min() > 1e-4
 
@@ -620,3 +625,13 @@ def test_the_two_agents_explore_with_different_noise(agent):
 def test_updates_per_iteration():
     assert Args().updates_per_iteration == 8
     assert replace(SMALL, num_envs=4, utd=0.5).updates_per_iteration == 2
+
+
+def test_no_two_iterations_share_their_randomness(agent):
+    actor = fixed_actor(agent, np.zeros(4), np.zeros(4))
+    obs, keys, actions = jnp.zeros((3, 39)), [jax.random.key(0)], []
+    for _ in range(2):
+        action, key = script.act(actor, actor, obs, np.full(3, True), keys[-1], SMALL, True)
+        keys, actions = [*keys, key], [*actions, np.asarray(action)]
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 3
+    assert np.abs(actions[0] - actions[1]).min() > 1e-4

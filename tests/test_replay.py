@@ -1,5 +1,7 @@
 """Rings and trajectories: every field of every row encodes the number of the row."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,28 +118,37 @@ def frames_of(number: int, length: int) -> np.ndarray:
     return np.stack([np.full(length, number), np.arange(length)], 1).astype(np.float16)
 
 
-def test_add_trajectory_writes_its_frames_in_order():
-    ring = empty_frames(20)
-    ring = replay.add_trajectory(ring, frames_of(3, 8), 3)
-    ring = replay.add_trajectory(ring, frames_of(4, 7), 4)
-    ring = replay.add_trajectory(ring, frames_of(5, 9), 5)  # its last four over trajectory 3
-    number = np.array([5] * 4 + [3] * 4 + [4] * 7 + [5] * 5)
-    time = np.array([5, 6, 7, 8, *range(4, 8), *range(7), *range(5)])
-    assert int(ring.total) == 24
-    np.testing.assert_array_equal(ring.data.trajectory, number)
-    np.testing.assert_array_equal(ring.data.time, time)
-    np.testing.assert_array_equal(ring.data.embedding, np.stack([number, time], 1))
+def add_frames(ring: replay.Ring, number: int, length: int) -> replay.Ring:
+    time = np.arange(length, dtype=np.int32)
+    return replay.add_rows(ring, Frame(frames_of(number, length), np.full_like(time, number), time))
 
 
-def test_add_trajectory_takes_any_length():
-    ring = empty_frames(1200)
-    for number, length in enumerate([1, 499, 500, 501]):
-        before = int(ring.total)
-        ring = replay.add_trajectory(ring, frames_of(number, length), number)
-        rows = replay.read_rows(ring, max(before, int(ring.total) - 1200), int(ring.total))
-        expected = frames_of(number, length)[-len(rows.time):]
-        np.testing.assert_array_equal(rows.embedding, expected)
-    assert int(ring.total) == 1501
+class Step(NamedTuple):
+    embedding: np.ndarray
+
+
+def steps_of(num_envs: int, start: int, stop: int) -> Step:
+    """Rows of all environments' steps `start` to `stop`; embeddings encode (environment, step)."""
+    step, env = np.divmod(np.arange(num_envs * start, num_envs * stop), num_envs)
+    return Step(np.stack([env, step], 1).astype(np.float16))
+
+
+@pytest.mark.parametrize("env", [0, 1, 2])
+@pytest.mark.parametrize("length", [1, 4, 5])
+@pytest.mark.parametrize("end", [5, 7, 11])  # the replay holds seven steps: 11 wraps
+def test_add_episodes_copies_the_newest_steps_of_one_environment(env, length, end):
+    steps = replay.init_ring(Step(np.zeros(2, np.float16)), 21)
+    for step in range(end):
+        steps = replay.add_rows(steps, steps_of(3, step, step + 1))
+    ring = add_frames(empty_frames(9), 77, 6)
+    ring = replay.add_episodes(ring, steps, np.arange(3) == env, length, 5)
+    assert int(ring.total) == 6 + length
+    rows: Frame = replay.read_rows(ring, 6, 6 + length)
+    expected = [[env, step] for step in range(end - length, end)]
+    np.testing.assert_array_equal(rows.embedding, expected)
+    np.testing.assert_array_equal(rows.time, np.arange(length))
+    first = 3 * (end - length) + env
+    np.testing.assert_array_equal(rows.trajectory, np.full(length, first))
 
 
 def check_lagged(ring: replay.Ring, lag: int) -> np.ndarray:
@@ -157,9 +168,9 @@ def check_lagged(ring: replay.Ring, lag: int) -> np.ndarray:
 
 
 def test_lagged_slots_stay_in_their_trajectory():
-    ring = replay.add_trajectory(empty_frames(20), frames_of(0, 6), 0)
-    ring = replay.add_trajectory(ring, frames_of(1, 3), 1)
-    ring = replay.add_trajectory(ring, frames_of(2, 5), 2)
+    ring = add_frames(empty_frames(20), 0, 6)
+    ring = add_frames(ring, 1, 3)
+    ring = add_frames(ring, 2, 5)
     exists = check_lagged(ring, lag=3)
     # trajectory 0: times 3, 4, 5; trajectory 1 is too short; trajectory 2: times 3, 4.
     np.testing.assert_array_equal(np.flatnonzero(exists), [3, 4, 5, 12, 13])
@@ -171,13 +182,13 @@ def test_lagged_slots_stay_in_their_trajectory():
 def test_lagged_slots_after_overwriting(lag):
     ring = empty_frames(11)
     for number, length in enumerate([6, 4, 7, 3, 11, 2, 8]):
-        ring = replay.add_trajectory(ring, frames_of(number, length), number)
+        ring = add_frames(ring, number, length)
         check_lagged(ring, lag)
 
 
 def test_lagged_slots_of_an_overwritten_start():
-    ring = replay.add_trajectory(empty_frames(8), frames_of(0, 8), 0)
-    ring = replay.add_trajectory(ring, frames_of(1, 3), 1)  # over times 0, 1, 2 of trajectory 0
+    ring = add_frames(empty_frames(8), 0, 8)
+    ring = add_frames(ring, 1, 3)  # over times 0, 1, 2 of trajectory 0
     exists = check_lagged(ring, lag=2)
     np.testing.assert_array_equal(np.flatnonzero(exists), [2, 5, 6, 7])
 
@@ -192,46 +203,59 @@ def test_an_empty_ring_has_no_pairs():
 # --------------------------------------------------------------------------- sorting
 
 
-def run_collect(success: list[str], truncated: list[str]):
-    """Step environments given as strings of '.' and 'x'; frames encode (environment, step)."""
+def sort(success: list[str], episode_length: int) -> list[tuple[int, str, int, list[int]]]:
+    """Step environments, a string of '.' and 'x' each, as the scripts do.
+
+    Returns (step, kind, environment, steps of its frames) of each episode as it gets known.
+    """
     num_envs, num_steps = len(success), len(success[0])
-    trajectories = replay.init_trajectories(num_envs, 10, 2)
+    steps = replay.init_ring(Step(np.zeros(2, np.float16)), num_envs * episode_length)
+    rings = {kind: empty_frames(100) for kind in ("positives", "negatives")}
+    succeeded = np.zeros(num_envs, bool)
     events = []
     for step in range(num_steps):
-        embeddings = np.array([[i, step] for i in range(num_envs)], np.float16)
-        known = replay.collect(
-            trajectories, embeddings,
-            np.array([row[step] == "x" for row in success]),
-            np.array([row[step] == "x" for row in truncated]),
+        time = step % episode_length
+        positives, negatives, succeeded = replay.sort_episodes(
+            succeeded, np.array([row[step] == "x" for row in success]),
+            np.full(num_envs, time == episode_length - 1),
         )
-        for kind, frames in known:
-            assert frames.dtype == np.float16
-            assert len(set(frames[:, 0].tolist())) == 1, "frames of one environment"
-            events.append((step, kind, int(frames[0, 0]), frames[:, 1].astype(int).tolist()))
+        steps = replay.add_rows(steps, steps_of(num_envs, step, step + 1))
+        for kind, known in (("positives", positives), ("negatives", negatives)):
+            before = int(rings[kind].total)
+            rings[kind] = replay.add_episodes(
+                rings[kind], steps, known, time + 1, episode_length
+            )
+            rows: Frame = replay.read_rows(rings[kind], before, int(rings[kind].total))
+            envs, frames = rows.embedding.astype(int).reshape(-1, time + 1, 2).transpose(2, 0, 1)
+            assert (envs == envs[:, :1]).all(), "frames of one environment"
+            events += [(step, kind, env, of_env.tolist())
+                       for env, of_env in zip(envs[:, 0], frames, strict=True)]
+    for ring in rings.values():
+        rows = replay.read_rows(ring, 0, int(ring.total))
+        starts = rows.time == 0
+        assert len(set(rows.trajectory[starts].tolist())) == starts.sum(), "two have one number"
     return events
 
 
 def test_positives_end_with_the_first_success():
     # A second success, and the frames after the first, are neither positive nor negative.
-    assert run_collect(["..x.x."], [".....x"]) == [(2, "positives", 0, [0, 1, 2])]
+    assert sort(["..x.x."], 6) == [(2, "positives", 0, [0, 1, 2])]
 
 
 def test_a_failed_episode_is_negative_whole():
-    assert run_collect(["....."], ["....x"]) == [(4, "negatives", 0, [0, 1, 2, 3, 4])]
+    assert sort(["....."], 5) == [(4, "negatives", 0, [0, 1, 2, 3, 4])]
 
 
 def test_an_episode_is_not_known_before_its_end():
-    assert run_collect(["....."], ["....."]) == []
+    assert sort(["....."], 6) == []
 
 
 def test_success_in_an_episodes_first_and_last_step():
-    assert run_collect(["x....x"], ["..x..x"]) == [
-        (0, "positives", 0, [0]), (5, "positives", 0, [3, 4, 5])
-    ]
+    assert sort(["x....x"], 3) == [(0, "positives", 0, [0]), (5, "positives", 0, [3, 4, 5])]
 
 
 def test_episodes_follow_one_another():
-    assert run_collect([".x......x"], ["..x..x..x"]) == [
+    assert sort([".x......x"], 3) == [
         (1, "positives", 0, [0, 1]),
         (5, "negatives", 0, [3, 4, 5]),
         (8, "positives", 0, [6, 7, 8]),
@@ -239,26 +263,14 @@ def test_episodes_follow_one_another():
 
 
 def test_environments_are_sorted_on_their_own():
-    events = run_collect(
-        ["..x...",   # succeeds, then runs on
-         "......",   # two failures
-         "..x.x."],  # succeeds in both of its episodes
-        [".....x",
-         "..x..x",
-         "..x..x"],
-    )
-    assert sorted(events) == [
-        (2, "negatives", 1, [0, 1, 2]),
+    assert sort(["..x...",    # succeeds, then fails
+                 "......",    # two failures
+                 ".xx.x."],   # succeeds in both of its episodes
+                3) == [
+        (1, "positives", 2, [0, 1]),
         (2, "positives", 0, [0, 1, 2]),
-        (2, "positives", 2, [0, 1, 2]),
+        (2, "negatives", 1, [0, 1, 2]),
         (4, "positives", 2, [3, 4]),
+        (5, "negatives", 0, [3, 4, 5]),
         (5, "negatives", 1, [3, 4, 5]),
     ]
-
-
-def test_collected_frames_outlive_the_buffer():
-    trajectories = replay.init_trajectories(1, 4, 1)
-    ends = np.array([True])
-    [(kind, frames)] = replay.collect(trajectories, np.array([[7.0]]), ends, ends)
-    replay.collect(trajectories, np.array([[8.0]]), ~ends, ~ends)
-    assert kind == "positives" and frames.tolist() == [[7.0]]

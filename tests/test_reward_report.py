@@ -156,7 +156,7 @@ def test_one_goal_three_behaviours_whatever_was_drawn_before():
 # ------------------------------------------------------------------------------ reports
 
 TINY = dict(env_id="drawer-close-v3", num_envs=4, total_timesteps=8, learning_starts=100,
-            batch_size=8, buffer_size=80, hidden_features=(16,))
+            batch_size=8, buffer_size=2000, hidden_features=(16,))
 SMALL = dict(env_id="drawer-close-v3", episodes=2, steps=100, every=10)
 
 

@@ -485,3 +485,22 @@ def test_read_state_dict_keeps_names_and_values(source, checkpoint):
     assert state.keys() == source.state_dict().keys()
     for key, value in source.state_dict().items():
         assert torch.equal(state[key], value)
+
+
+def test_embeddings_go_to_jax_without_a_copy():
+    import jax
+
+    with torch.inference_mode():
+        tensor = torch.rand(8, 16)
+    array = vlm.to_jax(tensor)
+    assert isinstance(array, jax.Array) and array.dtype == np.float32
+    assert array.unsafe_buffer_pointer() == tensor.data_ptr()
+    np.testing.assert_array_equal(array, tensor.numpy())
+
+
+def test_embeddings_of_another_device_are_copied(monkeypatch):
+    tensor = torch.rand(8, 16)
+    monkeypatch.setattr(vlm.jax, "default_backend", lambda: "gpu")  # torch alone has none
+    array = vlm.to_jax(tensor)
+    assert array.unsafe_buffer_pointer() != tensor.data_ptr()
+    np.testing.assert_array_equal(array, tensor.numpy())

@@ -120,7 +120,11 @@ def measure_embeddings(rounds: int) -> Iterator[Row]:
         vlm = load_vlm(name, pretrained=pretrained)
         size = (16, vlm.frame_size, vlm.frame_size, 3)
         frames = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-        seconds = medians({"embed": lambda v=vlm, f=frames: v.embed_images(f)}, rounds)["embed"]
+
+        def embed(vlm=vlm, frames=frames) -> None:
+            jax.block_until_ready(vlm.embed_images(frames))
+
+        seconds = medians({"embed": embed}, rounds)["embed"]
         label = "mini" if name == "mini" else "RN50 (CLIP's, random weights)"
         yield (f"image embedding, {label}, batch 16", f"{seconds / 16 * 1e3:.2f} ms",
                f"D = {vlm.embed_dim}, {vlm.frame_size} px")
@@ -172,11 +176,13 @@ def filled_buffers(embed_dim: int, num_rows: int, args: furl.Args) -> furl.Buffe
     """Buffers with `num_rows` random transitions and a few trajectories of either kind."""
     rng = np.random.default_rng(0)
     buffers = furl.init_buffers(embed_dim, args)
+    time = np.arange(500, dtype=np.int32)
     for number in range(4):
         images = rng.normal(size=(500, embed_dim)).astype(np.float16)
+        frames = replay.Frame(images, np.full_like(time, number), time)
         buffers = buffers._replace(
-            positives=replay.add_trajectory(buffers.positives, images, number),
-            negatives=replay.add_trajectory(buffers.negatives, images[::-1], number),
+            positives=replay.add_rows(buffers.positives, frames),
+            negatives=replay.add_rows(buffers.negatives, frames._replace(embedding=images[::-1])),
         )
     n = 5000
     block = furl.Transition(
@@ -201,7 +207,7 @@ def updating(
 
     def run() -> None:
         nonlocal state
-        state, _ = furl.update(state, buffers, inputs, jax.random.PRNGKey(1), args, phase)
+        state, _, _ = furl.update(state, buffers, inputs, jax.random.PRNGKey(1), args, phase)
         jax.block_until_ready(state)
 
     return run

@@ -275,10 +275,14 @@ def check_vlm(args: Args) -> Finding:
     from tools import golden
 
     vlm = loaded_vlm(args)
-    images = vlm.embed_images(np.stack([golden.read(task, "fast") for task in MINI_SCORES]))
+
+    def embed(frames: np.ndarray) -> np.ndarray:  # waits for a GPU
+        return np.asarray(vlm.embed_images(frames))
+
+    images = embed(np.stack([golden.read(task, "fast") for task in MINI_SCORES]))
     texts = vlm.embed_text([MT10_INSTRUCTIONS[task] for task in MINI_SCORES])  # [3, D]
     frames = np.zeros((8, vlm.frame_size, vlm.frame_size, 3), np.uint8)
-    ms = 1e3 / 8 * median_seconds(partial(vlm.embed_images, frames), 3)
+    ms = 1e3 / 8 * median_seconds(partial(embed, frames), 3)
     text = f"{vlm.id} on {vlm.device}, D = {vlm.embed_dim}, {ms:.1f} ms an image"
     lengths = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
     if not (np.isfinite(images).all() and np.isfinite(texts).all() and lengths.all()):

@@ -107,7 +107,7 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
     from tools.pretrain_mini import pixels
 
     goal_pixels = None if goal is None else pixels(goal[None])[0]
-    goal_embedding = None if goal is None else vlm.embed_images(goal[None])[0]
+    goal_embedding = None if goal is None else np.asarray(vlm.embed_images(goal[None]))[0]
     embeddings, pixel_distance, success, first_success, first = [], [], [], [], None
     jobs = [(scene, number) for number in range(episodes)]
     with mock.patch.dict(os.environ, WORKER_ENVIRONMENT):  # which processes get as they start
@@ -116,7 +116,7 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
         for drawn in pool.imap(_draw, jobs):
             flat = drawn.frames.reshape(-1, *drawn.frames.shape[2:])
             shape = drawn.success.shape
-            embeddings.append(vlm.embed_images(flat).reshape(*shape, -1))
+            embeddings.append(np.asarray(vlm.embed_images(flat)).reshape(*shape, -1))
             if goal_pixels is not None:
                 distance = np.linalg.norm(pixels(flat) - goal_pixels, axis=-1)
                 pixel_distance.append(distance.reshape(shape))

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 
 from common import envs, rendering, replay
@@ -111,7 +110,7 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
         recorder.wrap(engine, "step_wait", "wait for workers")
     recorder.wrap(VLM, "embed_images", "embed")
     recorder.wrap(replay, "add_rows", "store")
-    recorder.wrap(replay, "add_trajectory", "store trajectory")
+    recorder.wrap(replay, "add_episodes", "store episodes")
     recorder.wrap(Evaluator, "__call__", "evaluate")
     recorder.wrap(Run, "save", "checkpoint")
     recorder.wrap(Run, "log_training", "log")
@@ -120,7 +119,7 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
 
     def traced_act(*args):
         with recorder.span(MAIN, "wait for actions"):  # the last updates come first
-            return np.asarray(act(*args))
+            return jax.block_until_ready(act(*args))
 
     def wait(start: int, metrics: Any) -> None:
         jax.block_until_ready(metrics)
@@ -129,9 +128,9 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
     def traced_update(*args):
         start = time.monotonic_ns()
         with recorder.span(MAIN, "dispatch updates"):
-            state, metrics = update(*args)
+            state, key, metrics = update(*args)
         waiter.submit(wait, start, metrics)
-        return state, metrics
+        return state, key, metrics
 
     script.act, script.update = traced_act, traced_update
     return waiter
