@@ -115,7 +115,8 @@ RUNS = {
 
 def moved(state, *_):
     """In place of an update, which takes long to compile: all networks change."""
-    return jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x, state), {}
+    after = jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x, state)
+    return after, jax.random.PRNGKey(0), {}
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +190,7 @@ def test_the_rewards_heads_are_those_that_the_script_used(monkeypatch, tmp_path)
     """LIV-Proj's heads are drawn again: compared with what its update was given."""
     seen = []
     monkeypatch.setattr(vlm_rm, "update", lambda agent, buffers, vlm, key, args: (
-        seen.append(vlm), (agent, {}))[1])
+        seen.append(vlm), (agent, key, {}))[1])
     args = vlm_rm.Args(**UPDATED, seed=3, projection=True, run_dir=str(tmp_path / "r"))
     vlm_rm.main(args)
     run = open_run(tmp_path / "r")
