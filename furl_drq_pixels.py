@@ -723,7 +723,7 @@ def main(args: Args) -> dict[str, float]:
     picture = np.asarray(scale_down(envs.reset()[1]))
     buffers = store_first(buffers, picture)
     obs = np.concatenate([picture] * args.frame_stack, -1)
-    succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
+    last_success = np.full(args.num_envs, -1)  # its time in the running episodes; -1: none
     waiting = None  # the last step, until its frames are embedded
     counts = {"updates": 0, "positives": 0, "negatives": 0}
     env_steps = 0
@@ -737,11 +737,11 @@ def main(args: Args) -> dict[str, float]:
         buffers = Buffers(**rings)
         envs.set_state(host["envs"])
         rng.bit_generator.state = host["rng"]
-        env_steps, counts, obs, succeeded, waiting, schedule = host["loop"]
+        env_steps, counts, obs, last_success, waiting, schedule = host["loop"]
         schedule = RelaySchedule(*schedule)
 
     def save() -> None:
-        loop = env_steps, counts, obs, succeeded, waiting, schedule
+        loop = env_steps, counts, obs, last_success, waiting, schedule
         run.save(env_steps, (state, key), buffers._asdict(), {
             "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
         })
@@ -769,13 +769,12 @@ def main(args: Args) -> dict[str, float]:
             embedding = embed(waiting["frames"])
             step_rows = PixelStep(embedding=embedding, **waiting["step"])
             buffers = buffers._replace(pixels=replay.add_rows(buffers.pixels, step_rows))
-            for kind in ("positives", "negatives"):
+            for kind, lengths in waiting["ended"].items():
                 ring = replay.add_episodes(
-                    getattr(buffers, kind), buffers.pixels, waiting[kind], waiting["length"],
-                    args.episode_length,
+                    getattr(buffers, kind), buffers.pixels, lengths, args.episode_length
                 )
                 buffers = buffers._replace(**{kind: ring})
-                counts[kind] += waiting["length"] * int(waiting[kind].sum())
+                counts[kind] += int(lengths.sum())
             if waiting["first"] is not None:
                 buffers = store_first(buffers, waiting["first"])
             if env_steps >= args.learning_starts:
@@ -785,21 +784,23 @@ def main(args: Args) -> dict[str, float]:
         step = envs.step_wait()
         env_steps += args.num_envs * args.action_repeat
         picture = np.asarray(scale_down(step.frames))
-        positives, negatives, succeeded = replay.sort_episodes(
-            succeeded, step.success, step.truncated
-        )
+        last_success = np.where(step.success, episode_time // args.action_repeat, last_success)
         waiting = {
             "step": {
                 "picture": picture, "action": action, "sparse_reward": step.sparse_reward,
                 "terminated": step.terminated.astype(np.float32),
             },
-            "frames": step.frames, "positives": positives, "negatives": negatives,
-            "length": episode_time // args.action_repeat + 1, "first": None,
+            "frames": step.frames, "first": None, "ended": {},
         }
         obs = np.concatenate([obs[..., 3:], picture], -1)
         if step.truncated.all():  # time alone ends episodes: all end together
             waiting["first"] = np.asarray(scale_down(step.reset_frames))
             obs = np.concatenate([waiting["first"]] * args.frame_stack, -1)
+            waiting["ended"] = {  # frames of each episode
+                "positives": last_success + 1,
+                "negatives": args.episode_length * (last_success < 0),
+            }
+            last_success = np.full(args.num_envs, -1)
             schedule = draw_schedule(rng, args.num_envs, args)
 
         # Measure and save.

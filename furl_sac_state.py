@@ -15,10 +15,11 @@ Deviations from the paper, whose Table 5 is the default, and choices where it is
  1. Eight environments, one update per environment step in total. Updates lag one iteration behind
     the data, so that environments step and draw while the last frames are embedded and learned.
  2. Each environment draws its own relay period and its own first policy.
- 3. Eq. 4 replaces Eq. 5 from the first success on; relaying ends at 2,500 positives (Figure 5).
- 4. Positives are frames up to and including the first success; what follows in that episode is in
-    the replay, but is neither positive nor negative. Negatives come from whole failed episodes.
-    The ranking losses draw from the latest 100,000 frames of either kind.
+ 3. Eq. 4 replaces Eq. 5 once an episode with a success has ended; relaying ends at 2,500 positives
+    (Figure 5).
+ 4. Positives are an episode's frames up to its last success; what follows is in the replay, but is
+    neither positive nor negative. Negatives are the frames of whole failed episodes. The ranking
+    losses draw from the latest 100,000 frames of either kind.
  5. Lag pairs (Eq. 4) are k steps apart in one trajectory; earlier frames have no pair.
  6. 10,000 random steps before learning, as in the authors' code; the paper does not say.
  7. The temperature starts at 0.1 (DrQ's value; the paper does not say): at 1, 30,000 updates pass
@@ -534,7 +535,7 @@ def main(args: Args) -> dict[str, float]:
     rng = np.random.default_rng(args.seed)  # random actions and relay schedules
     schedule = draw_schedule(rng, args.num_envs, args)
     obs = envs.reset()[0]
-    succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
+    last_success = np.full(args.num_envs, -1)  # its time in the running episodes; -1: none
     waiting = None  # the last step, until its frames are embedded
     counts = {"updates": 0, "positives": 0, "negatives": 0}
     env_steps = 0
@@ -547,11 +548,11 @@ def main(args: Args) -> dict[str, float]:
         (state, key), rings, host = run.load((state, key), buffers._asdict())
         buffers, obs = Buffers(**rings), envs.set_state(host["envs"])
         rng.bit_generator.state = host["rng"]
-        env_steps, counts, succeeded, waiting, schedule = host["loop"]
+        env_steps, counts, last_success, waiting, schedule = host["loop"]
         schedule = RelaySchedule(*schedule)
 
     def save() -> None:
-        loop = env_steps, counts, succeeded, waiting, schedule
+        loop = env_steps, counts, last_success, waiting, schedule
         run.save(env_steps, (state, key), buffers._asdict(), {
             "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
         })
@@ -579,33 +580,33 @@ def main(args: Args) -> dict[str, float]:
             embedding = vlm.embed_images(waiting["frames"])
             transition = Transition(embedding=embedding, **waiting["transition"])
             buffers = buffers._replace(transitions=replay.add_rows(buffers.transitions, transition))
-            for kind in ("positives", "negatives"):
+            for kind, lengths in waiting["ended"].items():
                 ring = replay.add_episodes(
-                    getattr(buffers, kind), buffers.transitions, waiting[kind], waiting["length"],
-                    MAX_EPISODE_STEPS,
+                    getattr(buffers, kind), buffers.transitions, lengths, MAX_EPISODE_STEPS
                 )
                 buffers = buffers._replace(**{kind: ring})
-                counts[kind] += waiting["length"] * int(waiting[kind].sum())
+                counts[kind] += int(lengths.sum())
             if env_steps >= args.learning_starts:
                 state, key, metrics = update(state, buffers, vlm_inputs, key, args, phase)
                 counts["updates"] += args.updates_per_iteration
 
         step = envs.step_wait()
         env_steps += args.num_envs
-        positives, negatives, succeeded = replay.sort_episodes(
-            succeeded, step.success, step.truncated
-        )
+        last_success = np.where(step.success, episode_time, last_success)
         waiting = {
             "transition": {
                 "obs": obs, "action": action, "next_obs": step.final_obs,
                 "sparse_reward": step.sparse_reward,
                 "terminated": step.terminated.astype(np.float32),
             },
-            "frames": step.frames, "positives": positives, "negatives": negatives,
-            "length": episode_time + 1,
+            "frames": step.frames, "ended": {},
         }
         obs = step.obs
         if step.truncated.all():  # time alone ends episodes: all end together
+            waiting["ended"] = {  # frames of each episode
+                "positives": last_success + 1, "negatives": MAX_EPISODE_STEPS * (last_success < 0),
+            }
+            last_success = np.full(args.num_envs, -1)
             schedule = draw_schedule(rng, args.num_envs, args)
 
         # Measure and save.

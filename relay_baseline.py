@@ -15,8 +15,7 @@ furl_sac_state.py:
  1. Eight environments, one update per environment step in total. Updates lag one iteration behind
     the data, so that environments step and draw while the last frames are embedded and learned.
  2. Each environment draws its own relay period and its own first policy.
- 3. Relaying ends at 2,500 positives, frames up to and including an episode's first success
-    (Figure 5).
+ 3. Relaying ends at 2,500 positives, frames of an episode up to its last success (Figure 5).
  4. 10,000 random steps before learning, as in the authors' code; the paper does not say.
  5. The temperature starts at 0.1 (DrQ's value; the paper does not say): at 1, 30,000 updates pass
     before the sparse reward counts for more than entropy.
@@ -380,7 +379,7 @@ def main(args: Args) -> dict[str, float]:
     rng = np.random.default_rng(args.seed)  # random actions and relay schedules
     schedule = draw_schedule(rng, args.num_envs, args)
     obs = envs.reset()[0]
-    succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
+    last_success = np.full(args.num_envs, -1)  # its time in the running episodes; -1: none
     waiting = None  # the last step, until its frames are embedded
     counts = {"updates": 0, "positives": 0}
     env_steps = 0
@@ -393,11 +392,11 @@ def main(args: Args) -> dict[str, float]:
         (state, key), rings, host = run.load((state, key), buffers._asdict())
         buffers, obs = Buffers(**rings), envs.set_state(host["envs"])
         rng.bit_generator.state = host["rng"]
-        env_steps, counts, succeeded, waiting, schedule = host["loop"]
+        env_steps, counts, last_success, waiting, schedule = host["loop"]
         schedule = RelaySchedule(*schedule)
 
     def save() -> None:
-        loop = env_steps, counts, succeeded, waiting, schedule
+        loop = env_steps, counts, last_success, waiting, schedule
         run.save(env_steps, (state, key), buffers._asdict(), {
             "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
         })
@@ -432,7 +431,7 @@ def main(args: Args) -> dict[str, float]:
 
         step = envs.step_wait()
         env_steps += args.num_envs
-        positives, _, succeeded = replay.sort_episodes(succeeded, step.success, step.truncated)
+        last_success = np.where(step.success, episode_time, last_success)
         waiting = {
             "transition": {
                 "obs": obs, "action": action, "next_obs": step.final_obs,
@@ -440,10 +439,12 @@ def main(args: Args) -> dict[str, float]:
                 "terminated": step.terminated.astype(np.float32),
             },
             "frames": step.frames,
-            "positives": (episode_time + 1) * int(positives.sum()),
+            "positives": 0,
         }
         obs = step.obs
         if step.truncated.all():  # time alone ends episodes: all end together
+            waiting["positives"] = int((last_success + 1).sum())  # frames up to the last success
+            last_success = np.full(args.num_envs, -1)
             schedule = draw_schedule(rng, args.num_envs, args)
 
         # Measure and save.

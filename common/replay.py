@@ -127,47 +127,26 @@ def read_rows(ring: Ring, start: int, stop: int) -> Rows:
 add_rows = jax.jit(add, donate_argnums=0)
 
 
-def add_episodes(
-    frames: Ring, steps: Ring, episodes: np.ndarray, length: int, max_length: int
-) -> Ring:
-    """Copy running episodes from the replay to an embedding buffer, without leaving the device.
+def add_episodes(frames: Ring, steps: Ring, lengths: np.ndarray, episode_length: int) -> Ring:
+    """Copy the first frames of finished episodes from the replay to an embedding buffer.
 
     Args:
         frames: of `Frame`s (donated).
-        steps: rows with an `embedding`, one for each environment and step; it must still hold the
-            newest `max_length` steps.
-        episodes: which environments', bool [num_envs].
-        length: steps of the episodes so far, at most `max_length`.
+        steps: rows with an `embedding`, one for each environment and step; the newest are of the
+            episodes' last step, and it must still hold their first.
+        lengths: int [num_envs], frames to copy of each environment's episode; 0: none of it.
+        episode_length: steps of all episodes.
     """
-    for env in np.flatnonzero(episodes):
-        frames = _add_episode(frames, steps, env, length, len(episodes), max_length)
+    for env in np.flatnonzero(lengths):
+        frames = _add_episode(frames, steps, env, lengths[env], len(lengths), episode_length)
     return frames
 
 
 @partial(jax.jit, static_argnums=(4, 5), donate_argnums=0)
 def _add_episode(
-    frames: Ring, steps: Ring, env: int, length: int, num_envs: int, max_length: int
+    frames: Ring, steps: Ring, env: int, length: int, num_envs: int, episode_length: int
 ) -> Ring:
-    time = jnp.arange(max_length)
-    first = steps.total - num_envs * length + env  # number of the row of the episode's first step
+    time = jnp.arange(episode_length)
+    first = steps.total - num_envs * episode_length + env  # number of the episode's first row
     embeddings = steps.data.embedding[(first + num_envs * time) % steps.capacity]
     return add(frames, Frame(embeddings, jnp.full_like(time, first), time), length)
-
-
-def sort_episodes(
-    succeeded: np.ndarray, success: np.ndarray, truncated: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which running episodes are known to be positive or negative after one more step.
-
-    Positives are the frames of an episode up to and including its first success, negatives those
-    of a whole episode without one (section 3.3.1 of the FuRL paper).
-
-    Args:
-        succeeded: whether the running episodes have succeeded before, bool [num_envs].
-        success, truncated: of the step, bool [num_envs].
-
-    Returns:
-        (positive now, negative now, `succeeded` for the next step), bool [num_envs] each.
-    """
-    before, succeeded = succeeded, succeeded | success
-    return success & ~before, truncated & ~succeeded, succeeded & ~truncated

@@ -133,22 +133,22 @@ def steps_of(num_envs: int, start: int, stop: int) -> Step:
     return Step(np.stack([env, step], 1).astype(np.float16))
 
 
-@pytest.mark.parametrize("env", [0, 1, 2])
-@pytest.mark.parametrize("length", [1, 4, 5])
-@pytest.mark.parametrize("end", [5, 7, 11])  # the replay holds seven steps: 11 wraps
-def test_add_episodes_copies_the_newest_steps_of_one_environment(env, length, end):
+@pytest.mark.parametrize("lengths", [(0, 4, 0), (1, 0, 3), (4, 4, 4), (0, 0, 0)])
+@pytest.mark.parametrize("end", [4, 8, 12])  # the replay holds seven steps: 8 and 12 wrap
+def test_add_episodes_copies_how_they_began(lengths, end):
     steps = replay.init_ring(Step(np.zeros(2, np.float16)), 21)
     for step in range(end):
         steps = replay.add_rows(steps, steps_of(3, step, step + 1))
-    ring = add_frames(empty_frames(9), 77, 6)
-    ring = replay.add_episodes(ring, steps, np.arange(3) == env, length, 5)
-    assert int(ring.total) == 6 + length
-    rows: Frame = replay.read_rows(ring, 6, 6 + length)
-    expected = [[env, step] for step in range(end - length, end)]
-    np.testing.assert_array_equal(rows.embedding, expected)
-    np.testing.assert_array_equal(rows.time, np.arange(length))
-    first = 3 * (end - length) + env
-    np.testing.assert_array_equal(rows.trajectory, np.full(length, first))
+    ring = add_frames(empty_frames(20), 77, 6)
+    ring = replay.add_episodes(ring, steps, np.array(lengths), 4)
+    assert int(ring.total) == 6 + sum(lengths)
+    rows: Frame = replay.read_rows(ring, 6, int(ring.total))
+    expected = [(env, end - 4 + time, time) for env in range(3) for time in range(lengths[env])]
+    actual = np.concatenate([rows.embedding, rows.time[:, None]], 1).astype(int)
+    assert [tuple(row) for row in actual.tolist()] == expected
+    starts = rows.trajectory[rows.time == 0]
+    assert len(set(starts.tolist())) == len(starts), "two trajectories have one number"
+    np.testing.assert_array_equal(rows.trajectory, np.repeat(starts, [n for n in lengths if n]))
 
 
 def check_lagged(ring: replay.Ring, lag: int) -> np.ndarray:
@@ -198,79 +198,3 @@ def test_an_empty_ring_has_no_pairs():
     assert not exists.any()
     # Not even with a lag of the whole ring, where unwritten slots would be their own partners.
     assert not replay.lagged_slots(empty_frames(6), np.arange(6), 6)[1].any()
-
-
-# --------------------------------------------------------------------------- sorting
-
-
-def sort(success: list[str], episode_length: int) -> list[tuple[int, str, int, list[int]]]:
-    """Step environments, a string of '.' and 'x' each, as the scripts do.
-
-    Returns (step, kind, environment, steps of its frames) of each episode as it gets known.
-    """
-    num_envs, num_steps = len(success), len(success[0])
-    steps = replay.init_ring(Step(np.zeros(2, np.float16)), num_envs * episode_length)
-    rings = {kind: empty_frames(100) for kind in ("positives", "negatives")}
-    succeeded = np.zeros(num_envs, bool)
-    events = []
-    for step in range(num_steps):
-        time = step % episode_length
-        positives, negatives, succeeded = replay.sort_episodes(
-            succeeded, np.array([row[step] == "x" for row in success]),
-            np.full(num_envs, time == episode_length - 1),
-        )
-        steps = replay.add_rows(steps, steps_of(num_envs, step, step + 1))
-        for kind, known in (("positives", positives), ("negatives", negatives)):
-            before = int(rings[kind].total)
-            rings[kind] = replay.add_episodes(
-                rings[kind], steps, known, time + 1, episode_length
-            )
-            rows: Frame = replay.read_rows(rings[kind], before, int(rings[kind].total))
-            envs, frames = rows.embedding.astype(int).reshape(-1, time + 1, 2).transpose(2, 0, 1)
-            assert (envs == envs[:, :1]).all(), "frames of one environment"
-            events += [(step, kind, env, of_env.tolist())
-                       for env, of_env in zip(envs[:, 0], frames, strict=True)]
-    for ring in rings.values():
-        rows = replay.read_rows(ring, 0, int(ring.total))
-        starts = rows.time == 0
-        assert len(set(rows.trajectory[starts].tolist())) == starts.sum(), "two have one number"
-    return events
-
-
-def test_positives_end_with_the_first_success():
-    # A second success, and the frames after the first, are neither positive nor negative.
-    assert sort(["..x.x."], 6) == [(2, "positives", 0, [0, 1, 2])]
-
-
-def test_a_failed_episode_is_negative_whole():
-    assert sort(["....."], 5) == [(4, "negatives", 0, [0, 1, 2, 3, 4])]
-
-
-def test_an_episode_is_not_known_before_its_end():
-    assert sort(["....."], 6) == []
-
-
-def test_success_in_an_episodes_first_and_last_step():
-    assert sort(["x....x"], 3) == [(0, "positives", 0, [0]), (5, "positives", 0, [3, 4, 5])]
-
-
-def test_episodes_follow_one_another():
-    assert sort([".x......x"], 3) == [
-        (1, "positives", 0, [0, 1]),
-        (5, "negatives", 0, [3, 4, 5]),
-        (8, "positives", 0, [6, 7, 8]),
-    ]
-
-
-def test_environments_are_sorted_on_their_own():
-    assert sort(["..x...",    # succeeds, then fails
-                 "......",    # two failures
-                 ".xx.x."],   # succeeds in both of its episodes
-                3) == [
-        (1, "positives", 2, [0, 1]),
-        (2, "positives", 0, [0, 1, 2]),
-        (2, "negatives", 1, [0, 1, 2]),
-        (4, "positives", 2, [3, 4]),
-        (5, "negatives", 0, [3, 4, 5]),
-        (5, "negatives", 1, [3, 4, 5]),
-    ]
