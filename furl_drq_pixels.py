@@ -92,7 +92,7 @@ class Args:
     rho: float = 0.05  # weight of the VLM reward (Eq. 1)
     # --- alignment
     align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
-    goal_image: bool = True  # --no-goal-image: no Eq. 5, alignment starts at the first success
+    goal_image: bool = True  # --no-goal-image: no Eq. 5, so no alignment before a success
     stage1: bool = True  # --no-stage1: without Eq. 5
     stage2: bool = True  # --no-stage2: Eq. 5 only
     projection_features: tuple[int, ...] = (256, 64)  # layers of both projection heads
@@ -456,14 +456,9 @@ def negatives_loss(
     rewards = vlm_reward(projection_params, jnp.concatenate([images_i, images_j]), vlm, args)
     reward_i, reward_j = jnp.split(rewards, 2)
     # Either member of a pair may be the nearer one: the expectation is over ordered pairs.
-    i_is_nearer = distance_i < distance_j
+    sign = jnp.sign(distance_j - distance_i)  # 1: i is the better; -1: their roles change
     mask = jnp.abs(distance_i - distance_j) > args.l2_margin
-    loss = ranking_loss(
-        jnp.where(i_is_nearer, reward_i, reward_j),
-        jnp.where(i_is_nearer, reward_j, reward_i),
-        args.reward_margin,
-        mask.astype(jnp.float32),
-    )
+    loss = ranking_loss(sign * reward_i, sign * reward_j, args.reward_margin, mask)
     return loss, {"neg_neg_loss": loss, "neg_neg_pairs": mask.mean()}
 
 
@@ -474,12 +469,9 @@ def positives_loss(
     """Eq. 4: successes above failures, later above earlier in one success; images [batch, D]."""
     images = jnp.concatenate([positives, earlier, negatives])
     positive, lagged, negative = jnp.split(vlm_reward(projection_params, images, vlm, args), 3)
-    pos_neg = ranking_loss(
-        positive, negative, args.reward_margin, jnp.full_like(positive, negatives_exist)
-    )
-    pos_pos = ranking_loss(
-        positive, lagged, args.reward_margin, earlier_exists.astype(jnp.float32)
-    )
+    all_or_none = jnp.full(positive.shape, negatives_exist)
+    pos_neg = ranking_loss(positive, negative, args.reward_margin, all_or_none)
+    pos_pos = ranking_loss(positive, lagged, args.reward_margin, earlier_exists)
     return pos_neg + pos_pos, {"pos_neg_loss": pos_neg, "pos_pos_loss": pos_pos}
 
 
@@ -739,6 +731,8 @@ def main(args: Args) -> dict[str, float]:
         rng.bit_generator.state = host["rng"]
         env_steps, counts, obs, last_success, waiting, schedule = host["loop"]
         schedule = RelaySchedule(*schedule)
+    # Committed to the device, as embeddings are: else all compiles again after the first step.
+    state, key, buffers = jax.device_put((state, key, buffers), jax.devices()[0])
 
     def save() -> None:
         loop = env_steps, counts, obs, last_success, waiting, schedule
@@ -769,12 +763,15 @@ def main(args: Args) -> dict[str, float]:
             embedding = embed(waiting["frames"])
             step_rows = PixelStep(embedding=embedding, **waiting["step"])
             buffers = buffers._replace(pixels=replay.add_rows(buffers.pixels, step_rows))
-            for kind, lengths in waiting["ended"].items():
-                ring = replay.add_episodes(
-                    getattr(buffers, kind), buffers.pixels, lengths, args.episode_length
-                )
-                buffers = buffers._replace(**{kind: ring})
-                counts[kind] += int(lengths.sum())
+            if episode_time == 0:  # that step was the last of all episodes
+                positives, negatives = last_success + 1, args.episode_length * (last_success < 0)
+                for kind, lengths in (("positives", positives), ("negatives", negatives)):
+                    ring = replay.add_episodes(
+                        getattr(buffers, kind), buffers.pixels, lengths, args.episode_length
+                    )
+                    buffers = buffers._replace(**{kind: ring})
+                    counts[kind] += int(lengths.sum())
+                last_success = np.full(args.num_envs, -1)
             if waiting["first"] is not None:
                 buffers = store_first(buffers, waiting["first"])
             if env_steps >= args.learning_starts:
@@ -790,17 +787,12 @@ def main(args: Args) -> dict[str, float]:
                 "picture": picture, "action": action, "sparse_reward": step.sparse_reward,
                 "terminated": step.terminated.astype(np.float32),
             },
-            "frames": step.frames, "first": None, "ended": {},
+            "frames": step.frames, "first": None,
         }
         obs = np.concatenate([obs[..., 3:], picture], -1)
         if step.truncated.all():  # time alone ends episodes: all end together
             waiting["first"] = np.asarray(scale_down(step.reset_frames))
             obs = np.concatenate([waiting["first"]] * args.frame_stack, -1)
-            waiting["ended"] = {  # frames of each episode
-                "positives": last_success + 1,
-                "negatives": args.episode_length * (last_success < 0),
-            }
-            last_success = np.full(args.num_envs, -1)
             schedule = draw_schedule(rng, args.num_envs, args)
 
         # Measure and save.

@@ -20,7 +20,8 @@ Deviations from the paper, whose Table 5 is the default, and choices where it is
  4. Positives are an episode's frames up to its last success; what follows is in the replay, but is
     neither positive nor negative. Negatives are the frames of whole failed episodes. The ranking
     losses draw from the latest 100,000 frames of either kind.
- 5. Lag pairs (Eq. 4) are k steps apart in one trajectory; earlier frames have no pair.
+ 5. Lag pairs (Eq. 4) are k steps apart in one trajectory, and end at its first success: later is
+    not better from there on.
  6. 10,000 random steps before learning, as in the authors' code; the paper does not say.
  7. The temperature starts at 0.1 (DrQ's value; the paper does not say): at 1, 30,000 updates pass
     before the sparse reward counts for more than entropy.
@@ -92,7 +93,7 @@ class Args:
     rho: float = 0.05  # weight of the VLM reward (Eq. 1)
     # --- alignment
     align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
-    goal_image: bool = True  # --no-goal-image: no Eq. 5, alignment starts at the first success
+    goal_image: bool = True  # --no-goal-image: no Eq. 5, so no alignment before a success
     stage1: bool = True  # --no-stage1: without Eq. 5
     stage2: bool = True  # --no-stage2: Eq. 5 only
     projection_features: tuple[int, ...] = (256, 64)  # layers of both projection heads
@@ -298,14 +299,9 @@ def negatives_loss(
     rewards = vlm_reward(projection_params, jnp.concatenate([images_i, images_j]), vlm, args)
     reward_i, reward_j = jnp.split(rewards, 2)
     # Either member of a pair may be the nearer one: the expectation is over ordered pairs.
-    i_is_nearer = distance_i < distance_j
+    sign = jnp.sign(distance_j - distance_i)  # 1: i is the better; -1: their roles change
     mask = jnp.abs(distance_i - distance_j) > args.l2_margin
-    loss = ranking_loss(
-        jnp.where(i_is_nearer, reward_i, reward_j),
-        jnp.where(i_is_nearer, reward_j, reward_i),
-        args.reward_margin,
-        mask.astype(jnp.float32),
-    )
+    loss = ranking_loss(sign * reward_i, sign * reward_j, args.reward_margin, mask)
     return loss, {"neg_neg_loss": loss, "neg_neg_pairs": mask.mean()}
 
 
@@ -316,12 +312,9 @@ def positives_loss(
     """Eq. 4: successes above failures, later above earlier in one success; images [batch, D]."""
     images = jnp.concatenate([positives, earlier, negatives])
     positive, lagged, negative = jnp.split(vlm_reward(projection_params, images, vlm, args), 3)
-    pos_neg = ranking_loss(
-        positive, negative, args.reward_margin, jnp.full_like(positive, negatives_exist)
-    )
-    pos_pos = ranking_loss(
-        positive, lagged, args.reward_margin, earlier_exists.astype(jnp.float32)
-    )
+    all_or_none = jnp.full(positive.shape, negatives_exist)
+    pos_neg = ranking_loss(positive, negative, args.reward_margin, all_or_none)
+    pos_pos = ranking_loss(positive, lagged, args.reward_margin, earlier_exists)
     return pos_neg + pos_pos, {"pos_neg_loss": pos_neg, "pos_pos_loss": pos_pos}
 
 
@@ -550,6 +543,8 @@ def main(args: Args) -> dict[str, float]:
         rng.bit_generator.state = host["rng"]
         env_steps, counts, last_success, waiting, schedule = host["loop"]
         schedule = RelaySchedule(*schedule)
+    # Committed to the device, as embeddings are: else all compiles again after the first step.
+    state, key, buffers = jax.device_put((state, key, buffers), jax.devices()[0])
 
     def save() -> None:
         loop = env_steps, counts, last_success, waiting, schedule
@@ -580,12 +575,15 @@ def main(args: Args) -> dict[str, float]:
             embedding = vlm.embed_images(waiting["frames"])
             transition = Transition(embedding=embedding, **waiting["transition"])
             buffers = buffers._replace(transitions=replay.add_rows(buffers.transitions, transition))
-            for kind, lengths in waiting["ended"].items():
-                ring = replay.add_episodes(
-                    getattr(buffers, kind), buffers.transitions, lengths, MAX_EPISODE_STEPS
-                )
-                buffers = buffers._replace(**{kind: ring})
-                counts[kind] += int(lengths.sum())
+            if episode_time == 0:  # that step was the last of all episodes
+                positives, negatives = last_success + 1, MAX_EPISODE_STEPS * (last_success < 0)
+                for kind, lengths in (("positives", positives), ("negatives", negatives)):
+                    ring = replay.add_episodes(
+                        getattr(buffers, kind), buffers.transitions, lengths, MAX_EPISODE_STEPS
+                    )
+                    buffers = buffers._replace(**{kind: ring})
+                    counts[kind] += int(lengths.sum())
+                last_success = np.full(args.num_envs, -1)
             if env_steps >= args.learning_starts:
                 state, key, metrics = update(state, buffers, vlm_inputs, key, args, phase)
                 counts["updates"] += args.updates_per_iteration
@@ -599,14 +597,10 @@ def main(args: Args) -> dict[str, float]:
                 "sparse_reward": step.sparse_reward,
                 "terminated": step.terminated.astype(np.float32),
             },
-            "frames": step.frames, "ended": {},
+            "frames": step.frames,
         }
         obs = step.obs
         if step.truncated.all():  # time alone ends episodes: all end together
-            waiting["ended"] = {  # frames of each episode
-                "positives": last_success + 1, "negatives": MAX_EPISODE_STEPS * (last_success < 0),
-            }
-            last_success = np.full(args.num_envs, -1)
             schedule = draw_schedule(rng, args.num_envs, args)
 
         # Measure and save.

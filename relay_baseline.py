@@ -394,6 +394,8 @@ def main(args: Args) -> dict[str, float]:
         rng.bit_generator.state = host["rng"]
         env_steps, counts, last_success, waiting, schedule = host["loop"]
         schedule = RelaySchedule(*schedule)
+    # Committed to the device, as embeddings are: else all compiles again after the first step.
+    state, key, buffers = jax.device_put((state, key, buffers), jax.devices()[0])
 
     def save() -> None:
         loop = env_steps, counts, last_success, waiting, schedule
@@ -424,7 +426,9 @@ def main(args: Args) -> dict[str, float]:
             embedding = vlm.embed_images(waiting["frames"])
             transition = Transition(embedding=embedding, **waiting["transition"])
             buffers = Buffers(replay.add_rows(buffers.transitions, transition))
-            counts["positives"] += waiting["positives"]
+            if episode_time == 0:  # that step was the last of all episodes
+                counts["positives"] += int((last_success + 1).sum())
+                last_success = np.full(args.num_envs, -1)
             if env_steps >= args.learning_starts:
                 state, key, metrics = update(state, buffers, text, key, args, relaying)
                 counts["updates"] += args.updates_per_iteration
@@ -439,12 +443,9 @@ def main(args: Args) -> dict[str, float]:
                 "terminated": step.terminated.astype(np.float32),
             },
             "frames": step.frames,
-            "positives": 0,
         }
         obs = step.obs
         if step.truncated.all():  # time alone ends episodes: all end together
-            waiting["positives"] = int((last_success + 1).sum())  # frames up to the last success
-            last_success = np.full(args.num_envs, -1)
             schedule = draw_schedule(rng, args.num_envs, args)
 
         # Measure and save.

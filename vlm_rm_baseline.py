@@ -415,6 +415,8 @@ def main(args: Args) -> dict[str, float]:
         buffers, obs = Buffers(**rings), envs.set_state(host["envs"])
         rng.bit_generator.state = host["rng"]
         env_steps, num_updates, waiting = host["loop"]
+    # Committed to the device, as embeddings are: else all compiles again after the first step.
+    agent, key, buffers = jax.device_put((agent, key, buffers), jax.devices()[0])
 
     def save() -> None:
         run.save(env_steps, (agent, key), buffers._asdict(), {

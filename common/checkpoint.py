@@ -28,6 +28,7 @@ from common.errors import UserError
 from common.replay import Ring, read_rows
 
 KEEP = 2  # checkpoints kept: the newest, and the one before in case the newest is damaged
+FORMAT = 2  # raised when what the scripts save changes: they would misread an older one
 
 
 class CheckpointError(RuntimeError):
@@ -79,7 +80,8 @@ def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host:
         shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir()
     digest = _write_npz(temporary / "state.npz", arrays)
-    manifest = {"env_steps": env_steps, "state": digest, "files": files, "totals": totals}
+    manifest = {"format": FORMAT, "env_steps": env_steps, "state": digest, "files": files,
+                "totals": totals}
     manifest["digest"] = _digest(manifest)
     _write_bytes(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
     temporary.rename(folder)
@@ -247,7 +249,7 @@ def _newest_manifest(root: Path) -> dict | None:
 def _read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["digest"] == _digest(manifest):
+        if manifest["digest"] == _digest(manifest) and manifest["format"] == FORMAT:
             return manifest
     except (ValueError, KeyError, TypeError):
         pass

@@ -98,7 +98,7 @@ def check_args(args: ArgsT) -> ArgsT:
         if args.embedding_buffer_size < MAX_EPISODE_STEPS:
             raise UserError("--embedding-buffer-size must be an episode's length, "
                             f"{MAX_EPISODE_STEPS}, or more")
-        least *= -(-MAX_EPISODE_STEPS // getattr(args, "action_repeat", 1))
+        least *= MAX_EPISODE_STEPS // getattr(args, "action_repeat", 1)
         why = "an episode"
     if args.buffer_size < least:
         raise UserError(f"--buffer-size must hold {why} of each of {args.num_envs} environments, "

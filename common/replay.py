@@ -52,7 +52,7 @@ class Frame(NamedTuple):
 
     embedding: jax.Array  # [n, embed_dim] float16
     trajectory: jax.Array  # [n] int32, a number that no other trajectory of the ring has
-    time: jax.Array  # [n] int32, steps since the trajectory's start
+    time: jax.Array  # [n] int32, steps since the trajectory's start; -1 after its first success
 
 
 def init_ring(example_row: Rows, capacity: int) -> Ring:
@@ -108,7 +108,8 @@ def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax
 
     Returns:
         (slots of the earlier frames [n], whether they exist [n] bool). A frame has none in the
-        first `lag` steps of its trajectory, nor when that part has been overwritten.
+        first `lag` steps of its trajectory, after its first success, nor when that part has been
+        overwritten.
     """
     earlier = (slots - lag) % ring.capacity
     frames: Frame = ring.data
@@ -132,8 +133,8 @@ def add_episodes(frames: Ring, steps: Ring, lengths: np.ndarray, episode_length:
 
     Args:
         frames: of `Frame`s (donated).
-        steps: rows with an `embedding`, one for each environment and step; the newest are of the
-            episodes' last step, and it must still hold their first.
+        steps: rows with `embedding` and `sparse_reward`, one for each environment and step; the
+            newest are of the episodes' last step, and it must still hold their first.
         lengths: int [num_envs], frames to copy of each environment's episode; 0: none of it.
         episode_length: steps of all episodes.
     """
@@ -144,9 +145,11 @@ def add_episodes(frames: Ring, steps: Ring, lengths: np.ndarray, episode_length:
 
 @partial(jax.jit, static_argnums=(4, 5), donate_argnums=0)
 def _add_episode(
-    frames: Ring, steps: Ring, env: int, length: int, num_envs: int, episode_length: int
+    frames: Ring, steps: Ring, env: jax.Array, length: jax.Array, num_envs: int, episode_length: int
 ) -> Ring:
     time = jnp.arange(episode_length)
     first = steps.total - num_envs * episode_length + env  # number of the episode's first row
-    embeddings = steps.data.embedding[(first + num_envs * time) % steps.capacity]
-    return add(frames, Frame(embeddings, jnp.full_like(time, first), time), length)
+    rows = take(steps, (first + num_envs * time) % steps.capacity)
+    successes_before = jnp.cumsum(rows.sparse_reward) - rows.sparse_reward
+    time = jnp.where(successes_before == 0, time, -1)
+    return add(frames, Frame(rows.embedding, jnp.full_like(time, first), time), length)

@@ -1,4 +1,4 @@
-"""Tests run from any folder, keep caches out of the home folder's way, and leave cores free."""
+"""Tests run from any folder, two files at a time, and keep caches out of the home folder's way."""
 
 import os
 import sys
@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-# Runs of one test differ in arguments alone, not in what is compiled.
+# Runs of one test differ in arguments alone, not in what is compiled. Each process of pytest-xdist
+# has a folder of its own: JAX writes to it without a lock.
 compiled = tempfile.TemporaryDirectory(prefix="furl-tests-")  # until the tests end
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled.name)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 

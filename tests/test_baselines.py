@@ -17,6 +17,7 @@ import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
 from common import replay
 from common.cli import run_script
+from common.envs import VecMetaWorld
 from common.errors import UserError
 from common.replay import Transition
 from common.tasks import MT10, baseline_prompt_for, prompt_for
@@ -192,15 +193,31 @@ def metrics(run_dir: Path) -> dict[tuple[int, str], float]:
 
 def test_relay_is_furl_without_alignment(tmp_path, monkeypatch):
     """Two files, one method: all that both log is the same number, to the last digit."""
-    # FuRL's replay must hold an episode of each environment.
-    flags = [*(word.replace("1200", "2000") for word in TINY), "--relay-until", "60"]
-    run(relay, *flags, "--run-dir", str(tmp_path / "relay"), monkeypatch=monkeypatch)
-    run(furl, *flags, "--no-align", "--run-dir", str(tmp_path / "furl"), monkeypatch=monkeypatch)
-    ours, theirs = metrics(tmp_path / "relay"), metrics(tmp_path / "furl")
+    step_wait, times = VecMetaWorld.step_wait, iter([])
+
+    def prescribed(self):
+        step = step_wait(self)
+        if self.num_envs == 2:  # not the evaluation's: the first environment succeeds once
+            step = step._replace(success=np.array([next(times) == 100, False]))
+        return step
+
+    monkeypatch.setattr(VecMetaWorld, "step_wait", prescribed)
+    flags = [*TINY, "--num-envs", "2", "--total-timesteps", "1200", "--relay-until", "60"]
+    found = []
+    for script, more in ((relay, []), (furl, ["--no-align"])):
+        script.update.clear_cache()
+        times = iter(range(600))
+        folder = tmp_path / script.SCRIPT
+        run(script, *flags, *more, "--run-dir", str(folder), monkeypatch=monkeypatch)
+        found.append(metrics(folder))
+        assert script.update._cache_size() == 2, "compiled once for each phase"
+    ours, theirs = found
     assert ours.keys() <= theirs.keys()
     assert {key for _, key in theirs.keys() - ours.keys()} == {"charts/num_negatives"}
     assert ours == {key: theirs[key] for key in ours}
-    assert ours[1600, "losses/furl_critic_loss"] > 0
+    assert ours[1200, "losses/furl_critic_loss"] > 0
+    assert ours[800, "charts/relaying"] == 1 and ours[800, "charts/num_positives"] == 0
+    assert ours[1200, "charts/relaying"] == 0 and ours[1200, "charts/num_positives"] == 101
 
 
 @pytest.mark.parametrize(("script", "flags"), [

@@ -417,3 +417,12 @@ def test_a_changed_manifest_is_passed_over(tmp_path, content):
     path.write_text(content)
     warnings = assert_checkpoint(tmp_path, 4)
     assert "its manifest is damaged" in warnings[0]
+
+
+def test_a_checkpoint_of_another_format_is_passed_over(tmp_path, monkeypatch):
+    save(tmp_path, 4)
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    save(tmp_path, 9)
+    monkeypatch.undo()
+    warnings = assert_checkpoint(tmp_path, 4)
+    assert "another version's" in warnings[0]

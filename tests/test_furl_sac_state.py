@@ -131,9 +131,10 @@ def test_vlm_reward_without_projections():
 def test_ranking_loss():
     better, worse = jnp.array([0.5, 0.5, 0.5, 0.0]), jnp.array([0.0, 0.45, 0.9, 0.0])
     # max(0, worse - better + 0.1): 0, 0.05, 0.5, 0.1
-    assert_close(script.ranking_loss(better, worse, 0.1, jnp.ones(4)), 0.65 / 4)
-    assert_close(script.ranking_loss(better, worse, 0.1, jnp.array([1.0, 0, 1, 0])), 0.25)
-    assert_close(script.ranking_loss(better, worse, 0.1, jnp.zeros(4)), 0)
+    assert_close(script.ranking_loss(better, worse, 0.1, jnp.full(4, True)), 0.65 / 4)
+    some = jnp.array([True, False, True, False])
+    assert_close(script.ranking_loss(better, worse, 0.1, some), 0.25)
+    assert_close(script.ranking_loss(better, worse, 0.1, jnp.full(4, False)), 0)
 
 
 def test_negatives_loss_is_eq_5():

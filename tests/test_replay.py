@@ -125,30 +125,44 @@ def add_frames(ring: replay.Ring, number: int, length: int) -> replay.Ring:
 
 class Step(NamedTuple):
     embedding: np.ndarray
+    sparse_reward: np.ndarray
 
 
-def steps_of(num_envs: int, start: int, stop: int) -> Step:
-    """Rows of all environments' steps `start` to `stop`; embeddings encode (environment, step)."""
-    step, env = np.divmod(np.arange(num_envs * start, num_envs * stop), num_envs)
-    return Step(np.stack([env, step], 1).astype(np.float16))
+def steps_of(step: int, success: tuple[bool, ...]) -> Step:
+    """Rows of all environments' step; embeddings encode (environment, step)."""
+    embedding = np.array([[env, step] for env in range(len(success))], np.float16)
+    return Step(embedding, np.array(success, np.float32))
 
 
 @pytest.mark.parametrize("lengths", [(0, 4, 0), (1, 0, 3), (4, 4, 4), (0, 0, 0)])
-@pytest.mark.parametrize("end", [4, 8, 12])  # the replay holds seven steps: 8 and 12 wrap
-def test_add_episodes_copies_how_they_began(lengths, end):
-    steps = replay.init_ring(Step(np.zeros(2, np.float16)), 21)
-    for step in range(end):
-        steps = replay.add_rows(steps, steps_of(3, step, step + 1))
-    ring = add_frames(empty_frames(20), 77, 6)
-    ring = replay.add_episodes(ring, steps, np.array(lengths), 4)
-    assert int(ring.total) == 6 + sum(lengths)
+@pytest.mark.parametrize("capacity", [12, 13, 21])  # of the replay, which holds an episode of 4
+def test_add_episodes_copies_how_they_began(lengths, capacity):
+    steps = replay.init_ring(Step(np.zeros(2, np.float16), np.zeros((), np.float32)), capacity)
+    ring, added = add_frames(empty_frames(60), 77, 6), []
+    for step in range(12):  # three episodes; each environment succeeds from another time on
+        time = step % 4
+        steps = replay.add_rows(steps, steps_of(step, (time >= 1, time >= 2, time in (0, 3))))
+        if time == 3:
+            ring = replay.add_episodes(ring, steps, np.array(lengths), 4)
+            added += [(env, step - 3 + t, t if t <= (1, 2, 0)[env] else -1)
+                      for env in range(3) for t in range(lengths[env])]
     rows: Frame = replay.read_rows(ring, 6, int(ring.total))
-    expected = [(env, end - 4 + time, time) for env in range(3) for time in range(lengths[env])]
     actual = np.concatenate([rows.embedding, rows.time[:, None]], 1).astype(int)
-    assert [tuple(row) for row in actual.tolist()] == expected
+    assert [tuple(row) for row in actual.tolist()] == added
     starts = rows.trajectory[rows.time == 0]
     assert len(set(starts.tolist())) == len(starts), "two trajectories have one number"
-    np.testing.assert_array_equal(rows.trajectory, np.repeat(starts, [n for n in lengths if n]))
+    np.testing.assert_array_equal(
+        rows.trajectory, np.repeat(starts, [n for n in lengths if n] * 3))
+
+
+def test_lag_pairs_end_with_the_first_success():
+    steps = replay.init_ring(Step(np.zeros(2, np.float16), np.zeros((), np.float32)), 10)
+    for step in range(10):
+        steps = replay.add_rows(steps, steps_of(step, (step in (6, 7, 9),)))
+    ring = replay.add_episodes(empty_frames(20), steps, np.array([10]), 10)
+    earlier, exists = replay.lagged_slots(ring, np.arange(10), 2)
+    np.testing.assert_array_equal(np.flatnonzero(exists), [2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(np.asarray(earlier)[2:7], [0, 1, 2, 3, 4])
 
 
 def check_lagged(ring: replay.Ring, lag: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from common.envs import VecMetaWorld
 
 COMMON = dict(env_id="drawer-close-v3", num_envs=2, batch_size=8, learning_starts=10**6,
               eval_every=10**6, hidden_features=(16,), relay_until=10**6)
-# An episode of 500 steps, or of five actions; the last step of a run is not stored any more.
+# Episodes of 500 steps, or of five actions; a run's last step is never stored.
 CASES = {
     "furl": (furl, furl.Args(**COMMON, total_timesteps=2002, buffer_size=2002), 500),
     "drq": (drq, drq.Args(**COMMON, total_timesteps=2200, buffer_size=200, action_repeat=100,
@@ -45,9 +45,9 @@ def test_positives_are_all_up_to_the_last_success(name, tmp_path, monkeypatch):
     save = checkpoint.save
     monkeypatch.setattr(VecMetaWorld, "step_wait", prescribed)
     monkeypatch.setattr(checkpoint, "save", lambda *a: saved.append(
-        jax.tree.map(np.asarray, a[3])) or save(*a))
+        (jax.tree.map(np.asarray, a[3]), a[4]["script"]["loop"])) or save(*a))
     script.main(replace(args, run_dir=str(tmp_path / "run")))
-    rings = saved[-1]
+    rings, (_, counts, *_) = saved[-1]
     embeddings = rings["transitions" if name == "furl" else "pixels"].data.embedding
 
     def frames(episode: int, env: int, count: int) -> np.ndarray:
@@ -60,8 +60,9 @@ def test_positives_are_all_up_to_the_last_success(name, tmp_path, monkeypatch):
         ("positives", [frames(0, 0, 4), frames(1, 1, length)]),
         ("negatives", [frames(0, 1, length), frames(1, 0, length)]),
     ):
-        ring = rings[kind]
-        assert int(ring.total) == sum(map(len, expected))
-        np.testing.assert_array_equal(
-            ring.data.embedding[: int(ring.total)], np.concatenate(expected))
+        ring, total = rings[kind], sum(map(len, expected))
+        assert ring.total == counts[kind] == total
+        np.testing.assert_array_equal(ring.data.embedding[:total], np.concatenate(expected))
+        first, second = np.split(ring.data.trajectory[:total], [len(expected[0])])
+        assert (first == first[0]).all() and (second == second[0]).all() and first[0] != second[0]
         assert (np.ptp(np.concatenate(expected), axis=0) > 0).any(), "all pictures look the same"

@@ -491,16 +491,16 @@ def test_embeddings_go_to_jax_without_a_copy():
     import jax
 
     with torch.inference_mode():
-        tensor = torch.rand(8, 16)
+        tensor = torch.rand(8, 16, device="cuda" if jax.default_backend() == "gpu" else "cpu")
     array = vlm.to_jax(tensor)
     assert isinstance(array, jax.Array) and array.dtype == np.float32
     assert array.unsafe_buffer_pointer() == tensor.data_ptr()
-    np.testing.assert_array_equal(array, tensor.numpy())
+    np.testing.assert_array_equal(array, tensor.cpu().numpy())
 
 
 def test_embeddings_of_another_device_are_copied(monkeypatch):
     tensor = torch.rand(8, 16)
-    monkeypatch.setattr(vlm.jax, "default_backend", lambda: "gpu")  # torch alone has none
+    monkeypatch.setattr(vlm.jax, "default_backend", lambda: "gpu")  # and torch on the CPU
     array = vlm.to_jax(tensor)
     assert array.unsafe_buffer_pointer() != tensor.data_ptr()
     np.testing.assert_array_equal(array, tensor.numpy())
