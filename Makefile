@@ -36,7 +36,7 @@ train: setup
 	$(PY) furl_sac_state.py $(TRAIN_ARGS)
 
 test: setup
-	@$(PY) -m pytest tests -n 2 --dist loadfile
+	@$(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 doctor: setup
 	@$(PY) -m tools.doctor
