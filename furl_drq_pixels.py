@@ -31,6 +31,7 @@ import optax
 
 from common import replay
 from common.cli import check_args, run_script
+from common.convolution import convolve, few_at_a_time
 from common.envs import VecMetaWorld, goal_image
 from common.errors import UserError
 from common.evaluate import Evaluator
@@ -175,36 +176,6 @@ class MLP(nn.Module):
         return nn.Dense(self.features[-1])(x)
 
 
-def on_cpu() -> bool:  # asked when a function is traced: --help need not start a GPU
-    return jax.default_backend() == "cpu"
-
-
-@partial(jax.checkpoint, static_argnums=2)  # windows are cut again rather than kept
-def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Convolution of [n, height, width, c] by [3, 3, c, features], without padding.
-
-    On a CPU as matrix products: XLA's gradient of a convolution takes far longer there
-    (docs/furl_drq_pixels.md).
-    """
-    if not on_cpu():
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), "VALID", dimension_numbers=dimensions
-        )
-    rows, columns = ((size - 3) // stride + 1 for size in x.shape[-3:-1])
-
-    def every(x: jax.Array, axis: int, start: int, count: int) -> jax.Array:
-        return jax.lax.slice_in_dim(x, start, start + stride * (count - 1) + 1, stride, axis)
-
-    windows = jnp.concatenate([every(x, -2, j, columns) for j in range(3)], -1)
-    width, features = windows.shape[-1], kernel.shape[-1]
-    output = sum(
-        every(windows, -3, i, rows).reshape(-1, width) @ kernel[i].reshape(width, features)
-        for i in range(3)
-    )
-    return output.reshape(*x.shape[:-3], rows, columns, features)
-
-
 class Encoder(nn.Module):
     """uint8 [..., 84, 84, 9] -> [..., 35 * 35 * 32]: convolutions (DrQ, Table 5)."""
 
@@ -283,9 +254,7 @@ def networks(args: Args) -> tuple[Actor, CriticPair]:
 def encode(encoder_params: dict, pictures: jax.Array, args: Args) -> jax.Array:
     """Stacked pictures uint8 [batch, 84, 84, 9] -> features [batch, n]."""
     encoder = partial(Encoder(args.encoder_features).apply, encoder_params)
-    if on_cpu():  # what four pictures need stays in the cache
-        return jax.lax.map(encoder, pictures, batch_size=4)
-    return encoder(pictures)
+    return few_at_a_time(encoder, pictures)
 
 
 def sample_action(

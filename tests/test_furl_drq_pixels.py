@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import furl_drq_pixels as script
-from common import replay
+from common import convolution, replay
 from common.cli import run_script
 from common.replay import Transition
 from furl_drq_pixels import Args, PixelStep
@@ -109,11 +109,9 @@ def test_convolutions_and_their_gradients_are_xlas(monkeypatch, stride, height, 
 
     theirs = results(xla)
     for on_cpu in (True, False):
-        monkeypatch.setattr(script, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
-        monkeypatch.setattr(script, "convolve", jax.checkpoint(
-            script.convolve.__wrapped__, static_argnums=2
-        ))  # traced anew
-        ours = results(lambda x, kernel: script.convolve(x, kernel, stride))
+        monkeypatch.setattr(convolution, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        convolve = jax.checkpoint(convolution.convolve.__wrapped__, static_argnums=2)  # anew
+        ours = results(lambda x, kernel, convolve=convolve: convolve(x, kernel, stride))
         for one, other in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 

@@ -32,7 +32,7 @@ import tyro
 
 import furl_drq_pixels as drq
 import furl_sac_state as furl
-from common import checkpoint, replay
+from common import checkpoint, convolution, replay
 from common.cores import num_cores, share_cores
 from common.envs import VecMetaWorld
 from common.errors import UserError
@@ -358,14 +358,15 @@ def measure_pixels(rounds: int) -> Iterator[Row]:
     functions: dict[str, Callable[[], object]] = {
         "floor": lambda: jax.block_until_ready(products())
     }
-    on_cpu = drq.on_cpu
-    for name, drq.on_cpu in (("DrQ", on_cpu), ("DrQ with XLA's convolutions", lambda: False)):
+    on_cpu = convolution.on_cpu
+    versions = {"DrQ": on_cpu, "DrQ with XLA's convolutions": lambda: False}
+    for name, convolution.on_cpu in versions.items():
         jax.clear_caches()  # what is traced depends on it
         compiled = jax.jit(twice).lower(agent).compile()
         functions[name] = lambda run=compiled: jax.block_until_ready(run(agent))
         if not on_cpu():
             break
-    drq.on_cpu = on_cpu
+    convolution.on_cpu = on_cpu
     jax.clear_caches()
     seconds = medians(functions, min(rounds, 2))
     floor = drq_flops(args) / (PRODUCT_FLOPS / seconds.pop("floor"))
