@@ -14,20 +14,29 @@ docs/furl_sac_state.md explains every metric and shows measured curves with thei
 Deviations from the paper, whose Table 5 is the default, and choices where it is silent:
  1. Eight environments, one update per environment step in total. Updates lag one iteration behind
     the data, so that environments step and draw while the last frames are embedded and learned.
- 2. Each environment draws its own relay period and its own first policy.
+ 2. Each environment draws its own relay period and its own first policy. The authors alternate
+    the first policy from episode to episode.
  3. Eq. 4 replaces Eq. 5 once an episode with a success has ended; relaying ends at 2,500 positives
-    (Figure 5).
+    (Figure 5). Both as in the authors' code.
  4. Positives are an episode's frames up to its last success; what follows is in the replay, but is
-    neither positive nor negative. Negatives are the frames of whole failed episodes. The ranking
-    losses draw from the latest 100,000 frames of either kind.
+    neither positive nor negative. Negatives are the frames of whole failed episodes, also for
+    Eq. 5, which the authors apply to the replay. The ranking losses draw from the latest 100,000
+    frames of either kind (authors: 20,000).
  5. Lag pairs (Eq. 4) are k steps apart in one trajectory, and end at its first success: later is
-    not better from there on.
- 6. 10,000 random steps before learning, as in the authors' code; the paper does not say.
- 7. The temperature starts at 0.1 (DrQ's value; the paper does not say): at 1, 30,000 updates pass
-    before the sparse reward counts for more than entropy.
- 8. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv.
+    not better from there on. The authors' mix trajectories where their buffer wraps.
+ 6. Eq. 5 is the mean over all pairs of a batch whose distances differ by the margin; the authors
+    take all pairs too, but divide their sum by the batch's size. Its margin is 0.2 (authors: 0.25).
+ 7. As in the authors' code, where the paper does not say: 10,000 random steps before learning,
+    noise of 0.2 on the relay agent's actions, no positives from an episode's first k steps.
+ 8. The temperature starts at 0.1, DrQ's value (authors: 1; the paper does not say): at 1, 30,000
+    updates pass before the sparse reward counts for more than entropy.
+ 9. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv. It
+    sees the part of the picture that the authors keep, as RGB, where they feed it BGR.
+10. The goal image is that of the run's own goal; the authors load one that shows little of it.
+    Prompts have Table 4's capitals and full stop, which the authors' code leaves out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -37,21 +46,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 
 from common import replay
-from common.cli import check_args, run_script
-from common.envs import VecMetaWorld, goal_image
+from common.cli import (
+    Fraction,
+    NotNegativeFloat,
+    NotNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveInts,
+    check_args,
+    check_episodes_fit,
+    run_script,
+)
+from common.envs import MAX_EPISODE_STEPS, VecMetaWorld, goal_image
 from common.evaluate import Evaluator
-from common.rendering import gl_info
-from common.replay import Frame, Ring, Transition
+from common.rendering import gl_info, view_for
+from common.replay import Frame, Ring, Sizes, Transition
 from common.run import start_run
 from common.tasks import prompt_for
-from common.vlm import load_vlm
+from common.vlm import VLM, load_vlm
 
-SCRIPT = "furl_sac_state"
-OBS_DIM, ACTION_DIM = 39, 4  # every Meta-World task
-MAX_EPISODE_STEPS = 500
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
+ACTION_STREAM, RELAY_STREAM = 0, 1  # of random numbers on the host, beside the seed
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project: str = "furl"  # project for --track
     capture_video: bool = False  # a video of each evaluation in <run folder>/videos
+    drop_replay: bool = False  # delete the replay's files when the run has finished
     # --- environment
     goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
     engine: Literal["metaworld"] = "metaworld"  # the official environments; frames need them
@@ -79,32 +98,33 @@ class Args:
     learning_starts: int = 10_000  # steps of uniformly random actions before the first update
     utd: float = 1.0  # updates per environment step
     buffer_size: int = 1_000_000  # transitions in the replay
-    batch_size: int = 256  # samples per update, of the agents and of each ranking loss
-    learning_rate: float = 1e-4  # Adam's, for all networks
-    gamma: float = 0.99  # discount factor
-    tau: float = 0.01  # step of the target critics
-    init_temperature: float = 0.1  # temperature before learning
-    hidden_features: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics
+    batch_size: PositiveInt = 256  # samples per update, of the agents and of each ranking loss
+    learning_rate: PositiveFloat = 1e-4  # Adam's, for all networks
+    gamma: Fraction = 0.99  # discount factor
+    tau: Fraction = 0.01  # step of the target critics
+    init_temperature: PositiveFloat = 0.1  # temperature before learning
+    hidden_features: PositiveInts = (256, 256)  # hidden layers of actor and critics
     # --- VLM reward
     vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
     prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
-    rho: float = 0.05  # weight of the VLM reward (Eq. 1)
+    rho: NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1)
     # --- alignment
     align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
     goal_image: bool = True  # --no-goal-image: no Eq. 5, so no alignment before a success
     stage1: bool = True  # --no-stage1: without Eq. 5
     stage2: bool = True  # --no-stage2: Eq. 5 only
-    projection_features: tuple[int, ...] = (256, 64)  # layers of both projection heads
-    lag: int = 10  # k of Eq. 4, environment steps
-    reward_margin: float = 0.1  # delta of Eqs. 4 and 5
-    l2_margin: float = 0.2  # margin on the distance to the goal image in Eq. 5
-    embedding_buffer_size: int = 100_000  # frames for the ranking losses, of either kind
+    projection_features: PositiveInts = (256, 64)  # layers of both projection heads
+    lag: PositiveInt = 10  # k of Eq. 4, environment steps
+    reward_margin: NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
+    l2_margin: NotNegativeFloat = 0.2  # margin on the distance to the goal image in Eq. 5
+    embedding_buffer_size: PositiveInt = 100_000  # frames for the ranking losses, of either kind
     # --- relay
     relay: bool = True  # --no-relay: the VLM agent explores alone
-    relay_periods: tuple[int, ...] = (50, 100, 150, 200)  # T_s: steps until the agents change
-    relay_until: int = 2_500  # positive samples at which relaying ends (Figure 5)
+    relay_periods: PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
+    relay_until: NotNegativeInt = 2_500  # positive samples at which relaying ends (Figure 5)
+    relay_noise: NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
 
     @property
     def updates_per_iteration(self) -> int:
@@ -118,10 +138,13 @@ class Args:
 # ------------------------------------------------------------------------------ state
 
 
-class AgentState(NamedTuple):
+@struct.dataclass
+class AgentState:
     params: dict  # actor, critic, log_alpha
     target_critic: dict
     opt: optax.OptState
+    actor: nn.Module = struct.field(pytree_node=False)
+    critic: nn.Module = struct.field(pytree_node=False)
 
 
 class FuRLState(NamedTuple):
@@ -142,6 +165,10 @@ class Phase(NamedTuple):
 
     relaying: bool
     alignment: Literal["none", "goal-image", "success"]  # nothing, Eq. 5, Eq. 4
+
+    @property
+    def name(self) -> str:
+        return "relay" if self.relaying else "vlm" if self.alignment == "none" else "aligned"
 
 
 class VLMInputs(NamedTuple):
@@ -201,15 +228,11 @@ class Projection(nn.Module):
         return language_head(text), image_head(images)
 
 
-def networks(args: Args) -> tuple[Actor, CriticPair]:
-    return Actor(ACTION_DIM, args.hidden_features), CriticPair(args.hidden_features)
-
-
 def sample_action(
-    actor_params: dict, obs: jax.Array, key: jax.Array, args: Args
+    actor: Actor, actor_params: dict, obs: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """A tanh-squashed Gaussian sample [batch, action_dim] and its log-probability [batch]."""
-    mean, log_std = networks(args)[0].apply(actor_params, obs)
+    mean, log_std = actor.apply(actor_params, obs)
     noise = jax.random.normal(key, mean.shape)
     pre_tanh = mean + jnp.exp(log_std) * noise
     gaussian = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
@@ -226,30 +249,33 @@ def critic_loss(
     args: Args,
 ) -> tuple[jax.Array, dict]:
     """Soft Bellman error of both critics against the smaller target Q (Haarnoja et al., 2018)."""
-    critic = networks(args)[1]
-    next_action, next_log_prob = sample_action(agent.params["actor"], batch.next_obs, key, args)
-    next_q = critic.apply(agent.target_critic, batch.next_obs, next_action).min(0)
+    next_action, next_log_prob = sample_action(
+        agent.actor, agent.params["actor"], batch.next_obs, key
+    )
+    next_q = agent.critic.apply(agent.target_critic, batch.next_obs, next_action).min(0)
     next_value = next_q - jnp.exp(agent.params["log_alpha"]) * next_log_prob
     target = reward + args.gamma * (1 - batch.terminated) * next_value
-    q = critic.apply(critic_params, batch.obs, batch.action)  # [2, batch]
+    q = agent.critic.apply(critic_params, batch.obs, batch.action)  # [2, batch]
     loss = ((q - target) ** 2).mean(1).sum()
     return loss, {"critic_loss": loss, "q": q.mean()}
 
 
 def actor_loss(
-    actor_params: dict, agent: AgentState, batch: Transition, key: jax.Array, args: Args
+    actor_params: dict, agent: AgentState, batch: Transition, key: jax.Array
 ) -> tuple[jax.Array, dict]:
     """alpha log pi - min Q, for actions of the current policy."""
-    action, log_prob = sample_action(actor_params, batch.obs, key, args)
-    q = networks(args)[1].apply(agent.params["critic"], batch.obs, action).min(0)
+    action, log_prob = sample_action(agent.actor, actor_params, batch.obs, key)
+    q = agent.critic.apply(agent.params["critic"], batch.obs, action).min(0)
     loss = (jnp.exp(agent.params["log_alpha"]) * log_prob - q).mean()
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array) -> tuple[jax.Array, dict]:
+def alpha_loss(
+    log_alpha: jax.Array, entropy: jax.Array, action_dim: int
+) -> tuple[jax.Array, dict]:
     """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
     alpha = jnp.exp(log_alpha)
-    return alpha * (jax.lax.stop_gradient(entropy) + ACTION_DIM / 2), {"alpha": alpha}
+    return alpha * (jax.lax.stop_gradient(entropy) + action_dim / 2), {"alpha": alpha}
 
 
 def sac_loss(
@@ -261,8 +287,10 @@ def sac_loss(
     critic, critic_metrics = critic_loss(
         params["critic"], agent, batch, reward, critic_key, args
     )
-    actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key, args)
-    alpha, alpha_metrics = alpha_loss(params["log_alpha"], actor_metrics["entropy"])
+    actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
+    alpha, alpha_metrics = alpha_loss(
+        params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1]
+    )
     return critic + actor + alpha, critic_metrics | actor_metrics | alpha_metrics
 
 
@@ -291,29 +319,32 @@ def ranking_loss(better: jax.Array, worse: jax.Array, margin: float, mask: jax.A
 
 
 def negatives_loss(
-    projection_params: dict, images_i: jax.Array, images_j: jax.Array, vlm: VLMInputs, args: Args
+    projection_params: dict, images: jax.Array, vlm: VLMInputs, args: Args
 ) -> tuple[jax.Array, dict]:
-    """Eq. 5: of two failures, the one nearer to the goal image by the margin is the better."""
-    distance_i = jnp.linalg.norm(images_i - vlm.goal, axis=-1)  # [batch]
-    distance_j = jnp.linalg.norm(images_j - vlm.goal, axis=-1)
-    rewards = vlm_reward(projection_params, jnp.concatenate([images_i, images_j]), vlm, args)
-    reward_i, reward_j = jnp.split(rewards, 2)
-    # Either member of a pair may be the nearer one: the expectation is over ordered pairs.
-    sign = jnp.sign(distance_j - distance_i)  # 1: i is the better; -1: their roles change
-    mask = jnp.abs(distance_i - distance_j) > args.l2_margin
-    loss = ranking_loss(sign * reward_i, sign * reward_j, args.reward_margin, mask)
-    return loss, {"neg_neg_loss": loss, "neg_neg_pairs": mask.mean()}
+    """Eq. 5: of two failures, the one nearer to the goal image by the margin is the better.
+
+    All pairs of the images [batch, D] are ranked, as in the authors' code.
+    """
+    reward = vlm_reward(projection_params, images, vlm, args)  # [batch]
+    distance = jnp.linalg.norm(images - vlm.goal, axis=-1)  # [batch]
+    nearer = distance[:, None] < distance - args.l2_margin  # [batch, batch]: row than column
+    loss = ranking_loss(reward[:, None], reward, args.reward_margin, nearer)
+    # Of a pair in both orders, one can be in the mask.
+    return loss, {"neg_neg_loss": loss, "neg_neg_pairs": 2 * nearer.mean()}
 
 
 def positives_loss(
-    projection_params: dict, positives: jax.Array, earlier: jax.Array, earlier_exists: jax.Array,
-    negatives: jax.Array, negatives_exist: jax.Array, vlm: VLMInputs, args: Args,
+    projection_params: dict, positives: jax.Array, old_enough: jax.Array, earlier: jax.Array,
+    earlier_exists: jax.Array, negatives: jax.Array, negatives_exist: jax.Array, vlm: VLMInputs,
+    args: Args,
 ) -> tuple[jax.Array, dict]:
-    """Eq. 4: successes above failures, later above earlier in one success; images [batch, D]."""
+    """Eq. 4: successes above failures, later above earlier in one success; images [batch, D].
+
+    Positives from an episode's first k steps are not `old_enough` and take no part.
+    """
     images = jnp.concatenate([positives, earlier, negatives])
     positive, lagged, negative = jnp.split(vlm_reward(projection_params, images, vlm, args), 3)
-    all_or_none = jnp.full(positive.shape, negatives_exist)
-    pos_neg = ranking_loss(positive, negative, args.reward_margin, all_or_none)
+    pos_neg = ranking_loss(positive, negative, args.reward_margin, old_enough & negatives_exist)
     pos_pos = ranking_loss(positive, lagged, args.reward_margin, earlier_exists)
     return pos_neg + pos_pos, {"pos_neg_loss": pos_neg, "pos_pos_loss": pos_pos}
 
@@ -328,11 +359,12 @@ def descend(loss_fn, params, opt_state, args: Args):
     return optax.apply_updates(params, updates), opt_state, metrics
 
 
-@partial(jax.jit, static_argnames="args")  # eagerly it takes twice as long
-def init_agent(key: jax.Array, args: Args) -> AgentState:
-    actor, critic = networks(args)
+@partial(jax.jit, static_argnames=("sizes", "args"))  # eagerly it takes twice as long
+def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
+    actor = Actor(sizes.action, args.hidden_features)
+    critic = CriticPair(args.hidden_features)
     actor_key, critic_key = jax.random.split(key)
-    obs, action = jnp.zeros((1, OBS_DIM)), jnp.zeros((1, ACTION_DIM))
+    obs, action = jnp.zeros((1, sizes.obs)), jnp.zeros((1, sizes.action))
     params = {
         "actor": actor.init(actor_key, obs),
         "critic": critic.init(critic_key, obs, action),
@@ -340,7 +372,8 @@ def init_agent(key: jax.Array, args: Args) -> AgentState:
         "log_alpha": jnp.log(jnp.float32(args.init_temperature)),
     }
     target_critic = jax.tree.map(jnp.copy, params["critic"])
-    return AgentState(params, target_critic, optax.adam(args.learning_rate).init(params))
+    opt = optax.adam(args.learning_rate).init(params)
+    return AgentState(params, target_critic, opt, actor, critic)
 
 
 def update_agent(
@@ -351,23 +384,25 @@ def update_agent(
         lambda p: sac_loss(p, agent, batch, reward, key, args), agent.params, agent.opt, args
     )
     target = optax.incremental_update(params["critic"], agent.target_critic, args.tau)
-    return AgentState(params, target, opt), metrics
+    return agent.replace(params=params, target_critic=target, opt=opt), metrics
 
 
-def init_state(key: jax.Array, embed_dim: int, args: Args) -> FuRLState:
+def init_state(key: jax.Array, sizes: Sizes, args: Args) -> FuRLState:
     furl_key, relay_key, projection_key = jax.random.split(key, 3)
-    text, images = jnp.zeros(embed_dim), jnp.zeros((1, embed_dim))
+    text, images = jnp.zeros(sizes.embedding), jnp.zeros((1, sizes.embedding))
     projection = Projection(args.projection_features).init(projection_key, text, images)
     opt = optax.adam(args.learning_rate).init(projection)
-    return FuRLState(init_agent(furl_key, args), init_agent(relay_key, args), projection, opt)
+    furl, relay = (init_agent(agent_key, sizes, args) for agent_key in (furl_key, relay_key))
+    return FuRLState(furl, relay, projection, opt)
 
 
-def init_buffers(embed_dim: int, args: Args) -> Buffers:
+def init_buffers(sizes: Sizes, args: Args) -> Buffers:
     scalar, number = np.zeros((), np.float32), np.zeros((), np.int32)
-    obs, action = np.zeros(OBS_DIM, np.float32), np.zeros(ACTION_DIM, np.float32)
-    embedding = np.zeros(embed_dim, np.float16)
+    obs, action = np.zeros(sizes.obs, np.float32), np.zeros(sizes.action, np.float32)
+    # Embeddings of a network with random weights differ by less than float16 can tell.
+    embedding = np.zeros(sizes.embedding, np.float16 if args.pretrained else np.float32)
     transition = Transition(obs, action, obs, scalar, scalar, embedding)
-    frame = Frame(embedding, trajectory=number, time=number)
+    frame = Frame(embedding, number, number, np.zeros((), bool))
     return Buffers(
         replay.init_ring(transition, args.buffer_size),
         replay.init_ring(frame, args.embedding_buffer_size),
@@ -379,26 +414,23 @@ def update_projection(
     state: FuRLState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, args: Args, phase: Phase
 ) -> tuple[FuRLState, dict]:
     """One step of the alignment that belongs to the phase: Eq. 5 or Eq. 4."""
-    first_key, second_key = jax.random.split(key)
+    negatives_key, positives_key = jax.random.split(key)
 
     def images(ring: Ring, slots: jax.Array) -> jax.Array:
         return ring.data.embedding[slots].astype(jnp.float32)  # [batch, D]
 
-    def sample(ring: Ring, sample_key: jax.Array) -> jax.Array:
-        return replay.sample_slots(ring, sample_key, args.batch_size)
-
-    negatives = images(buffers.negatives, sample(buffers.negatives, first_key))
+    slots = replay.sample_slots(buffers.negatives, negatives_key, args.batch_size)
+    negatives = images(buffers.negatives, slots)
     if phase.alignment == "goal-image":
-        others = images(buffers.negatives, sample(buffers.negatives, second_key))
-        loss_fn = partial(negatives_loss, images_i=negatives, images_j=others, vlm=vlm, args=args)
+        loss_fn = partial(negatives_loss, images=negatives, vlm=vlm, args=args)
     else:
-        slots = sample(buffers.positives, second_key)
+        slots = replay.sample_slots(buffers.positives, positives_key, args.batch_size)
         earlier_slots, earlier_exists = replay.lagged_slots(buffers.positives, slots, args.lag)
-        positives = images(buffers.positives, slots)
         loss_fn = partial(
-            positives_loss, positives=positives, earlier=images(buffers.positives, earlier_slots),
-            earlier_exists=earlier_exists, negatives=negatives,
-            negatives_exist=buffers.negatives.size > 0, vlm=vlm, args=args,
+            positives_loss, positives=images(buffers.positives, slots),
+            old_enough=buffers.positives.data.time[slots] >= args.lag,
+            earlier=images(buffers.positives, earlier_slots), earlier_exists=earlier_exists,
+            negatives=negatives, negatives_exist=buffers.negatives.size > 0, vlm=vlm, args=args,
         )
     projection, opt, metrics = descend(loss_fn, state.projection, state.projection_opt, args)
     return state._replace(projection=projection, projection_opt=opt), metrics
@@ -422,8 +454,7 @@ def update_once(
     if phase.relaying:
         relay, relay_metrics = update_agent(state.relay, batch, task_reward, relay_key, args)
     metrics = (
-        {f"losses/{name}": value for name, value in metrics.items()}
-        | {f"losses/furl_{name}": value for name, value in furl_metrics.items()}
+        {f"losses/{name}": value for name, value in (metrics | furl_metrics).items()}
         | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
         | {"reward/vlm_mean": fuzzy.mean(), "reward/vlm_std": fuzzy.std()}
         | {"reward/sparse_mean": batch.sparse_reward.mean()}
@@ -433,16 +464,16 @@ def update_once(
 
 @partial(jax.jit, static_argnames=("args", "phase"), donate_argnames="state")
 def update(
-    state: FuRLState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, args: Args, phase: Phase
-) -> tuple[FuRLState, jax.Array, dict]:
-    """All updates of an iteration in one dispatch: the next key, and the means of the metrics."""
-    key, scan_key = jax.random.split(key)
+    state: FuRLState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, env_steps: int,
+    args: Args, phase: Phase,
+) -> tuple[FuRLState, dict]:
+    """All updates of an iteration in one dispatch; the means of their metrics."""
     state, metrics = jax.lax.scan(
         lambda carry, update_key: update_once(carry, buffers, vlm, update_key, args, phase),
         state,
-        jax.random.split(scan_key, args.updates_per_iteration),
+        jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration),
     )
-    return state, key, jax.tree.map(jnp.mean, metrics)
+    return state, jax.tree.map(jnp.mean, metrics)
 
 
 # ------------------------------------------------------------------------------ relay
@@ -453,9 +484,12 @@ class RelaySchedule(NamedTuple):
     relay_first: np.ndarray  # [num_envs] bool
 
 
-def draw_schedule(rng: np.random.Generator, num_envs: int, args: Args) -> RelaySchedule:
-    """Each environment's own T_i and first agent, drawn when its episode starts."""
-    return RelaySchedule(rng.choice(args.relay_periods, num_envs), rng.random(num_envs) < 0.5)
+def draw_schedule(episode: int, args: Args) -> RelaySchedule:
+    """Each environment's own T_i and first agent in its episode number `episode`."""
+    rng = np.random.default_rng((args.seed, RELAY_STREAM, episode))
+    return RelaySchedule(
+        rng.choice(args.relay_periods, args.num_envs), rng.random(args.num_envs) < 0.5
+    )
 
 
 def relay_acts(schedule: RelaySchedule, episode_time: int) -> np.ndarray:
@@ -463,36 +497,48 @@ def relay_acts(schedule: RelaySchedule, episode_time: int) -> np.ndarray:
     return ((episode_time // schedule.period) % 2 == 0) == schedule.relay_first
 
 
-def choose_phase(num_positives: int, num_negatives: int, args: Args) -> Phase:
-    """Algorithm 1's branches, from the samples collected so far."""
+def choose_phase(buffers: Buffers, args: Args) -> Phase:
+    """Algorithm 1's branches, from the samples collected so far; waits for the device."""
+    positives = buffers.positives
     alignment = "none"
-    if args.align and args.stage2 and num_positives > 0:
+    if args.align and args.stage2 and (positives.data.time >= args.lag).any():
         alignment = "success"
-    elif args.uses_goal_image and num_negatives > 0:
+    elif args.uses_goal_image and buffers.negatives.total > 0:
         alignment = "goal-image"
-    return Phase(args.relay and num_positives < args.relay_until, alignment)
+    return Phase(args.relay and int(positives.total) < args.relay_until, alignment)
 
 
 @partial(jax.jit, static_argnames=("args", "relaying"))
 def act(
-    furl_actor: dict, relay_actor: dict, obs: jax.Array, use_relay: jax.Array, key: jax.Array,
+    state: FuRLState, obs: jax.Array, use_relay: jax.Array, key: jax.Array, env_steps: int,
     args: Args, relaying: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Both agents sample for all obs [n, obs_dim], a mask [n] selects; returns the next key too."""
-    key, act_key = jax.random.split(key)
-    furl_key, relay_key = jax.random.split(act_key)
-    furl_action, _ = sample_action(furl_actor, obs, furl_key, args)
+) -> jax.Array:
+    """Both agents sample for all obs [n, obs_dim], a mask [n] selects: [n, action_dim]."""
+    furl_key, relay_key, noise_key = jax.random.split(jax.random.fold_in(key, env_steps), 3)
+    furl_action, _ = sample_action(state.furl.actor, state.furl.params["actor"], obs, furl_key)
     if not relaying:
-        return furl_action, key
-    relay_action, _ = sample_action(relay_actor, obs, relay_key, args)
-    return jnp.where(use_relay[:, None], relay_action, furl_action), key
+        return furl_action
+    relay_action, _ = sample_action(state.relay.actor, state.relay.params["actor"], obs, relay_key)
+    noise = args.relay_noise * jax.random.normal(noise_key, relay_action.shape)
+    relay_action = jnp.clip(relay_action + noise, -1, 1)
+    return jnp.where(use_relay[:, None], relay_action, furl_action)
 
 
-@partial(jax.jit, static_argnames="args")
-def act_mean(actor_params: dict, obs: jax.Array, *, args: Args) -> jax.Array:
-    """Evaluation: tanh of the mean, [n, action_dim]."""
-    mean, _ = networks(args)[0].apply(actor_params, obs)
+# --------------------------------------------- what evaluation and tools use of a script
+
+
+@jax.jit
+def policy(state: FuRLState, obs: jax.Array) -> jax.Array:
+    """The evaluated agent's mean action for obs [n, obs_dim]: [n, action_dim]."""
+    mean, _ = state.furl.actor.apply(state.furl.params["actor"], obs)
     return jnp.tanh(mean)
+
+
+def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
+    """The VLM reward that was learned, before its weight rho: embeddings [n, D] -> [n]."""
+    text = jnp.asarray(vlm.embed_text([prompt_for(args.env_id, args.prompt)])[0])
+    inputs = VLMInputs(text, goal=jnp.zeros_like(text))  # which only Eq. 5 looks at
+    return jax.jit(partial(vlm_reward, state.projection, vlm=inputs, args=args))
 
 
 # ------------------------------------------------------------------------------- main
@@ -501,121 +547,94 @@ def act_mean(actor_params: dict, obs: jax.Array, *, args: Args) -> jax.Array:
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = check_args(args)
+    check_episodes_fit(args, MAX_EPISODE_STEPS)
     prompt = prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
+    view = view_for(vlm)
     drawing = {"camera_id": args.camera_id, "quality": args.quality}
     text = vlm.embed_text([prompt])[0]
     goal = np.zeros_like(text)
     if args.uses_goal_image:
         picture = goal_image(
-            args.env_id, seed=args.seed, goal=args.goal, size=vlm.frame_size, **drawing
+            args.env_id, seed=args.seed, goal=args.goal, size=view.size, **drawing
         )
-        goal = vlm.embed_images(picture[None])[0]
+        goal = vlm.embed_images(view.crop(picture[None]))[0]
     vlm_inputs = VLMInputs(jnp.asarray(text), jnp.asarray(goal))
     envs = VecMetaWorld(
-        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, frame_size=vlm.frame_size,
-        max_episode_steps=MAX_EPISODE_STEPS, **drawing,
+        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, frame_size=view.size, **drawing
     )
     evaluate = Evaluator(
         args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
-        quality=args.quality, capture_video=args.capture_video,
+        capture_video=args.capture_video, **drawing,
     )
-
-    # Everything that changes during the run: checkpoints hold all of it.
-    key, init_key = jax.random.split(jax.random.PRNGKey(args.seed))
-    state = init_state(init_key, vlm.embed_dim, args)
-    buffers = init_buffers(vlm.embed_dim, args)
-    rng = np.random.default_rng(args.seed)  # random actions and relay schedules
-    schedule = draw_schedule(rng, args.num_envs, args)
-    obs = envs.reset()[0]
-    last_success = np.full(args.num_envs, -1)  # its time in the running episodes; -1: none
-    waiting = None  # the last step, until its frames are embedded
-    counts = {"updates": 0, "positives": 0, "negatives": 0}
-    env_steps = 0
-
+    sizes = Sizes(envs.obs_dim, envs.action_dim, vlm.embed_dim)
+    init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
+    state, buffers = init_state(init_key, sizes, args), init_buffers(sizes, args)
     run = start_run(
-        args, SCRIPT, buffers._asdict(), engine=envs.engine, prompt=prompt, vlm_id=vlm.id,
-        gl=gl_info(),
+        args, buffers, sizes=sizes, evaluation=evaluate.settings, engine=envs.engine,
+        prompt=prompt, vlm_id=vlm.id, view=view._asdict(), gl=gl_info(),
     )
-    if args.resume:
-        (state, key), rings, host = run.load((state, key), buffers._asdict())
-        buffers, obs = Buffers(**rings), envs.set_state(host["envs"])
-        rng.bit_generator.state = host["rng"]
-        env_steps, counts, last_success, waiting, schedule = host["loop"]
-        schedule = RelaySchedule(*schedule)
-    # Committed to the device, as embeddings are: else all compiles again after the first step.
-    state, key, buffers = jax.device_put((state, key, buffers), jax.devices()[0])
+    envs.reset()
+    env_steps, state, buffers, obs = run.begin(state, buffers, envs)
 
-    def save() -> None:
-        loop = env_steps, counts, last_success, waiting, schedule
-        run.save(env_steps, (state, key), buffers._asdict(), {
-            "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
-        })
+    def store(buffers: Buffers, transition: Transition, frames: np.ndarray) -> Buffers:
+        transition = transition._replace(embedding=vlm.embed_images(view.crop(frames)))
+        return buffers._replace(transitions=replay.add_rows(buffers.transitions, transition))
 
-    if not args.resume:
-        save()  # so that a run that dies early can be resumed too
+    phase = choose_phase(buffers, args)
+    newest = None  # the last step, until its frames are embedded and it is stored
     metrics: dict[str, jax.Array] = {}
     while env_steps < args.total_timesteps:
         # Act, and let the environments step and draw ...
-        episode_time = env_steps // args.num_envs % MAX_EPISODE_STEPS
-        phase = choose_phase(counts["positives"], counts["negatives"], args)
+        episode, time = divmod(env_steps // args.num_envs, envs.episode_length)
         if env_steps < args.learning_starts:
-            action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
+            rng = np.random.default_rng((args.seed, ACTION_STREAM, env_steps))
+            action = rng.uniform(-1, 1, (args.num_envs, sizes.action)).astype(np.float32)
         else:
-            action, key = act(
-                state.furl.params["actor"], state.relay.params["actor"], obs,
-                relay_acts(schedule, episode_time), key, args, phase.relaying,
+            use_relay = relay_acts(draw_schedule(episode, args), time)
+            action = np.asarray(  # waits for the updates before
+                act(state, obs, use_relay, act_key, env_steps, args, phase.relaying)
             )
-            action = np.asarray(action)  # waits for the updates before
             run.check_finite(env_steps, action, metrics)
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
-        if waiting is not None:
-            embedding = vlm.embed_images(waiting["frames"])
-            transition = Transition(embedding=embedding, **waiting["transition"])
-            buffers = buffers._replace(transitions=replay.add_rows(buffers.transitions, transition))
-            if episode_time == 0:  # that step was the last of all episodes
-                positives, negatives = last_success + 1, MAX_EPISODE_STEPS * (last_success < 0)
-                for kind, lengths in (("positives", positives), ("negatives", negatives)):
-                    ring = replay.add_episodes(
-                        getattr(buffers, kind), buffers.transitions, lengths, MAX_EPISODE_STEPS
-                    )
-                    buffers = buffers._replace(**{kind: ring})
-                    counts[kind] += int(lengths.sum())
-                last_success = np.full(args.num_envs, -1)
-            if env_steps >= args.learning_starts:
-                state, key, metrics = update(state, buffers, vlm_inputs, key, args, phase)
-                counts["updates"] += args.updates_per_iteration
+        if newest is not None:
+            buffers = store(buffers, *newest)
+        if time == 0 and episode > 0:  # all episodes end together
+            positives, negatives = replay.sort_episodes(
+                buffers.positives, buffers.negatives, buffers.transitions, args.num_envs,
+                envs.episode_length,
+            )
+            buffers = buffers._replace(positives=positives, negatives=negatives)
+            phase = choose_phase(buffers, args)
+        if env_steps >= max(args.learning_starts, 1):
+            state, metrics = update(
+                state, buffers, vlm_inputs, update_key, env_steps, args, phase
+            )
 
         step = envs.step_wait()
         env_steps += args.num_envs
-        last_success = np.where(step.success, episode_time, last_success)
-        waiting = {
-            "transition": {
-                "obs": obs, "action": action, "next_obs": step.final_obs,
-                "sparse_reward": step.sparse_reward,
-                "terminated": step.terminated.astype(np.float32),
-            },
-            "frames": step.frames,
-        }
-        obs = step.obs
-        if step.truncated.all():  # time alone ends episodes: all end together
-            schedule = draw_schedule(rng, args.num_envs, args)
+        terminated = step.terminated.astype(np.float32)
+        transition = Transition(obs, action, step.final_obs, step.sparse_reward, terminated)
+        newest, obs = (transition, step.frames), step.obs
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)
         if run.is_due(args.eval_every, env_steps):
-            policy = partial(act_mean, state.furl.params["actor"], args=args)
-            run.log_evaluation(env_steps, evaluate(policy, run.video_path(env_steps)))
+            run.log_evaluation(
+                env_steps, evaluate(partial(policy, state), run.video_path(env_steps))
+            )
         if run.is_due(args.log_every, env_steps):
-            stage = "relay" if phase.relaying else "aligned"
-            run.log_training(env_steps, stage if counts["updates"] else "random", {
+            run.log_training(env_steps, phase.name if metrics else "random", {
                 **metrics, "charts/relaying": phase.relaying,
-                **{f"charts/num_{name}": count for name, count in counts.items()},
+                "charts/num_updates": state.furl.opt[0].count,
+                "charts/num_positives": buffers.positives.total,
+                "charts/num_negatives": buffers.negatives.total,
             })
         if run.must_save(env_steps):
-            save()
+            buffers, newest = store(buffers, *newest), None
+            run.save(env_steps, state, buffers, envs)
 
     for thing in (run, evaluate, envs):
         thing.close()

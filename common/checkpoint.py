@@ -28,7 +28,7 @@ from common.errors import UserError
 from common.replay import Ring, read_rows
 
 KEEP = 2  # checkpoints kept: the newest, and the one before in case the newest is damaged
-FORMAT = 2  # raised when what the scripts save changes: they would misread an older one
+FORMAT = 3  # raised when what the scripts save changes: they would misread an older one
 
 
 class CheckpointError(RuntimeError):
@@ -107,6 +107,9 @@ def load_newest(
         OSError: the disk cannot be read; nothing is removed.
     """
     root = run_dir / "checkpoints"
+    if _folders(root) and not (root / "rings").exists():
+        raise UserError(f"{run_dir} cannot be continued: its replay was deleted when it finished "
+                        "(--drop-replay); it can still be evaluated")
     loaded, passed_over = _newest_whole(
         run_dir, _folders(root), lambda folder: _load(root, folder, tree, rings), say
     )
@@ -114,6 +117,17 @@ def load_newest(
     for folder in passed_over:
         shutil.rmtree(folder, ignore_errors=True)
     return loaded
+
+
+def drop_replay(run_dir: Path) -> None:
+    """Delete the rings of a finished run, and the checkpoints that are not its newest.
+
+    What is left can be evaluated, but not continued.
+    """
+    root = run_dir / "checkpoints"
+    for folder in _folders(root)[1:]:
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(root / "rings", ignore_errors=True)
 
 
 def read_newest(

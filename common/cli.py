@@ -1,28 +1,47 @@
-"""The command line that all scripts share: flags from a dataclass, and --resume."""
+"""The command line that all scripts share: flags from a dataclass, their ranges, and --resume.
+
+A script writes the range of a flag as its type, for example `rho: NotNegativeFloat = 0.05`. Flags
+of plain types (`int`, `float`, `str`, `bool`, tuples of them) may have any value.
+"""
 
 import dataclasses
 import errno
+import inspect
 import math
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
+from annotated_types import Ge, Gt, Le, MinLen
 
+from common.cache import keep_compiled_programs
 from common.cores import share_cores
-from common.envs import MAX_EPISODE_STEPS, WorkerError
+from common.envs import WorkerError
 from common.errors import UserError
-from common.logger import read_config
+from common.logger import check_run_dir, read_config
+from common.rendering import CAMERAS
 from common.tasks import resolve_env_id
 
 ArgsT = TypeVar("ArgsT")
 
+PositiveInt = Annotated[int, Ge(1)]
+NotNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NotNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Gt(0), Le(1)]
+Share = Annotated[float, Ge(0), Le(1)]
+PositiveInts = Annotated[tuple[PositiveInt, ...], MinLen(1)]
+
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE = {"resume", "total_timesteps", "eval_every", "checkpoint_every", "log_every", "track",
-              "wandb_project", "capture_video"}
-MAY_BE_ZERO = {"seed", "eval_episodes", "checkpoint_every", "camera_id", "learning_starts", "rho",
-               "reward_margin", "l2_margin", "relay_until", "alpha"}
+              "wandb_project", "capture_video", "drop_replay"}
+# The smallest values of the flags that shared code reads, whatever script they belong to.
+LEAST = {"seed": 0, "total_timesteps": 1, "eval_every": 1, "eval_episodes": 0, "log_every": 1,
+         "checkpoint_every": 0, "num_envs": 1, "action_repeat": 1, "camera_id": 0,
+         "buffer_size": 1, "learning_starts": 0}
 LARGEST = 2**31 - 1  # counters on the device are int32
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
@@ -39,71 +58,140 @@ def parse_args(args_type: type[ArgsT], argv: list[str]) -> ArgsT:
     folder = resumed_folder(argv)
     if folder is None:
         return tyro.cli(args_type, args=argv)
-    default = stored_args(read_config(Path(folder))["args"], args_type, f"--resume {folder}")
+    config = read_config(Path(folder))
+    ours = script_name(args_type)
+    if config.get("script") != ours:
+        raise UserError(f"--resume {folder}: that run is {config.get('script')}.py's, this is "
+                        f"{ours}.py")
+    default = stored_args(config["args"], args_type, f"--resume {folder}")
     names = {f.name for f in dataclasses.fields(args_type)}
     args = tyro.cli(args_type, args=argv, default=default)
     args = dataclasses.replace(args, env_id=resolve_env_id(args.env_id))
     for name in sorted(names - MAY_CHANGE):
         if getattr(args, name) != getattr(default, name):
-            raise UserError(f"--{name.replace('_', '-')} cannot change in a resumed run: it is "
+            raise UserError(f"{flag_of(name)} cannot change in a resumed run: it is "
                             f"{getattr(default, name)}, not {getattr(args, name)}")
     return args
+
+
+def source_file(args_type: type) -> Path | None:
+    """The script that defines `args_type`; None where there is no file, as in a notebook."""
+    try:
+        return Path(inspect.getfile(args_type)).resolve()
+    except (TypeError, OSError):
+        return None
+
+
+def script_name(args_type: type) -> str:
+    """The name of the script that defines `args_type`, which is that of its file."""
+    source = source_file(args_type)
+    return source.stem if source else "interactive"
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def stored_args(stored: dict[str, Any], args_type: type[ArgsT], name: str) -> ArgsT:
     """The arguments in a run's config.json as the script's dataclass.
 
-    Raises:
-        UserError: they are not this script's or version's; `name` is what it calls the run.
+    Flags that the stored run lacks take their defaults, flags that are gone are left out; one line
+    names each kind. `name` is what it calls the run.
     """
-    names = {f.name for f in dataclasses.fields(args_type)}
-    if set(stored) != names:
-        odd = sorted(set(stored) ^ names)[0]
-        raise UserError(f"{name}: that run is another script's or version's (its arguments differ "
-                        f"in {odd})")
-    return args_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    fields = {f.name: f for f in dataclasses.fields(args_type)}
+    new, gone = ([n for n in one if n not in other] for one, other in
+                 ((fields, stored), (stored, fields)))
+    if new:
+        print(f"note: {name} was made before these flags, which take their defaults: "
+              + ", ".join(map(flag_of, new)))
+    if gone:
+        print(f"note: {name} has flags that are gone and ignored: "
+              + ", ".join(f"{flag_of(n)} {stored[n]}" for n in gone))
+    return args_type(**{n: tuple(v) if isinstance(v, list) else v
+                        for n, v in stored.items() if n in fields})
 
 
 def check_args(args: ArgsT) -> ArgsT:
-    """`args` with the task's full name.
+    """`args` with the task's full name and as many steps as whole iterations take.
+
+    Checks what shared code needs, and the ranges that the script gives its flags as their types.
 
     Raises:
         UserError: names the first flag whose value cannot work, and what can.
     """
+    types = typing.get_type_hints(type(args), include_extras=True)
     for field in dataclasses.fields(args):
-        value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
-        if isinstance(value, tuple) and (not value or min(value) < 1 or max(value) > LARGEST):
-            raise UserError(f"{flag} must be whole numbers from 1 to {LARGEST}, not {value}")
-        if isinstance(value, int) and value > LARGEST:
-            raise UserError(f"{flag} must be at most {LARGEST}, not {value}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if not math.isfinite(value) or value < 0:
-            raise UserError(f"{flag} must be a finite number, not negative, but is {value}")
-        if value == 0 and field.name not in MAY_BE_ZERO:
-            raise UserError(f"{flag} must be positive, not {value}")
-        if value > 1 and field.name in {"gamma", "tau", "alpha"}:
-            raise UserError(f"{flag} must be at most 1, not {value}")
+        value = getattr(args, field.name)
+        check_range(value, types[field.name], flag_of(field.name))
+        if field.name in LEAST:
+            check_range(value, Annotated[int, Ge(LEAST[field.name])], flag_of(field.name))
+    if getattr(args, "camera_id", 0) >= len(CAMERAS):
+        listed = ", ".join(f"{i} ({name})" for i, name in enumerate(CAMERAS))
+        raise UserError(f"unknown camera {args.camera_id}; this task has {listed}")
+    args = dataclasses.replace(args, env_id=resolve_env_id(args.env_id))
     updates = args.utd * args.num_envs
     if not 1 <= updates <= LARGEST or abs(updates - round(updates)) > 1e-6:
         raise UserError(f"--utd {args.utd:g} x --num-envs {args.num_envs} gives {updates:g} "
                         f"updates per iteration: it must be a whole number from 1 to {LARGEST}")
-    if args.total_timesteps % steps_per_iteration(args):
-        raise UserError(f"--total-timesteps {args.total_timesteps} is no multiple of the "
-                        f"{steps_per_iteration(args)} steps of an iteration (--num-envs"
-                        f"{' x --action-repeat' if hasattr(args, 'action_repeat') else ''})")
-    least, why = args.num_envs, "one step"
-    if hasattr(args, "embedding_buffer_size"):
-        # An episode is copied from one ring to the other at once: both must hold it.
-        if args.embedding_buffer_size < MAX_EPISODE_STEPS:
-            raise UserError("--embedding-buffer-size must be an episode's length, "
-                            f"{MAX_EPISODE_STEPS}, or more")
-        least *= MAX_EPISODE_STEPS // getattr(args, "action_repeat", 1)
-        why = "an episode"
+    if args.buffer_size < args.num_envs:
+        raise UserError(f"--buffer-size must hold a step of each of {args.num_envs} environments, "
+                        f"{args.num_envs} transitions or more, not {args.buffer_size}")
+    if not args.resume:
+        check_run_dir(args.run_dir)
+    iteration = steps_per_iteration(args)
+    whole = -(-args.total_timesteps // iteration) * iteration
+    if whole > LARGEST:
+        raise UserError(f"--total-timesteps must be at most {LARGEST}, not {whole}")
+    if whole != args.total_timesteps:
+        print(f"note: --total-timesteps {args.total_timesteps} becomes {whole}, whole iterations "
+              f"of {iteration} steps")
+    return dataclasses.replace(args, total_timesteps=whole)
+
+
+def check_range(value: Any, kind: Any, flag: str) -> None:
+    """Raises:
+        UserError: `value` is outside the range that the type `kind` of `flag` gives.
+    """
+    if typing.get_origin(kind) is not Annotated:
+        return
+    inner, *limits = typing.get_args(kind)
+    if isinstance(value, tuple):
+        if not value:
+            raise UserError(f"{flag} must not be empty")
+        for element in value:
+            check_range(element, typing.get_args(inner)[0], flag)
+        return
+    for limit in limits:
+        match limit:
+            case Ge(ge=least) if not value >= least:
+                raise UserError(f"{flag} must be {least} or more, not {value}")
+            case Gt(gt=bound) if not value > bound:
+                raise UserError(f"{flag} must be above {bound}, not {value}")
+            case Le(le=most) if not value <= most:
+                raise UserError(f"{flag} must be at most {most}, not {value}")
+    if isinstance(value, int) and value > LARGEST:
+        raise UserError(f"{flag} must be at most {LARGEST}, not {value}")
+    if not math.isfinite(value):
+        raise UserError(f"{flag} must be a finite number, not {value}")
+
+
+def check_episodes_fit(args: Any, episode_length: int) -> None:
+    """For scripts that sort whole episodes into embedding buffers (`replay.sort_episodes`).
+
+    Args:
+        args: with `buffer_size`, `embedding_buffer_size` and `num_envs`.
+        episode_length: actions in an episode.
+
+    Raises:
+        UserError: a buffer is too small for that.
+    """
+    if args.embedding_buffer_size < episode_length:
+        raise UserError(f"--embedding-buffer-size must hold an episode, {episode_length} frames or "
+                        f"more, not {args.embedding_buffer_size}")
+    least = args.num_envs * episode_length
     if args.buffer_size < least:
-        raise UserError(f"--buffer-size must hold {why} of each of {args.num_envs} environments, "
-                        f"{least} transitions or more, not {args.buffer_size}")
-    return dataclasses.replace(args, env_id=resolve_env_id(args.env_id))
+        raise UserError(f"--buffer-size must hold an episode of each of {args.num_envs} "
+                        f"environments, {least} transitions or more, not {args.buffer_size}")
 
 
 def steps_per_iteration(args: Any) -> int:
@@ -131,6 +219,7 @@ def run_script(main: Callable[[ArgsT], object], args_type: type[ArgsT]) -> None:
     status = 2
     try:
         share_cores()
+        keep_compiled_programs()
         main(parse_args(args_type, sys.argv[1:]))
     except UserError as error:
         message = str(error)

@@ -10,7 +10,7 @@ from importlib import metadata
 import numpy as np
 
 from common.cores import num_cores
-from common.envs import MAX_EPISODE_STEPS, Step
+from common.envs import ACTION_DIM, MAX_EPISODE_STEPS, OBS_DIM, Step
 from common.errors import UserError
 from common.tasks import resolve_env_id
 
@@ -34,9 +34,15 @@ class EnvPoolMetaWorld:
         max_episode_steps: 1 to 500.
         num_workers: threads; default: one per core, at most N.
 
+    Attributes:
+        obs_dim, action_dim, episode_length, engine: as those of `VecMetaWorld`.
+
     Raises:
         UserError: a fixed goal is asked for, or EnvPool is missing.
     """
+
+    obs_dim, action_dim = OBS_DIM, ACTION_DIM
+    resumes_episodes = False
 
     def __init__(
         self,
@@ -64,7 +70,8 @@ class EnvPoolMetaWorld:
         )
         version = metadata.version("envpool")
         self.engine = f"envpool {version}, mujoco {BUNDLED_MUJOCO.get(version, 'unknown')}"
-        self._obs = np.zeros((num_envs, 39), np.float32)
+        self.episode_length = max_episode_steps
+        self._obs = np.zeros((num_envs, OBS_DIM), np.float32)
         self._num_resets = 0
 
     def reset(self) -> tuple[np.ndarray, None]:
@@ -73,6 +80,10 @@ class EnvPoolMetaWorld:
         self._num_resets += 1
         self._obs = obs.astype(np.float32)
         return self._obs.copy(), None
+
+    def observations(self) -> np.ndarray:
+        """The observations to act on, [N, 39] float32."""
+        return self._obs.copy()
 
     def step_async(self, actions: np.ndarray) -> None:
         """Let the threads step; `actions` [N, 4]."""
@@ -101,7 +112,7 @@ class EnvPoolMetaWorld:
         """Begin the episodes after those of `get_state`; the observations to act on, [N, 39]."""
         while self._num_resets <= state["num_resets"]:
             self.reset()
-        return self._obs.copy()
+        return self.observations()
 
     def close(self) -> None:
         self._pool.close()

@@ -183,17 +183,25 @@ class VecMetaWorld:
         camera_id: id or name of the camera.
         quality: `fast` or `paper`.
         num_workers: processes; default: one per core, at most N.
-        max_episode_steps: 1 to 500.
+        max_episode_steps: 1 to 500, physics steps.
         action_repeat: physics steps per call of `step`, all with the same action; only the last
             state is drawn and observed, and success at any of them counts.
         draw_resets: also draw the first state of new episodes.
         show_goal: put the goal into the observation whatever `goal` says (scripted experts need
             it).
 
+    Attributes:
+        obs_dim, action_dim: numbers in an observation and in an action.
+        episode_length: actions in an episode.
+        engine: the simulator and its version.
+
     Raises:
         UserError: an argument is not allowed, or frames cannot be drawn here.
         WorkerError: a worker has failed.
     """
+
+    obs_dim, action_dim = OBS_DIM, ACTION_DIM
+    resumes_episodes = True  # `set_state` goes on in the middle of an episode
 
     def __init__(
         self,
@@ -228,6 +236,7 @@ class VecMetaWorld:
                             f"episode, but is {action_repeat}")
         if num_workers is not None and num_workers < 1:
             raise UserError(f"num_workers must be positive, not {num_workers}")
+        self.episode_length = max_episode_steps // action_repeat
         self.action_space = gymnasium.spaces.Box(-1, 1, (num_envs, ACTION_DIM), np.float32)
         self.observation_space = gymnasium.spaces.Box(
             -np.inf, np.inf, (num_envs, OBS_DIM), np.float32
@@ -255,6 +264,10 @@ class VecMetaWorld:
         self._receive()
         frames = self._arrays.get("frames")
         return self._arrays["obs"].copy(), None if frames is None else frames.copy()
+
+    def observations(self) -> np.ndarray:
+        """The observations to act on, [N, 39] float32."""
+        return self._arrays["obs"].copy()
 
     def step_async(self, actions: np.ndarray) -> None:
         """Let the workers step and draw; `actions` [N, 4], clipped to [-1, 1] by Meta-World."""
@@ -292,7 +305,7 @@ class VecMetaWorld:
         """
         self._send("set_state", states)
         self._receive()
-        return self._arrays["obs"].copy()
+        return self.observations()
 
     def close(self) -> None:
         """End the workers."""

@@ -29,6 +29,9 @@ class Evaluator:
         frame_size, camera_id: of those frames.
         action_repeat: physics steps per action.
         num_workers: worker processes; default: chosen from the number of cores.
+
+    Attributes:
+        settings: what a policy must be shown to be evaluated in the same way elsewhere.
     """
 
     def __init__(
@@ -58,6 +61,10 @@ class Evaluator:
             num_workers=num_workers,
         )
         self._start = self.envs.get_state()
+        self.settings = {
+            "frame_stack": frame_stack, "frame_size": frame_size if frame_stack else 0,
+            "camera_id": camera_id, "quality": quality, "action_repeat": action_repeat,
+        }
         self._frame_stack, self._action_repeat = frame_stack, action_repeat
 
     def __call__(

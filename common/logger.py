@@ -7,9 +7,11 @@ import importlib.metadata
 import json
 import math
 import os
+import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +28,30 @@ PACKAGES = ("metaworld", "mujoco", "gymnasium", "jax", "jaxlib", "flax", "optax"
 _LOCKS: dict[Path, TextIO] = {}  # the run folders that this process writes to
 
 
+def check_run_dir(run_dir: str | None) -> None:
+    """Refuse a run folder that cannot be used, before anything is built; nothing is written.
+
+    Raises:
+        UserError: it cannot be written, is in use, or already holds a run.
+    """
+    path = Path(run_dir or "runs")
+    try:
+        if run_dir and (path.resolve() in _LOCKS or holds_run(path)):
+            raise UserError(f"{path} already holds a run: continue it with --resume {path}, or "
+                            "choose another --run-dir")
+        existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        if not existing.is_dir():
+            raise UserError(f"{path} is not a free folder: choose another --run-dir")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the run folder {path}: {reason}; choose another "
+                        "--run-dir") from error
+
+
 def create_run_dir(run_dir: str | None, env_id: str, script: str, seed: int) -> Path:
     """Make and lock the run folder: `runs/<env>__<script>__<seed>__<time>` by default.
 
@@ -34,12 +60,10 @@ def create_run_dir(run_dir: str | None, env_id: str, script: str, seed: int) -> 
     Raises:
         UserError: it cannot be written, is in use, or already holds a run.
     """
+    check_run_dir(run_dir)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = Path(run_dir) if run_dir else Path("runs") / f"{env_id}__{script}__{seed}__{stamp}"
     try:
-        if path.resolve() in _LOCKS or holds_run(path):
-            raise UserError(f"{path} already holds a run: continue it with --resume {path}, or "
-                            "choose another --run-dir")
         path.mkdir(parents=True, exist_ok=True)
         lock_run_dir(path)
         if not (path / "config.json").exists():
@@ -120,6 +144,7 @@ def write_config(run_dir: Path, args: Any, **facts: Any) -> dict[str, Any]:
     config = {
         "args": dataclasses.asdict(args),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "run_id": secrets.token_hex(4),  # of W&B: folders' names are not unique
         "commit": git_commit(),
         "versions": versions(),
         "cpu_count": os.cpu_count(),
@@ -281,7 +306,7 @@ def start_wandb(run_dir: Path, config: dict[str, Any], project: str):
         import wandb
 
         run = wandb.init(
-            project=project, name=run_dir.name, id=run_dir.name[-64:], resume="allow",
+            project=project, name=run_dir.name, id=config["run_id"], resume="allow",
             config=config, dir=str(run_dir),
         )
     except ImportError:

@@ -11,14 +11,18 @@ import copy
 import hashlib
 import os
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import mujoco
 import numpy as np
 
+from common.cache import cache_dir
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.vlm import VLM
 
 QUALITIES = ("fast", "paper")
 CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
@@ -82,6 +86,31 @@ def gl_info() -> dict[str, str | bool]:
               file=sys.stderr)
     return {"vendor": vendor, "renderer": renderer, "software": software,
             "gpu_present": gpu_present()}
+
+
+class View(NamedTuple):
+    """What a VLM sees of Meta-World: pictures of `size` px, of which `margin` px are cut off."""
+
+    size: int  # width and height as drawn, pixels
+    margin: int  # cut off at each side, pixels
+
+    def crop(self, frames: np.ndarray) -> np.ndarray:
+        """[..., size, size, 3] -> [..., size - 2 margin, size - 2 margin, 3]."""
+        kept = slice(self.margin, self.size - self.margin)
+        return frames[..., kept, kept, :]
+
+
+def view_for(vlm: "VLM") -> View:
+    """The view that a VLM is given.
+
+    FuRL's authors draw 256 px and keep rows and columns 32 to 224, which their CLIP resizes to its
+    224 px (fuyw/FuRL, `crop_center`): the same share of the picture here for models of any input
+    size. `mini` was trained on whole pictures and cuts off their border itself.
+    """
+    if vlm.crops_itself:
+        return View(vlm.frame_size, 0)
+    size = 256 * vlm.frame_size // 224
+    return View(size, size // 8)
 
 
 def camera_number(model: mujoco.MjModel, camera: int | str) -> int:
@@ -191,18 +220,6 @@ def _simplify_mesh(model: mujoco.MjModel, mesh: int) -> None:
     model.mesh_facenormal[first_face : first_face + num_new] = new_faces
     model.mesh_facenum[mesh], model.mesh_vertnum[mesh] = num_new, count
     model.mesh_graphadr[mesh] = -1  # its convex hull is not drawn
-
-
-def cache_dir() -> Path:
-    """Where derived data may be kept between runs: $FURL_CACHE_DIR or ~/.cache/furl."""
-    chosen = os.environ.get("FURL_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    home = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return Path(home or Path.home() / ".cache") / "furl"
-    except RuntimeError:  # a user without a home folder, as in some containers
-        return Path(tempfile.gettempdir()) / f"furl-{os.getuid()}"
 
 
 def cached_arrays(kind: str, key: str, compute) -> dict[str, np.ndarray]:

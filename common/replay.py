@@ -50,9 +50,18 @@ class Transition(NamedTuple):
 class Frame(NamedTuple):
     """One frame of a finished trajectory in an embedding buffer; leaves have a leading axis [n]."""
 
-    embedding: jax.Array  # [n, embed_dim] float16
+    embedding: jax.Array  # [n, embed_dim], as in the replay
     trajectory: jax.Array  # [n] int32, a number that no other trajectory of the ring has
-    time: jax.Array  # [n] int32, steps since the trajectory's start; -1 after its first success
+    time: jax.Array  # [n] int32, steps since the trajectory's start
+    before_success: jax.Array  # [n] bool, the trajectory has had no success before this frame
+
+
+class Sizes(NamedTuple):
+    """How many numbers there are in what is stored; from the environments and the VLM."""
+
+    obs: int
+    action: int
+    embedding: int = 0  # 0: there is no VLM
 
 
 def init_ring(example_row: Rows, capacity: int) -> Ring:
@@ -113,8 +122,10 @@ def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax
     """
     earlier = (slots - lag) % ring.capacity
     frames: Frame = ring.data
-    exists = (frames.trajectory[earlier] == frames.trajectory[slots]) & (
-        frames.time[earlier] == frames.time[slots] - lag
+    exists = (
+        (frames.trajectory[earlier] == frames.trajectory[slots])
+        & (frames.time[earlier] == frames.time[slots] - lag)
+        & frames.before_success[slots]
     )
     return earlier, exists & (slots < ring.size)
 
@@ -128,28 +139,44 @@ def read_rows(ring: Ring, start: int, stop: int) -> Rows:
 add_rows = jax.jit(add, donate_argnums=0)
 
 
-def add_episodes(frames: Ring, steps: Ring, lengths: np.ndarray, episode_length: int) -> Ring:
-    """Copy the first frames of finished episodes from the replay to an embedding buffer.
+@partial(jax.jit, static_argnums=(3, 4), donate_argnums=(0, 1))
+def sort_episodes(
+    positives: Ring, negatives: Ring, steps: Ring, num_envs: int, episode_length: int
+) -> tuple[Ring, Ring]:
+    """Copy the frames of the episodes that have just ended from the replay, as FuRL ranks them.
+
+    An episode with a success gives its frames up to its last success as positives, one without
+    gives all of its frames as negatives.
 
     Args:
-        frames: of `Frame`s (donated).
+        positives, negatives: rings of `Frame`s (donated).
         steps: rows with `embedding` and `sparse_reward`, one for each environment and step; the
-            newest are of the episodes' last step, and it must still hold their first.
-        lengths: int [num_envs], frames to copy of each environment's episode; 0: none of it.
-        episode_length: steps of all episodes.
+            newest are of the episodes' last step.
+        num_envs, episode_length: of the episodes, which have all ended in that step.
+
+    Returns:
+        (positives, negatives).
+
+    Raises:
+        ValueError: a ring is too small for whole episodes; `common.cli.check_episodes_fit` says so
+            before a run begins.
     """
-    for env in np.flatnonzero(lengths):
-        frames = _add_episode(frames, steps, env, lengths[env], len(lengths), episode_length)
-    return frames
-
-
-@partial(jax.jit, static_argnums=(4, 5), donate_argnums=0)
-def _add_episode(
-    frames: Ring, steps: Ring, env: jax.Array, length: jax.Array, num_envs: int, episode_length: int
-) -> Ring:
+    least = num_envs * episode_length
+    if steps.capacity < least or min(positives.capacity, negatives.capacity) < episode_length:
+        raise ValueError(f"the rings must hold {least} steps and {episode_length} frames")
     time = jnp.arange(episode_length)
-    first = steps.total - num_envs * episode_length + env  # number of the episode's first row
-    rows = take(steps, (first + num_envs * time) % steps.capacity)
-    successes_before = jnp.cumsum(rows.sparse_reward) - rows.sparse_reward
-    time = jnp.where(successes_before == 0, time, -1)
-    return add(frames, Frame(rows.embedding, jnp.full_like(time, first), time), length)
+
+    def sort(rings: tuple[Ring, Ring], env: jax.Array) -> tuple[tuple[Ring, Ring], None]:
+        first = steps.total - num_envs * episode_length + env  # number of the episode's first row
+        rows = take(steps, (first + num_envs * time) % steps.capacity)
+        success = rows.sparse_reward > 0
+        frames = Frame(
+            rows.embedding, trajectory=jnp.full_like(time, first), time=time,
+            before_success=jnp.cumsum(success) - success == 0,
+        )
+        num_positives = jnp.max(jnp.where(success, time + 1, 0))
+        num_negatives = jnp.where(num_positives == 0, episode_length, 0)
+        return (add(rings[0], frames, num_positives), add(rings[1], frames, num_negatives)), None
+
+    rings, _ = jax.lax.scan(sort, (positives, negatives), jnp.arange(num_envs))
+    return rings

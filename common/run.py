@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from common import checkpoint
-from common.cli import steps_per_iteration
+from common.cli import script_name, source_file, steps_per_iteration
 from common.errors import UserError
 from common.logger import (
     Logger,
@@ -23,6 +24,10 @@ from common.logger import (
     unlock_run_dir,
     write_config,
 )
+from common.replay import Sizes
+
+# Ctrl-C, and what terminals and schedulers send before they kill.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Run:
@@ -39,12 +44,12 @@ class Run:
         self._stopped_at = 0.0
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in STOP_SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                     self._handlers[number] = signal.signal(number, self._stop)
 
     def _stop(self, number: int, _frame: Any) -> None:
-        """Ctrl-C, SIGTERM or SIGHUP: the iteration, or evaluation, is finished and saved first.
+        """One of STOP_SIGNALS: the iteration, or evaluation, is finished and saved first.
 
         What a checkpoint holds is consistent only between two iterations. A second Ctrl-C ends at
         once; not within a second of the first signal, which a process and its group may both get.
@@ -68,20 +73,57 @@ class Run:
             total_timesteps=self.args.total_timesteps, resume_from=resume_from,
         )
 
-    def save(self, env_steps: int, tree: Any, rings: dict, host: dict) -> None:
+    def begin(self, state: Any, buffers: Any, envs: Any) -> tuple[int, Any, Any, np.ndarray]:
+        """Where the run is to go on: at its first step, or with --resume at its newest checkpoint.
+
+        Args:
+            state: the script's networks, freshly initialised.
+            buffers: its rings, a NamedTuple of `Ring`s.
+            envs: its environments; episodes of a new run have been started by the caller.
+
+        Returns:
+            (environment steps done, state, buffers, observations to act on). The arrays are
+            committed to the device, as embeddings are: else all would compile again after the
+            first step.
+        """
+        env_steps, obs = 0, None
+        if self.args.resume:
+            env_steps, state, rings, host = checkpoint.load_newest(
+                self.dir, state, buffers._asdict()
+            )
+            buffers = type(buffers)(**rings)
+            self._succeeded, self._finished = host["run"]["succeeded"], host["run"]["finished"]
+            self.evaluation = host["run"]["evaluation"]
+            obs = envs.set_state(host["envs"])
+            if not envs.resumes_episodes:
+                self._succeeded[:] = False
+            self._logger = self._open_logger(resume_from=env_steps)
+            self._logger.say(f"resumed at {env_steps:,} steps")
+        else:
+            obs = envs.observations()
+            self.save(0, state, buffers, envs)  # so that a run that dies early can be resumed too
+        state, buffers = jax.device_put((state, buffers), jax.devices()[0])
+        return env_steps, state, buffers, obs
+
+    def save(self, env_steps: int, state: Any, buffers: Any, envs: Any) -> None:
         """Write a checkpoint; see `common.checkpoint.save`. A run that was told to stop ends here.
+
+        Args:
+            env_steps: environment steps done; all of them are in `buffers`.
+            state, buffers, envs: as for `begin`.
 
         Raises:
             UserError: a network is not finite; the checkpoint before stays the newest.
             SystemExit: 128 + the signal's number, as shells count it: 130 for Ctrl-C.
         """
-        for path, leaf in jax.tree.leaves_with_path(tree):
+        for path, leaf in jax.tree.leaves_with_path(state):
             if not np.isfinite(leaf).all():
-                name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise self._diverged(name, "not finite", env_steps)
         mine = {"succeeded": self._succeeded, "finished": self._finished,
                 "evaluation": self.evaluation}
-        checkpoint.save(self.dir, env_steps, tree, rings, {"script": host, "run": mine})
+        host = {"envs": envs.get_state(), "run": mine}
+        checkpoint.save(self.dir, env_steps, state, buffers._asdict(), host)
         if self._stopped_by is not None and env_steps < self.args.total_timesteps:
             self.logger.say(f"saved at {env_steps:,} steps; continue with --resume {self.dir}")
             self.close(finished=False)
@@ -90,16 +132,6 @@ class Run:
     def must_save(self, env_steps: int) -> bool:
         """True when a checkpoint is due, and when the run has been told to stop."""
         return self._stopped_by is not None or self.is_due(self.args.checkpoint_every, env_steps)
-
-    def load(self, tree: Any, rings: dict) -> tuple[Any, dict, dict]:
-        """The newest usable checkpoint's (tree, rings, host); metrics after it are dropped."""
-        env_steps, tree, rings, host = checkpoint.load_newest(self.dir, tree, rings)
-        mine = host["run"]
-        self._succeeded, self._finished = mine["succeeded"], mine["finished"]
-        self.evaluation = mine["evaluation"]
-        self._logger = self._open_logger(resume_from=env_steps)
-        self._logger.say(f"resumed at {env_steps:,} steps")
-        return tree, rings, host["script"]
 
     def is_due(self, every: int, env_steps: int) -> bool:
         """True when `env_steps` has just passed a multiple of `every`, and at the run's end."""
@@ -116,10 +148,6 @@ class Run:
         self._succeeded = self._succeeded | success
         self._finished += self._succeeded[truncated].tolist()
         self._succeeded = self._succeeded & ~truncated
-
-    def forget_episodes(self) -> None:
-        """The running episodes have been given up: none has succeeded so far."""
-        self._succeeded[:] = False
 
     def log_evaluation(self, env_steps: int, evaluation: dict[str, float]) -> None:
         self.evaluation = {key: float(value) for key, value in evaluation.items()}
@@ -176,32 +204,53 @@ class Run:
         """End the records; `finished`: the last evaluation is that of the final policy."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())
-        if self.evaluation and finished:
+        if finished and self.evaluation:
             self.logger.say(
                 f"final policy: success_once {self.evaluation['eval/success_once']:.0%}, "
                 f"success_at_end {self.evaluation['eval/success_at_end']:.0%}; run folder: "
                 f"{self.dir}"
             )
+        if finished and self.args.drop_replay:
+            checkpoint.drop_replay(self.dir)
         self.logger.close()
         unlock_run_dir(self.dir)
 
 
-def start_run(args: Any, script: str, rings: dict, **facts: Any) -> Run:
+def start_run(
+    args: Any, buffers: Any, *, sizes: Sizes, evaluation: dict[str, Any], **facts: Any
+) -> Run:
     """Claim a run folder and write its config.json; with --resume, open the existing one.
+
+    The script's name is that of the file that defines `args`; the folder keeps a copy of it.
 
     Args:
         args: the script's arguments.
-        script: its name.
-        rings: its ring buffers, for the check that the disk can hold their checkpoints.
+        buffers: its rings, a NamedTuple, for the check that the disk can hold their checkpoints.
+        sizes: what its networks are made for.
+        evaluation: the `settings` of its Evaluator.
         facts: what else belongs into config.json, e.g. the VLM's id.
     """
-    facts["jax_devices"] = [str(device) for device in jax.devices()]
+    source = source_file(type(args))
     if args.resume:
         run_dir = Path(args.resume)
-        return Run(args, run_dir, read_config(run_dir))
-    checkpoint.check_space(Path(args.run_dir or "runs"), rings, args.total_timesteps)
+        run = Run(args, run_dir, read_config(run_dir))
+        kept = source and run_dir / source.name
+        if kept and kept.exists() and kept.read_bytes() != source.read_bytes():
+            run.logger.say(f"note: {source.name} has changed since this run began; {kept} is what "
+                           "it was")
+        return run
+    checkpoint.check_space(
+        Path(args.run_dir or "runs"), buffers._asdict(), args.total_timesteps
+    )
+    script = script_name(type(args))
+    facts["jax_devices"] = [str(device) for device in jax.devices()]
     run_dir = create_run_dir(args.run_dir, args.env_id, script, args.seed)
-    run = Run(args, run_dir, write_config(run_dir, args, script=script, **facts))
+    config = write_config(
+        run_dir, args, script=script, sizes=sizes._asdict(), evaluation=evaluation, **facts
+    )
+    if source:
+        shutil.copy(source, run_dir / source.name)
+    run = Run(args, run_dir, config)
     run.logger.say(f"run folder: {run_dir}")
     for key, value in facts.items():
         run.logger.say(f"  {key}: {value}")

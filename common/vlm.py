@@ -42,6 +42,7 @@ TIMEOUT = 5  # seconds until a hub that does not answer counts as unreachable
 # mini's unit vectors are stretched so that Table 5's margin of 0.2 on the distance to the goal
 # image (Eq. 5) is a small step: an episode's start is about 0.45 x 4 away from its goal.
 MINI_SCALE = 4.0
+SHORT_NAMES = {"float16": "fp16", "bfloat16": "bf16", None: "fp32"}  # of precisions, for ids
 
 
 class VLM:
@@ -51,13 +52,15 @@ class VLM:
         name: as asked for.
         id: model, hash of the weights and preprocessing: what a cached embedding depends on.
         embed_dim: D.
-        frame_size: the size to draw frames at, pixels; other sizes are resized.
+        frame_size: width and height of its input, pixels; other sizes are resized.
+        crops_itself: whether it cuts off the border of what it is given.
     """
 
     name: str
     id: str
     embed_dim: int
     frame_size: int
+    crops_itself: bool = False
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -110,6 +113,8 @@ class VLM:
 class MiniVLM(VLM):
     """The embedded model of `common.mini`."""
 
+    crops_itself = True
+
     def __init__(self, weights: Path | None, pretrained: bool, device: torch.device, seed: int):
         from common import mini
 
@@ -137,11 +142,13 @@ class OpenClipVLM(VLM):
         tokenize: prompts -> token numbers, int64 [N, context].
         preprocess: `mean`, `std`, `interpolation` and `resize_mode` of open_clip's tables.
         device: where it runs.
+        exact: in float32 whatever the device: embeddings of a network with random weights differ
+            so little that rounding would be all that is left (Figure 9).
     """
 
     def __init__(
         self, name: str, model: torch.nn.Module, tokenize: Any, preprocess: dict[str, Any],
-        device: torch.device,
+        device: torch.device, exact: bool = False,
     ):
         import torch
         from open_clip.modified_resnet import ModifiedResNet
@@ -154,7 +161,7 @@ class OpenClipVLM(VLM):
             fold_batch_norm(model.visual)
         self._model = model.to(device, memory_format=torch.channels_last)
         self._tokenize = tokenize
-        self._bf16 = device.type == "cuda" or cpu_multiplies_bf16()
+        self._precision = None if exact else fast_precision(device)
         size = model.visual.image_size
         self.frame_size = size[0] if isinstance(size, tuple | list) else size
         self._mean, self._std = preprocess["mean"], preprocess["std"]
@@ -163,7 +170,7 @@ class OpenClipVLM(VLM):
         steps = repr((self._mean, self._std, self._interpolation, self._squash))
         self.id = (
             f"{name.replace('/', '-')}-{digest}-{self.frame_size}px-"
-            f"{hashlib.sha256(steps.encode()).hexdigest()[:4]}-{'bf16' if self._bf16 else 'fp32'}"
+            f"{hashlib.sha256(steps.encode()).hexdigest()[:4]}-{SHORT_NAMES[self._precision]}"
         )
         with torch.inference_mode():
             self.embed_dim = self._encode_text(["a"]).shape[-1]
@@ -191,7 +198,9 @@ class OpenClipVLM(VLM):
         import torch
 
         images = self.preprocess(frames).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+        if self._precision is None:
+            return self._model.encode_image(images)
+        with torch.autocast(self.device.type, getattr(torch, self._precision)):
             return self._model.encode_image(images)
 
     def _encode_text(self, prompts: list[str]) -> torch.Tensor:
@@ -277,7 +286,9 @@ def load_vlm(
     preprocess = open_clip.get_model_preprocess_cfg(model) | {
         key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config
     }
-    return OpenClipVLM(name, model, tokenize, preprocess, torch.device(device))
+    return OpenClipVLM(
+        name, model, tokenize, preprocess, torch.device(device), exact=not pretrained
+    )
 
 
 def _look_up(name: str, tag_needed: bool) -> tuple[str, dict[str, Any]]:
@@ -480,6 +491,14 @@ def state_digest(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
+
+
+def fast_precision(device: torch.device) -> str | None:
+    """The number format for images: on CUDA float16, the FuRL authors'; bfloat16 on a CPU that
+    multiplies it; else None, which is float32."""
+    if device.type == "cuda":
+        return "float16"
+    return "bfloat16" if cpu_multiplies_bf16() else None
 
 
 def cpu_multiplies_bf16() -> bool:

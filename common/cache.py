@@ -1,0 +1,54 @@
+"""Where derived data is kept between runs: simplified meshes, embeddings of prompts, compiled code.
+
+Nothing here is worth a backup: whatever is missing or damaged is computed again.
+"""
+
+import hashlib
+import os
+import tempfile
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """The folder of all caches: $FURL_CACHE_DIR, or `furl` in $XDG_CACHE_HOME or ~/.cache."""
+    chosen = os.environ.get("FURL_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(home or Path.home() / ".cache") / "furl"
+    except RuntimeError:  # a user without a home folder, as in some containers
+        return Path(tempfile.gettempdir()) / f"furl-{os.getuid()}"
+
+
+def compilation_cache_dir() -> Path:
+    """JAX's compiled programs: one folder for each version of jaxlib and each kind of CPU.
+
+    A program that was compiled for another CPU may crash, so machines that share a home folder
+    must not share these.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    kind = [line for line in lines if line.startswith(("model", "flags", "cpu family", "stepping"))]
+    cpu = hashlib.sha256("\n".join(kind).encode()).hexdigest()[:8]
+    return cache_dir() / "compiled" / f"jaxlib-{metadata.version('jaxlib')}-{cpu}"
+
+
+def keep_compiled_programs() -> None:
+    """Let JAX keep what it compiles between runs, unless JAX_COMPILATION_CACHE_DIR says where.
+
+    What cannot be read or written there is compiled again without a word.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(compilation_cache_dir()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    warnings.filterwarnings(
+        "ignore", message="Error (reading|writing) persistent compilation cache"
+    )
