@@ -15,13 +15,18 @@ furl_sac_state.py:
  1. Eight environments, one update per environment step in total. Updates lag one iteration behind
     the data, so that environments step and draw while the last frames are embedded and learned.
  2. Each environment draws its own relay period and its own first policy.
- 3. Relaying ends at 2,500 positives, frames of an episode up to its last success (Figure 5).
- 4. 10,000 random steps before learning, as in the authors' code; the paper does not say.
- 5. The temperature starts at 0.1 (DrQ's value; the paper does not say): at 1, 30,000 updates pass
-    before the sparse reward counts for more than entropy.
- 6. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv.
+ 3. Relaying ends at 2,500 positives, frames of an episode up to its last success (Figure 5). The
+    authors' code for Relay counts steps in success instead.
+ 4. As in the authors' code, where the paper does not say: 10,000 random steps before learning, and
+    noise of 0.2 on the relay agent's actions.
+ 5. The temperature starts at 0.1, DrQ's value (authors: 1; the paper does not say): at 1, 30,000
+    updates pass before the sparse reward counts for more than entropy.
+ 6. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv. It
+    sees the part of the picture that the authors keep for FuRL (their Relay keeps all of it), as
+    RGB, where they feed it BGR. Prompts have Table 4's capitals and full stop.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -31,21 +36,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 
 from common import replay
-from common.cli import check_args, run_script
+from common.cli import (
+    Fraction,
+    NotNegativeFloat,
+    NotNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveInts,
+    check_args,
+    run_script,
+)
 from common.envs import VecMetaWorld
 from common.evaluate import Evaluator
-from common.rendering import gl_info
-from common.replay import Ring, Transition
+from common.rendering import gl_info, view_for
+from common.replay import Ring, Sizes, Transition
 from common.run import start_run
 from common.tasks import prompt_for
-from common.vlm import load_vlm
+from common.vlm import VLM, load_vlm
 
-SCRIPT = "relay_baseline"
-OBS_DIM, ACTION_DIM = 39, 4  # every Meta-World task
-MAX_EPISODE_STEPS = 500
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
+ACTION_STREAM, RELAY_STREAM = 0, 1  # of random numbers on the host, beside the seed
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project: str = "furl"  # project for --track
     capture_video: bool = False  # a video of each evaluation in <run folder>/videos
+    drop_replay: bool = False  # delete the replay's files when the run has finished
     # --- environment
     goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
     engine: Literal["metaworld"] = "metaworld"  # the official environments; frames need them
@@ -73,22 +87,23 @@ class Args:
     learning_starts: int = 10_000  # steps of uniformly random actions before the first update
     utd: float = 1.0  # updates per environment step
     buffer_size: int = 1_000_000  # transitions in the replay
-    batch_size: int = 256  # samples per update
-    learning_rate: float = 1e-4  # Adam's, for all networks
-    gamma: float = 0.99  # discount factor
-    tau: float = 0.01  # step of the target critics
-    init_temperature: float = 0.1  # temperature before learning
-    hidden_features: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics
+    batch_size: PositiveInt = 256  # samples per update
+    learning_rate: PositiveFloat = 1e-4  # Adam's, for all networks
+    gamma: Fraction = 0.99  # discount factor
+    tau: Fraction = 0.01  # step of the target critics
+    init_temperature: PositiveFloat = 0.1  # temperature before learning
+    hidden_features: PositiveInts = (256, 256)  # hidden layers of actor and critics
 
     # --- VLM reward
     vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
     prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
-    rho: float = 0.05  # weight of the VLM reward (Eq. 1)
+    rho: NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1)
     # --- relay
-    relay_periods: tuple[int, ...] = (50, 100, 150, 200)  # T_s: steps until the agents change
-    relay_until: int = 2_500  # positive samples at which relaying ends (Figure 5)
+    relay_periods: PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
+    relay_until: NotNegativeInt = 2_500  # positive samples at which relaying ends (Figure 5)
+    relay_noise: NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
 
     @property
     def updates_per_iteration(self) -> int:
@@ -98,15 +113,19 @@ class Args:
 # ------------------------------------------------------------------------------ state
 
 
-class AgentState(NamedTuple):
+@struct.dataclass
+class AgentState:
     params: dict  # actor, critic, log_alpha
     target_critic: dict
     opt: optax.OptState
+    actor: nn.Module = struct.field(pytree_node=False)
+    critic: nn.Module = struct.field(pytree_node=False)
 
 
 class RelayState(NamedTuple):
     furl: AgentState  # learns from r_task + rho r_VLM, and is evaluated
     relay: AgentState  # learns from r_task
+    num_positives: jax.Array  # int32, frames of successful episodes so far
 
 
 class Buffers(NamedTuple):
@@ -153,15 +172,11 @@ class CriticPair(nn.Module):
         return ensemble((*self.hidden_features, 1))(x).squeeze(-1)
 
 
-def networks(args: Args) -> tuple[Actor, CriticPair]:
-    return Actor(ACTION_DIM, args.hidden_features), CriticPair(args.hidden_features)
-
-
 def sample_action(
-    actor_params: dict, obs: jax.Array, key: jax.Array, args: Args
+    actor: Actor, actor_params: dict, obs: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """A tanh-squashed Gaussian sample [batch, action_dim] and its log-probability [batch]."""
-    mean, log_std = networks(args)[0].apply(actor_params, obs)
+    mean, log_std = actor.apply(actor_params, obs)
     noise = jax.random.normal(key, mean.shape)
     pre_tanh = mean + jnp.exp(log_std) * noise
     gaussian = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
@@ -178,30 +193,33 @@ def critic_loss(
     args: Args,
 ) -> tuple[jax.Array, dict]:
     """Soft Bellman error of both critics against the smaller target Q (Haarnoja et al., 2018)."""
-    critic = networks(args)[1]
-    next_action, next_log_prob = sample_action(agent.params["actor"], batch.next_obs, key, args)
-    next_q = critic.apply(agent.target_critic, batch.next_obs, next_action).min(0)
+    next_action, next_log_prob = sample_action(
+        agent.actor, agent.params["actor"], batch.next_obs, key
+    )
+    next_q = agent.critic.apply(agent.target_critic, batch.next_obs, next_action).min(0)
     next_value = next_q - jnp.exp(agent.params["log_alpha"]) * next_log_prob
     target = reward + args.gamma * (1 - batch.terminated) * next_value
-    q = critic.apply(critic_params, batch.obs, batch.action)  # [2, batch]
+    q = agent.critic.apply(critic_params, batch.obs, batch.action)  # [2, batch]
     loss = ((q - target) ** 2).mean(1).sum()
     return loss, {"critic_loss": loss, "q": q.mean()}
 
 
 def actor_loss(
-    actor_params: dict, agent: AgentState, batch: Transition, key: jax.Array, args: Args
+    actor_params: dict, agent: AgentState, batch: Transition, key: jax.Array
 ) -> tuple[jax.Array, dict]:
     """alpha log pi - min Q, for actions of the current policy."""
-    action, log_prob = sample_action(actor_params, batch.obs, key, args)
-    q = networks(args)[1].apply(agent.params["critic"], batch.obs, action).min(0)
+    action, log_prob = sample_action(agent.actor, actor_params, batch.obs, key)
+    q = agent.critic.apply(agent.params["critic"], batch.obs, action).min(0)
     loss = (jnp.exp(agent.params["log_alpha"]) * log_prob - q).mean()
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array) -> tuple[jax.Array, dict]:
+def alpha_loss(
+    log_alpha: jax.Array, entropy: jax.Array, action_dim: int
+) -> tuple[jax.Array, dict]:
     """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
     alpha = jnp.exp(log_alpha)
-    return alpha * (jax.lax.stop_gradient(entropy) + ACTION_DIM / 2), {"alpha": alpha}
+    return alpha * (jax.lax.stop_gradient(entropy) + action_dim / 2), {"alpha": alpha}
 
 
 def sac_loss(
@@ -213,8 +231,10 @@ def sac_loss(
     critic, critic_metrics = critic_loss(
         params["critic"], agent, batch, reward, critic_key, args
     )
-    actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key, args)
-    alpha, alpha_metrics = alpha_loss(params["log_alpha"], actor_metrics["entropy"])
+    actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
+    alpha, alpha_metrics = alpha_loss(
+        params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1]
+    )
     return critic + actor + alpha, critic_metrics | actor_metrics | alpha_metrics
 
 
@@ -237,11 +257,12 @@ def descend(loss_fn, params, opt_state, args: Args):
     return optax.apply_updates(params, updates), opt_state, metrics
 
 
-@partial(jax.jit, static_argnames="args")  # eagerly it takes twice as long
-def init_agent(key: jax.Array, args: Args) -> AgentState:
-    actor, critic = networks(args)
+@partial(jax.jit, static_argnames=("sizes", "args"))  # eagerly it takes twice as long
+def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
+    actor = Actor(sizes.action, args.hidden_features)
+    critic = CriticPair(args.hidden_features)
     actor_key, critic_key = jax.random.split(key)
-    obs, action = jnp.zeros((1, OBS_DIM)), jnp.zeros((1, ACTION_DIM))
+    obs, action = jnp.zeros((1, sizes.obs)), jnp.zeros((1, sizes.action))
     params = {
         "actor": actor.init(actor_key, obs),
         "critic": critic.init(critic_key, obs, action),
@@ -249,7 +270,8 @@ def init_agent(key: jax.Array, args: Args) -> AgentState:
         "log_alpha": jnp.log(jnp.float32(args.init_temperature)),
     }
     target_critic = jax.tree.map(jnp.copy, params["critic"])
-    return AgentState(params, target_critic, optax.adam(args.learning_rate).init(params))
+    opt = optax.adam(args.learning_rate).init(params)
+    return AgentState(params, target_critic, opt, actor, critic)
 
 
 def update_agent(
@@ -260,17 +282,19 @@ def update_agent(
         lambda p: sac_loss(p, agent, batch, reward, key, args), agent.params, agent.opt, args
     )
     target = optax.incremental_update(params["critic"], agent.target_critic, args.tau)
-    return AgentState(params, target, opt), metrics
+    return agent.replace(params=params, target_critic=target, opt=opt), metrics
 
 
-def init_state(key: jax.Array, args: Args) -> RelayState:
-    furl_key, relay_key = jax.random.split(key)
-    return RelayState(init_agent(furl_key, args), init_agent(relay_key, args))
+def init_state(key: jax.Array, sizes: Sizes, args: Args) -> RelayState:
+    furl, relay = (init_agent(agent_key, sizes, args) for agent_key in jax.random.split(key))
+    return RelayState(furl, relay, jnp.zeros((), jnp.int32))
 
 
-def init_buffers(embed_dim: int, args: Args) -> Buffers:
-    scalar, embedding = np.zeros((), np.float32), np.zeros(embed_dim, np.float16)
-    obs, action = np.zeros(OBS_DIM, np.float32), np.zeros(ACTION_DIM, np.float32)
+def init_buffers(sizes: Sizes, args: Args) -> Buffers:
+    scalar = np.zeros((), np.float32)
+    obs, action = np.zeros(sizes.obs, np.float32), np.zeros(sizes.action, np.float32)
+    # Embeddings of a network with random weights differ by less than float16 can tell.
+    embedding = np.zeros(sizes.embedding, np.float16 if args.pretrained else np.float32)
     transition = Transition(obs, action, obs, scalar, scalar, embedding)
     return Buffers(replay.init_ring(transition, args.buffer_size))
 
@@ -291,27 +315,26 @@ def update_once(
     if relaying:
         relay, relay_metrics = update_agent(state.relay, batch, task_reward, relay_key, args)
     metrics = (
-        {f"losses/furl_{name}": value for name, value in furl_metrics.items()}
+        {f"losses/{name}": value for name, value in furl_metrics.items()}
         | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
         | {"reward/vlm_mean": fuzzy.mean(), "reward/vlm_std": fuzzy.std()}
         | {"reward/sparse_mean": batch.sparse_reward.mean()}
     )
-    return RelayState(furl, relay), metrics
+    return state._replace(furl=furl, relay=relay), metrics
 
 
 @partial(jax.jit, static_argnames=("args", "relaying"), donate_argnames="state")
 def update(
-    state: RelayState, buffers: Buffers, text: jax.Array, key: jax.Array, args: Args,
-    relaying: bool,
-) -> tuple[RelayState, jax.Array, dict]:
-    """All updates of an iteration in one dispatch: the next key, and the means of the metrics."""
-    key, scan_key = jax.random.split(key)
+    state: RelayState, buffers: Buffers, text: jax.Array, key: jax.Array, env_steps: int,
+    args: Args, relaying: bool,
+) -> tuple[RelayState, dict]:
+    """All updates of an iteration in one dispatch; the means of their metrics."""
     state, metrics = jax.lax.scan(
         lambda carry, update_key: update_once(carry, buffers, text, update_key, args, relaying),
         state,
-        jax.random.split(scan_key, args.updates_per_iteration),
+        jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration),
     )
-    return state, key, jax.tree.map(jnp.mean, metrics)
+    return state, jax.tree.map(jnp.mean, metrics)
 
 
 # ------------------------------------------------------------------------------ relay
@@ -322,9 +345,12 @@ class RelaySchedule(NamedTuple):
     relay_first: np.ndarray  # [num_envs] bool
 
 
-def draw_schedule(rng: np.random.Generator, num_envs: int, args: Args) -> RelaySchedule:
-    """Each environment's own T_i and first agent, drawn when its episode starts."""
-    return RelaySchedule(rng.choice(args.relay_periods, num_envs), rng.random(num_envs) < 0.5)
+def draw_schedule(episode: int, args: Args) -> RelaySchedule:
+    """Each environment's own T_i and first agent in its episode number `episode`."""
+    rng = np.random.default_rng((args.seed, RELAY_STREAM, episode))
+    return RelaySchedule(
+        rng.choice(args.relay_periods, args.num_envs), rng.random(args.num_envs) < 0.5
+    )
 
 
 def relay_acts(schedule: RelaySchedule, episode_time: int) -> np.ndarray:
@@ -334,24 +360,34 @@ def relay_acts(schedule: RelaySchedule, episode_time: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("args", "relaying"))
 def act(
-    furl_actor: dict, relay_actor: dict, obs: jax.Array, use_relay: jax.Array, key: jax.Array,
+    state: RelayState, obs: jax.Array, use_relay: jax.Array, key: jax.Array, env_steps: int,
     args: Args, relaying: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Both agents sample for all obs [n, obs_dim], a mask [n] selects; returns the next key too."""
-    key, act_key = jax.random.split(key)
-    furl_key, relay_key = jax.random.split(act_key)
-    furl_action, _ = sample_action(furl_actor, obs, furl_key, args)
+) -> jax.Array:
+    """Both agents sample for all obs [n, obs_dim], a mask [n] selects: [n, action_dim]."""
+    furl_key, relay_key, noise_key = jax.random.split(jax.random.fold_in(key, env_steps), 3)
+    furl_action, _ = sample_action(state.furl.actor, state.furl.params["actor"], obs, furl_key)
     if not relaying:
-        return furl_action, key
-    relay_action, _ = sample_action(relay_actor, obs, relay_key, args)
-    return jnp.where(use_relay[:, None], relay_action, furl_action), key
+        return furl_action
+    relay_action, _ = sample_action(state.relay.actor, state.relay.params["actor"], obs, relay_key)
+    noise = args.relay_noise * jax.random.normal(noise_key, relay_action.shape)
+    relay_action = jnp.clip(relay_action + noise, -1, 1)
+    return jnp.where(use_relay[:, None], relay_action, furl_action)
 
 
-@partial(jax.jit, static_argnames="args")
-def act_mean(actor_params: dict, obs: jax.Array, *, args: Args) -> jax.Array:
-    """Evaluation: tanh of the mean, [n, action_dim]."""
-    mean, _ = networks(args)[0].apply(actor_params, obs)
+# --------------------------------------------- what evaluation and tools use of a script
+
+
+@jax.jit
+def policy(state: RelayState, obs: jax.Array) -> jax.Array:
+    """The evaluated agent's mean action for obs [n, obs_dim]: [n, action_dim]."""
+    mean, _ = state.furl.actor.apply(state.furl.params["actor"], obs)
     return jnp.tanh(mean)
+
+
+def load_reward(state: RelayState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
+    """The VLM reward of the run, before its weight rho: embeddings [n, D] -> [n]."""
+    text = jnp.asarray(vlm.embed_text([prompt_for(args.env_id, args.prompt)])[0])
+    return jax.jit(partial(cosine_similarity, text))
 
 
 # ------------------------------------------------------------------------------- main
@@ -363,104 +399,80 @@ def main(args: Args) -> dict[str, float]:
     prompt = prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     text = jnp.asarray(vlm.embed_text([prompt])[0])
+    view = view_for(vlm)
+    drawing = {"camera_id": args.camera_id, "quality": args.quality}
     envs = VecMetaWorld(
-        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, frame_size=vlm.frame_size,
-        max_episode_steps=MAX_EPISODE_STEPS, camera_id=args.camera_id, quality=args.quality,
+        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, frame_size=view.size, **drawing
     )
     evaluate = Evaluator(
         args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
-        quality=args.quality, capture_video=args.capture_video,
+        capture_video=args.capture_video, **drawing,
     )
-
-    # Everything that changes during the run: checkpoints hold all of it.
-    key, init_key = jax.random.split(jax.random.PRNGKey(args.seed))
-    state = init_state(init_key, args)
-    buffers = init_buffers(vlm.embed_dim, args)
-    rng = np.random.default_rng(args.seed)  # random actions and relay schedules
-    schedule = draw_schedule(rng, args.num_envs, args)
-    obs = envs.reset()[0]
-    last_success = np.full(args.num_envs, -1)  # its time in the running episodes; -1: none
-    waiting = None  # the last step, until its frames are embedded
-    counts = {"updates": 0, "positives": 0}
-    env_steps = 0
-
+    sizes = Sizes(envs.obs_dim, envs.action_dim, vlm.embed_dim)
+    init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
+    state, buffers = init_state(init_key, sizes, args), init_buffers(sizes, args)
     run = start_run(
-        args, SCRIPT, buffers._asdict(), engine=envs.engine, prompt=prompt, vlm_id=vlm.id,
-        gl=gl_info(),
+        args, buffers, sizes=sizes, evaluation=evaluate.settings, engine=envs.engine,
+        prompt=prompt, vlm_id=vlm.id, view=view._asdict(), gl=gl_info(),
     )
-    if args.resume:
-        (state, key), rings, host = run.load((state, key), buffers._asdict())
-        buffers, obs = Buffers(**rings), envs.set_state(host["envs"])
-        rng.bit_generator.state = host["rng"]
-        env_steps, counts, last_success, waiting, schedule = host["loop"]
-        schedule = RelaySchedule(*schedule)
-    # Committed to the device, as embeddings are: else all compiles again after the first step.
-    state, key, buffers = jax.device_put((state, key, buffers), jax.devices()[0])
+    envs.reset()
+    env_steps, state, buffers, obs = run.begin(state, buffers, envs)
 
-    def save() -> None:
-        loop = env_steps, counts, last_success, waiting, schedule
-        run.save(env_steps, (state, key), buffers._asdict(), {
-            "envs": envs.get_state(), "rng": rng.bit_generator.state, "loop": loop,
-        })
+    def store(buffers: Buffers, transition: Transition, frames: np.ndarray) -> Buffers:
+        transition = transition._replace(embedding=vlm.embed_images(view.crop(frames)))
+        return Buffers(replay.add_rows(buffers.transitions, transition))
 
-    if not args.resume:
-        save()  # so that a run that dies early can be resumed too
+    relaying = bool(state.num_positives < args.relay_until)
+    newest = None  # the last step, until its frames are embedded and it is stored
     metrics: dict[str, jax.Array] = {}
     while env_steps < args.total_timesteps:
         # Act, and let the environments step and draw ...
-        episode_time = env_steps // args.num_envs % MAX_EPISODE_STEPS
-        relaying = counts["positives"] < args.relay_until
+        episode, time = divmod(env_steps // args.num_envs, envs.episode_length)
         if env_steps < args.learning_starts:
-            action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
+            rng = np.random.default_rng((args.seed, ACTION_STREAM, env_steps))
+            action = rng.uniform(-1, 1, (args.num_envs, sizes.action)).astype(np.float32)
         else:
-            action, key = act(
-                state.furl.params["actor"], state.relay.params["actor"], obs,
-                relay_acts(schedule, episode_time), key, args, relaying,
+            use_relay = relay_acts(draw_schedule(episode, args), time)
+            action = np.asarray(  # waits for the updates before
+                act(state, obs, use_relay, act_key, env_steps, args, relaying)
             )
-            action = np.asarray(action)  # waits for the updates before
             run.check_finite(env_steps, action, metrics)
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
-        if waiting is not None:
-            embedding = vlm.embed_images(waiting["frames"])
-            transition = Transition(embedding=embedding, **waiting["transition"])
-            buffers = Buffers(replay.add_rows(buffers.transitions, transition))
-            if episode_time == 0:  # that step was the last of all episodes
-                counts["positives"] += int((last_success + 1).sum())
-                last_success = np.full(args.num_envs, -1)
-            if env_steps >= args.learning_starts:
-                state, key, metrics = update(state, buffers, text, key, args, relaying)
-                counts["updates"] += args.updates_per_iteration
+        if newest is not None:
+            buffers = store(buffers, *newest)
+        if time == 0 and episode > 0:  # all episodes end together
+            num_positives = state.num_positives + replay.count_positives(
+                buffers.transitions, args.num_envs, envs.episode_length
+            )
+            state = state._replace(num_positives=num_positives)
+            relaying = bool(num_positives < args.relay_until)
+        if env_steps >= max(args.learning_starts, 1):
+            state, metrics = update(state, buffers, text, update_key, env_steps, args, relaying)
 
         step = envs.step_wait()
         env_steps += args.num_envs
-        last_success = np.where(step.success, episode_time, last_success)
-        waiting = {
-            "transition": {
-                "obs": obs, "action": action, "next_obs": step.final_obs,
-                "sparse_reward": step.sparse_reward,
-                "terminated": step.terminated.astype(np.float32),
-            },
-            "frames": step.frames,
-        }
-        obs = step.obs
-        if step.truncated.all():  # time alone ends episodes: all end together
-            schedule = draw_schedule(rng, args.num_envs, args)
+        terminated = step.terminated.astype(np.float32)
+        transition = Transition(obs, action, step.final_obs, step.sparse_reward, terminated)
+        newest, obs = (transition, step.frames), step.obs
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)
         if run.is_due(args.eval_every, env_steps):
-            policy = partial(act_mean, state.furl.params["actor"], args=args)
-            run.log_evaluation(env_steps, evaluate(policy, run.video_path(env_steps)))
+            run.log_evaluation(
+                env_steps, evaluate(partial(policy, state), run.video_path(env_steps))
+            )
         if run.is_due(args.log_every, env_steps):
             stage = "relay" if relaying else "vlm"
-            run.log_training(env_steps, stage if counts["updates"] else "random", {
+            run.log_training(env_steps, stage if metrics else "random", {
                 **metrics, "charts/relaying": relaying,
-                **{f"charts/num_{name}": count for name, count in counts.items()},
+                "charts/num_updates": state.furl.opt[0].count,
+                "charts/num_positives": state.num_positives,
             })
         if run.must_save(env_steps):
-            save()
+            buffers, newest = store(buffers, *newest), None
+            run.save(env_steps, state, buffers, envs)
 
     for thing in (run, evaluate, envs):
         thing.close()

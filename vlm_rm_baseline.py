@@ -17,12 +17,15 @@ furl_sac_state.py:
  1. Eight environments, one update per environment step in total. Updates lag one iteration behind
     the data, so that environments step and draw while the last frames are embedded and learned.
  2. 10,000 random steps before learning, as in the authors' code; the paper does not say.
- 3. The temperature starts at 0.1 (DrQ's value; the paper does not say): at 1, 30,000 updates pass
-    before the sparse reward counts for more than entropy.
- 4. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv.
+ 3. The temperature starts at 0.1, DrQ's value (authors: 1; the paper does not say): at 1, 30,000
+    updates pass before the sparse reward counts for more than entropy.
+ 4. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv. It
+    sees the part of the picture that the FuRL authors keep, as RGB, where they feed it BGR. Prompts
+    have Table 4's capitals and full stop.
  5. VLM-RM's reward has no weight and no shift; the FuRL paper does not give VLM-RM's alpha.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -32,22 +35,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 
 from common import replay
-from common.cli import check_args, run_script
+from common.cli import (
+    Fraction,
+    NotNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PositiveInts,
+    Share,
+    check_args,
+    run_script,
+)
 from common.envs import VecMetaWorld
 from common.errors import UserError
 from common.evaluate import Evaluator
-from common.rendering import gl_info
-from common.replay import Ring, Transition
+from common.rendering import gl_info, view_for
+from common.replay import Ring, Sizes, Transition
 from common.run import start_run
 from common.tasks import baseline_prompt_for, prompt_for
-from common.vlm import load_vlm
+from common.vlm import VLM, load_vlm
 
-SCRIPT = "vlm_rm_baseline"
-OBS_DIM, ACTION_DIM = 39, 4  # every Meta-World task
-MAX_EPISODE_STEPS = 500
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
+ACTION_STREAM = 0  # of random numbers on the host, beside the seed
+PROJECTION_STREAM = 1  # of the device, for the heads of LIV-Proj
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project: str = "furl"  # project for --track
     capture_video: bool = False  # a video of each evaluation in <run folder>/videos
+    drop_replay: bool = False  # delete the replay's files when the run has finished
     # --- environment
     goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
     engine: Literal["metaworld"] = "metaworld"  # the official environments; frames need them
@@ -75,25 +88,25 @@ class Args:
     learning_starts: int = 10_000  # steps of uniformly random actions before the first update
     utd: float = 1.0  # updates per environment step
     buffer_size: int = 1_000_000  # transitions in the replay
-    batch_size: int = 256  # samples per update
-    learning_rate: float = 1e-4  # Adam's, for all networks
-    gamma: float = 0.99  # discount factor
-    tau: float = 0.01  # step of the target critics
-    init_temperature: float = 0.1  # temperature before learning
-    hidden_features: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics
+    batch_size: PositiveInt = 256  # samples per update
+    learning_rate: PositiveFloat = 1e-4  # Adam's, for all networks
+    gamma: Fraction = 0.99  # discount factor
+    tau: Fraction = 0.01  # step of the target critics
+    init_temperature: PositiveFloat = 0.1  # temperature before learning
+    hidden_features: PositiveInts = (256, 256)  # hidden layers of actor and critics
 
     # --- VLM reward
     vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
     prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
-    rho: float = 0.05  # weight of the VLM reward beside the task reward (Eq. 1)
+    rho: NotNegativeFloat = 0.05  # weight of the VLM reward beside the task reward (Eq. 1)
     # --- method
     task_reward: bool = False  # add the sparse reward: LIV, CLIP; without it: VLM-RM
-    alpha: float = 0.0  # strength of goal-baseline regularisation, 0 to 1
+    alpha: Share = 0.0  # strength of goal-baseline regularisation, 0 to 1
     baseline_prompt: str | None = None  # the scene, whatever the goal; default: the task's own
     projection: bool = False  # through randomly initialised, fixed projection heads: LIV-Proj
-    projection_features: tuple[int, ...] = (256, 64)  # layers of both projection heads
+    projection_features: PositiveInts = (256, 64)  # layers of both projection heads
 
     @property
     def updates_per_iteration(self) -> int:
@@ -103,10 +116,13 @@ class Args:
 # ------------------------------------------------------------------------------ state
 
 
-class AgentState(NamedTuple):
+@struct.dataclass
+class AgentState:
     params: dict  # actor, critic, log_alpha
     target_critic: dict
     opt: optax.OptState
+    actor: nn.Module = struct.field(pytree_node=False)
+    critic: nn.Module = struct.field(pytree_node=False)
 
 
 class Buffers(NamedTuple):
@@ -171,15 +187,11 @@ class Projection(nn.Module):
         return language_head(text), image_head(images)
 
 
-def networks(args: Args) -> tuple[Actor, CriticPair]:
-    return Actor(ACTION_DIM, args.hidden_features), CriticPair(args.hidden_features)
-
-
 def sample_action(
-    actor_params: dict, obs: jax.Array, key: jax.Array, args: Args
+    actor: Actor, actor_params: dict, obs: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """A tanh-squashed Gaussian sample [batch, action_dim] and its log-probability [batch]."""
-    mean, log_std = networks(args)[0].apply(actor_params, obs)
+    mean, log_std = actor.apply(actor_params, obs)
     noise = jax.random.normal(key, mean.shape)
     pre_tanh = mean + jnp.exp(log_std) * noise
     gaussian = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
@@ -196,30 +208,33 @@ def critic_loss(
     args: Args,
 ) -> tuple[jax.Array, dict]:
     """Soft Bellman error of both critics against the smaller target Q (Haarnoja et al., 2018)."""
-    critic = networks(args)[1]
-    next_action, next_log_prob = sample_action(agent.params["actor"], batch.next_obs, key, args)
-    next_q = critic.apply(agent.target_critic, batch.next_obs, next_action).min(0)
+    next_action, next_log_prob = sample_action(
+        agent.actor, agent.params["actor"], batch.next_obs, key
+    )
+    next_q = agent.critic.apply(agent.target_critic, batch.next_obs, next_action).min(0)
     next_value = next_q - jnp.exp(agent.params["log_alpha"]) * next_log_prob
     target = reward + args.gamma * (1 - batch.terminated) * next_value
-    q = critic.apply(critic_params, batch.obs, batch.action)  # [2, batch]
+    q = agent.critic.apply(critic_params, batch.obs, batch.action)  # [2, batch]
     loss = ((q - target) ** 2).mean(1).sum()
     return loss, {"critic_loss": loss, "q": q.mean()}
 
 
 def actor_loss(
-    actor_params: dict, agent: AgentState, batch: Transition, key: jax.Array, args: Args
+    actor_params: dict, agent: AgentState, batch: Transition, key: jax.Array
 ) -> tuple[jax.Array, dict]:
     """alpha log pi - min Q, for actions of the current policy."""
-    action, log_prob = sample_action(actor_params, batch.obs, key, args)
-    q = networks(args)[1].apply(agent.params["critic"], batch.obs, action).min(0)
+    action, log_prob = sample_action(agent.actor, actor_params, batch.obs, key)
+    q = agent.critic.apply(agent.params["critic"], batch.obs, action).min(0)
     loss = (jnp.exp(agent.params["log_alpha"]) * log_prob - q).mean()
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array) -> tuple[jax.Array, dict]:
+def alpha_loss(
+    log_alpha: jax.Array, entropy: jax.Array, action_dim: int
+) -> tuple[jax.Array, dict]:
     """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
     alpha = jnp.exp(log_alpha)
-    return alpha * (jax.lax.stop_gradient(entropy) + ACTION_DIM / 2), {"alpha": alpha}
+    return alpha * (jax.lax.stop_gradient(entropy) + action_dim / 2), {"alpha": alpha}
 
 
 def sac_loss(
@@ -231,8 +246,10 @@ def sac_loss(
     critic, critic_metrics = critic_loss(
         params["critic"], agent, batch, reward, critic_key, args
     )
-    actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key, args)
-    alpha, alpha_metrics = alpha_loss(params["log_alpha"], actor_metrics["entropy"])
+    actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
+    alpha, alpha_metrics = alpha_loss(
+        params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1]
+    )
     return critic + actor + alpha, critic_metrics | actor_metrics | alpha_metrics
 
 
@@ -291,11 +308,12 @@ def descend(loss_fn, params, opt_state, args: Args):
     return optax.apply_updates(params, updates), opt_state, metrics
 
 
-@partial(jax.jit, static_argnames="args")  # eagerly it takes twice as long
-def init_agent(key: jax.Array, args: Args) -> AgentState:
-    actor, critic = networks(args)
+@partial(jax.jit, static_argnames=("sizes", "args"))  # eagerly it takes twice as long
+def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
+    actor = Actor(sizes.action, args.hidden_features)
+    critic = CriticPair(args.hidden_features)
     actor_key, critic_key = jax.random.split(key)
-    obs, action = jnp.zeros((1, OBS_DIM)), jnp.zeros((1, ACTION_DIM))
+    obs, action = jnp.zeros((1, sizes.obs)), jnp.zeros((1, sizes.action))
     params = {
         "actor": actor.init(actor_key, obs),
         "critic": critic.init(critic_key, obs, action),
@@ -303,7 +321,8 @@ def init_agent(key: jax.Array, args: Args) -> AgentState:
         "log_alpha": jnp.log(jnp.float32(args.init_temperature)),
     }
     target_critic = jax.tree.map(jnp.copy, params["critic"])
-    return AgentState(params, target_critic, optax.adam(args.learning_rate).init(params))
+    opt = optax.adam(args.learning_rate).init(params)
+    return AgentState(params, target_critic, opt, actor, critic)
 
 
 def update_agent(
@@ -314,12 +333,14 @@ def update_agent(
         lambda p: sac_loss(p, agent, batch, reward, key, args), agent.params, agent.opt, args
     )
     target = optax.incremental_update(params["critic"], agent.target_critic, args.tau)
-    return AgentState(params, target, opt), metrics
+    return agent.replace(params=params, target_critic=target, opt=opt), metrics
 
 
-def init_buffers(embed_dim: int, args: Args) -> Buffers:
-    scalar, embedding = np.zeros((), np.float32), np.zeros(embed_dim, np.float16)
-    obs, action = np.zeros(OBS_DIM, np.float32), np.zeros(ACTION_DIM, np.float32)
+def init_buffers(sizes: Sizes, args: Args) -> Buffers:
+    scalar = np.zeros((), np.float32)
+    obs, action = np.zeros(sizes.obs, np.float32), np.zeros(sizes.action, np.float32)
+    # Embeddings of a network with random weights differ by less than float16 can tell.
+    embedding = np.zeros(sizes.embedding, np.float16 if args.pretrained else np.float32)
     transition = Transition(obs, action, obs, scalar, scalar, embedding)
     return Buffers(replay.init_ring(transition, args.buffer_size))
 
@@ -336,39 +357,59 @@ def update_once(
         task_reward = batch.sparse_reward - 1  # constant shaping (B.2)
         reward = task_reward + args.rho * fuzzy  # Eq. 1
     agent, metrics = update_agent(agent, batch, reward, agent_key, args)
-    metrics = {f"losses/vlm_{name}": value for name, value in metrics.items()}
+    metrics = {f"losses/{name}": value for name, value in metrics.items()}
     metrics |= {"reward/vlm_mean": fuzzy.mean(), "reward/vlm_std": fuzzy.std()}
     return agent, metrics | {"reward/sparse_mean": batch.sparse_reward.mean()}
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="agent")
 def update(
-    agent: AgentState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, args: Args
-) -> tuple[AgentState, jax.Array, dict]:
-    """All updates of an iteration in one dispatch: the next key, and the means of the metrics."""
-    key, scan_key = jax.random.split(key)
+    agent: AgentState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, env_steps: int, args: Args
+) -> tuple[AgentState, dict]:
+    """All updates of an iteration in one dispatch; the means of their metrics."""
     agent, metrics = jax.lax.scan(
         lambda carry, update_key: update_once(carry, buffers, vlm, update_key, args),
         agent,
-        jax.random.split(scan_key, args.updates_per_iteration),
+        jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration),
     )
-    return agent, key, jax.tree.map(jnp.mean, metrics)
+    return agent, jax.tree.map(jnp.mean, metrics)
 
 
-@partial(jax.jit, static_argnames="args")
-def act(
-    actor_params: dict, obs: jax.Array, key: jax.Array, args: Args
-) -> tuple[jax.Array, jax.Array]:
-    """Exploration: a sampled action for each observation [n, obs_dim], and the next key."""
-    key, act_key = jax.random.split(key)
-    return sample_action(actor_params, obs, act_key, args)[0], key
+@jax.jit
+def act(agent: AgentState, obs: jax.Array, key: jax.Array, env_steps: int) -> jax.Array:
+    """Exploration: a sampled action for each observation [n, obs_dim]."""
+    key = jax.random.fold_in(key, env_steps)
+    return sample_action(agent.actor, agent.params["actor"], obs, key)[0]
 
 
-@partial(jax.jit, static_argnames="args")
-def act_mean(actor_params: dict, obs: jax.Array, *, args: Args) -> jax.Array:
-    """Evaluation: tanh of the mean, [n, action_dim]."""
-    mean, _ = networks(args)[0].apply(actor_params, obs)
+# --------------------------------------------- what evaluation and tools use of a script
+
+init_state = init_agent
+
+
+@jax.jit
+def policy(agent: AgentState, obs: jax.Array) -> jax.Array:
+    """The agent's mean action for obs [n, obs_dim]: [n, action_dim]."""
+    mean, _ = agent.actor.apply(agent.params["actor"], obs)
     return jnp.tanh(mean)
+
+
+def embed_task(vlm: VLM, args: Args) -> VLMInputs:
+    """What the reward compares pictures with; the heads of LIV-Proj are drawn from the seed."""
+    prompts = [prompt_for(args.env_id, args.prompt),
+               baseline_prompt_for(args.env_id, args.baseline_prompt)]
+    text, baseline = (jnp.asarray(x) for x in vlm.embed_text(prompts))
+    if args.alpha > 0 and cosine_similarity(text, baseline[None])[0] > 0.9999:
+        raise UserError(f"--baseline-prompt {prompts[1]!r} means the same as the prompt "
+                        f"{prompts[0]!r} to this VLM: there is no line through both")
+    key = jax.random.fold_in(jax.random.key(args.seed), PROJECTION_STREAM)
+    projection = Projection(args.projection_features).init(key, text, text[None])
+    return VLMInputs(text, baseline, projection)
+
+
+def load_reward(agent: AgentState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
+    """The VLM reward of the run: embeddings [n, D] -> [n]."""
+    return jax.jit(partial(vlm_reward, vlm=embed_task(vlm, args), args=args))
 
 
 # ------------------------------------------------------------------------------- main
@@ -382,93 +423,68 @@ def main(args: Args) -> dict[str, float]:
     if args.baseline_prompt is not None and args.alpha == 0:
         raise UserError("--baseline-prompt has no effect without --alpha: give one above 0")
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
-    text, baseline = (jnp.asarray(x) for x in vlm.embed_text([prompt, baseline_prompt]))
-    if args.alpha > 0 and cosine_similarity(text, baseline[None])[0] > 0.9999:
-        raise UserError(f"--baseline-prompt {baseline_prompt!r} means the same as the prompt "
-                        f"{prompt!r} to this VLM: there is no line through both")
+    vlm_inputs = embed_task(vlm, args)
+    view = view_for(vlm)
+    drawing = {"camera_id": args.camera_id, "quality": args.quality}
     envs = VecMetaWorld(
-        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, frame_size=vlm.frame_size,
-        max_episode_steps=MAX_EPISODE_STEPS, camera_id=args.camera_id, quality=args.quality,
+        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, frame_size=view.size, **drawing
     )
     evaluate = Evaluator(
         args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
-        quality=args.quality, capture_video=args.capture_video,
+        capture_video=args.capture_video, **drawing,
     )
-
-    # Everything that changes during the run: checkpoints hold all of it.
-    key, init_key, projection_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
-    projection = Projection(args.projection_features).init(projection_key, text, text[None])
-    vlm_inputs = VLMInputs(text, baseline, projection)
-    agent = init_agent(init_key, args)
-    buffers = init_buffers(vlm.embed_dim, args)
-    rng = np.random.default_rng(args.seed)  # random actions
-    obs = envs.reset()[0]
-    waiting = None  # the last step, until its frames are embedded
-    env_steps = num_updates = 0
-
+    sizes = Sizes(envs.obs_dim, envs.action_dim, vlm.embed_dim)
+    init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
+    agent, buffers = init_agent(init_key, sizes, args), init_buffers(sizes, args)
     run = start_run(
-        args, SCRIPT, buffers._asdict(), engine=envs.engine, prompt=prompt,
-        baseline_prompt=baseline_prompt, vlm_id=vlm.id, gl=gl_info(),
+        args, buffers, sizes=sizes, evaluation=evaluate.settings, engine=envs.engine,
+        prompt=prompt, baseline_prompt=baseline_prompt, vlm_id=vlm.id, view=view._asdict(),
+        gl=gl_info(),
     )
-    if args.resume:
-        (agent, key), rings, host = run.load((agent, key), buffers._asdict())
-        buffers, obs = Buffers(**rings), envs.set_state(host["envs"])
-        rng.bit_generator.state = host["rng"]
-        env_steps, num_updates, waiting = host["loop"]
-    # Committed to the device, as embeddings are: else all compiles again after the first step.
-    agent, key, buffers = jax.device_put((agent, key, buffers), jax.devices()[0])
+    envs.reset()
+    env_steps, agent, buffers, obs = run.begin(agent, buffers, envs)
 
-    def save() -> None:
-        run.save(env_steps, (agent, key), buffers._asdict(), {
-            "envs": envs.get_state(), "rng": rng.bit_generator.state,
-            "loop": (env_steps, num_updates, waiting),
-        })
+    def store(buffers: Buffers, transition: Transition, frames: np.ndarray) -> Buffers:
+        transition = transition._replace(embedding=vlm.embed_images(view.crop(frames)))
+        return Buffers(replay.add_rows(buffers.transitions, transition))
 
-    if not args.resume:
-        save()  # so that a run that dies early can be resumed too
+    newest = None  # the last step, until its frames are embedded and it is stored
     metrics: dict[str, jax.Array] = {}
     while env_steps < args.total_timesteps:
         # Act, and let the environments step and draw ...
         if env_steps < args.learning_starts:
-            action = rng.uniform(-1, 1, (args.num_envs, ACTION_DIM)).astype(np.float32)
+            rng = np.random.default_rng((args.seed, ACTION_STREAM, env_steps))
+            action = rng.uniform(-1, 1, (args.num_envs, sizes.action)).astype(np.float32)
         else:
-            action, key = act(agent.params["actor"], obs, key, args)
-            action = np.asarray(action)  # waits for the updates before
+            action = np.asarray(act(agent, obs, act_key, env_steps))  # waits for the updates before
             run.check_finite(env_steps, action, metrics)
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
-        if waiting is not None:
-            embedding = vlm.embed_images(waiting["frames"])
-            transition = Transition(embedding=embedding, **waiting["transition"])
-            buffers = Buffers(replay.add_rows(buffers.transitions, transition))
-            if env_steps >= args.learning_starts:
-                agent, key, metrics = update(agent, buffers, vlm_inputs, key, args)
-                num_updates += args.updates_per_iteration
+        if newest is not None:
+            buffers = store(buffers, *newest)
+        if env_steps >= max(args.learning_starts, 1):
+            agent, metrics = update(agent, buffers, vlm_inputs, update_key, env_steps, args)
 
         step = envs.step_wait()
         env_steps += args.num_envs
-        waiting = {
-            "transition": {
-                "obs": obs, "action": action, "next_obs": step.final_obs,
-                "sparse_reward": step.sparse_reward,
-                "terminated": step.terminated.astype(np.float32),
-            },
-            "frames": step.frames,
-        }
-        obs = step.obs
+        terminated = step.terminated.astype(np.float32)
+        transition = Transition(obs, action, step.final_obs, step.sparse_reward, terminated)
+        newest, obs = (transition, step.frames), step.obs
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)
         if run.is_due(args.eval_every, env_steps):
-            policy = partial(act_mean, agent.params["actor"], args=args)
-            run.log_evaluation(env_steps, evaluate(policy, run.video_path(env_steps)))
+            run.log_evaluation(
+                env_steps, evaluate(partial(policy, agent), run.video_path(env_steps))
+            )
         if run.is_due(args.log_every, env_steps):
-            run.log_training(env_steps, "vlm" if num_updates else "random", {
-                **metrics, "charts/num_updates": num_updates,
+            run.log_training(env_steps, "vlm" if metrics else "random", {
+                **metrics, "charts/num_updates": agent.opt[0].count,
             })
         if run.must_save(env_steps):
-            save()
+            buffers, newest = store(buffers, *newest), None
+            run.save(env_steps, agent, buffers, envs)
 
     for thing in (run, evaluate, envs):
         thing.close()
