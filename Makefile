@@ -30,7 +30,7 @@ help:
 	@echo "make doctor  set up, then check in a minute that this machine can train"
 	@echo "make setup   only set up: $(VENV), pinned packages, headless EGL"
 	@echo "make lint    ruff"
-	@echo "make clean   remove $(VENV) and caches; runs/ is kept"
+	@echo "make clean   remove $(VENV), caches and compiled programs; runs/ is kept"
 
 train: setup
 	$(PY) furl_sac_state.py $(TRAIN_ARGS)
@@ -50,6 +50,7 @@ lint: $(STAMP)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$${FURL_CACHE_DIR:-$${XDG_CACHE_HOME:-$$HOME/.cache}/furl}/compiled"
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A CUDA build that an earlier set-up left would crash JAX where there is no driver: it is removed.

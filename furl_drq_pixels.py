@@ -725,7 +725,8 @@ def main(args: Args) -> dict[str, float]:
     state, buffers = init_state(init_key, sizes, args), init_buffers(sizes, args)
     run = start_run(
         args, buffers, sizes=sizes, evaluation=evaluate.settings, engine=envs.engine,
-        prompt=prompt, vlm_id=vlm and vlm.id, view=view and view._asdict(), gl=gl_info(),
+        prompt=prompt, vlm=vlm and vlm.settings, vlm_id=vlm and vlm.id,
+        view=view and view._asdict(), gl=gl_info(),
     )
     buffers = store_first(buffers, np.asarray(scale_down(envs.reset()[1])))
     env_steps, state, buffers, _ = run.begin(state, buffers, envs)

@@ -572,7 +572,7 @@ def main(args: Args) -> dict[str, float]:
     state, buffers = init_state(init_key, sizes, args), init_buffers(sizes, args)
     run = start_run(
         args, buffers, sizes=sizes, evaluation=evaluate.settings, engine=envs.engine,
-        prompt=prompt, vlm_id=vlm.id, view=view._asdict(), gl=gl_info(),
+        prompt=prompt, vlm=vlm.settings, vlm_id=vlm.id, view=view._asdict(), gl=gl_info(),
     )
     envs.reset()
     env_steps, state, buffers, obs = run.begin(state, buffers, envs)

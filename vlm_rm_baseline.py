@@ -438,8 +438,8 @@ def main(args: Args) -> dict[str, float]:
     agent, buffers = init_agent(init_key, sizes, args), init_buffers(sizes, args)
     run = start_run(
         args, buffers, sizes=sizes, evaluation=evaluate.settings, engine=envs.engine,
-        prompt=prompt, baseline_prompt=baseline_prompt, vlm_id=vlm.id, view=view._asdict(),
-        gl=gl_info(),
+        prompt=prompt, baseline_prompt=baseline_prompt, vlm=vlm.settings, vlm_id=vlm.id,
+        view=view._asdict(), gl=gl_info(),
     )
     envs.reset()
     env_steps, agent, buffers, obs = run.begin(agent, buffers, envs)

@@ -54,6 +54,7 @@ class VLM:
         embed_dim: D.
         frame_size: width and height of its input, pixels; other sizes are resized.
         crops_itself: whether it cuts off the border of what it is given.
+        settings: arguments of `load_vlm` that give the same model again.
     """
 
     name: str
@@ -61,6 +62,7 @@ class VLM:
     embed_dim: int
     frame_size: int
     crops_itself: bool = False
+    settings: dict[str, Any]
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -255,8 +257,21 @@ def load_vlm(
         raise UserError("torch finds no CUDA device on this machine: use cpu or auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {"name": name, "weights": weights and str(weights.resolve()),
+                "pretrained": pretrained, "seed": seed}
     if name == "mini":
-        return MiniVLM(weights, pretrained, torch.device(device), seed)
+        vlm: VLM = MiniVLM(weights, pretrained, torch.device(device), seed)
+    else:
+        vlm = _load_open_clip(name, weights, pretrained, torch.device(device), seed)
+    vlm.settings = settings
+    return vlm
+
+
+def _load_open_clip(
+    name: str, weights: Path | None, pretrained: bool, device: torch.device, seed: int
+) -> OpenClipVLM:
+    """`load_vlm` for LIV and the models of open_clip; raises as it does."""
+    import torch
 
     architecture, config = _look_up(name, tag_needed=pretrained and weights is None)
     state = None
@@ -286,9 +301,7 @@ def load_vlm(
     preprocess = open_clip.get_model_preprocess_cfg(model) | {
         key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config
     }
-    return OpenClipVLM(
-        name, model, tokenize, preprocess, torch.device(device), exact=not pretrained
-    )
+    return OpenClipVLM(name, model, tokenize, preprocess, device, exact=not pretrained)
 
 
 def _look_up(name: str, tag_needed: bool) -> tuple[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Opening a run of each script, and evaluating it: figures by hand, videos, what is refused."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -22,6 +23,7 @@ from common import checkpoint
 from common.envs import VecMetaWorld
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
+from common.replay import Sizes
 from common.tasks import expert_action, expert_policy
 from tools import evaluate
 from tools.measures import auc, epic_distance, spearman, standard_error, wilson_interval
@@ -115,8 +117,7 @@ RUNS = {
 
 def moved(state, *_):
     """In place of an update, which takes long to compile: all networks change."""
-    after = jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x, state)
-    return after, jax.random.PRNGKey(0), {}
+    return jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x, state), {}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def contents(folder: Path) -> dict[str, tuple[int, str]]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_policy_and_the_reward_are_those_of_the_script(name, trained):
-    folder, (state, _) = trained(name)
+    folder, state = trained(name)
     script, args = RUNS[name]
     before = contents(folder)
     run = open_run(folder)
@@ -159,11 +160,11 @@ def test_the_policy_and_the_reward_are_those_of_the_script(name, trained):
     agent = state if name in ("sac", "vlm-rm") else state.furl
     if name == "drq":
         obs = rng.integers(0, 256, (2, 112, 112, 9), np.uint8)
-        expected = drq.act_mean(agent.params, obs, args=args)
+        features = script.encode(agent.encoder, agent.params["encoder"], script.scale_down(obs))
     else:
-        obs = rng.normal(size=(2, 39)).astype(np.float32)
-        expected = script.act_mean(agent.params["actor"], obs, args=args)
-    np.testing.assert_allclose(run.policy(obs), expected, atol=1e-6)
+        obs = features = rng.normal(size=(2, 39)).astype(np.float32)
+    mean, _ = agent.actor.apply(agent.params["actor"], features)
+    np.testing.assert_allclose(run.policy(obs), np.tanh(mean), atol=1e-6)
     assert run.has_vlm == (name != "sac")
     if run.has_vlm:
         vlm = run.vlm
@@ -173,9 +174,8 @@ def test_the_policy_and_the_reward_are_those_of_the_script(name, trained):
             heads = script.Projection(args.projection_features)
             expected = script.cosine_similarity(*heads.apply(state.projection, text, images))
         elif name == "vlm-rm":
-            key = jax.random.split(jax.random.PRNGKey(args.seed), 3)[2]
             heads = script.Projection(args.projection_features)
-            params = heads.init(key, text, text[None])
+            params = script.embed_task(vlm, args).projection
             base = jnp.asarray(vlm.embed_text(["A robot arm and a drawer."])[0])
             goal, features = heads.apply(params, text, images)
             expected = script.goal_baseline_reward(
@@ -189,8 +189,8 @@ def test_the_policy_and_the_reward_are_those_of_the_script(name, trained):
 def test_the_rewards_heads_are_those_that_the_script_used(monkeypatch, tmp_path):
     """LIV-Proj's heads are drawn again: compared with what its update was given."""
     seen = []
-    monkeypatch.setattr(vlm_rm, "update", lambda agent, buffers, vlm, key, args: (
-        seen.append(vlm), (agent, key, {}))[1])
+    monkeypatch.setattr(vlm_rm, "update", lambda agent, buffers, vlm, *rest: (
+        seen.append(vlm), (agent, {}))[1])
     args = vlm_rm.Args(**UPDATED, seed=3, projection=True, run_dir=str(tmp_path / "r"))
     vlm_rm.main(args)
     run = open_run(tmp_path / "r")
@@ -234,17 +234,58 @@ def change_config(folder: Path, change) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda c: c["args"].pop("rho"), "another script's or version's .* differ in rho"),
-    (lambda c: c.update(script="ppo"), "unknown script 'ppo'"),
-    (lambda c: c["args"].update(hidden_features=[32]), "another version's run: .*other shapes"),
-    (lambda c: c["args"].update(hidden_features=[16, 16]), "another version's run: .*other shapes"),
+    (lambda c: c.update(script="ppo"), r"ppo\.py does not fit this run .*with --run-code"),
+    (lambda c: c.update(script="../evil"), "another version's run"),
+    (lambda c: c.pop("sizes"), "another version's run"),
+    (lambda c: c["args"].update(hidden_features=[32]), "other shapes"),
+    (lambda c: c["args"].update(hidden_features=[16, 16]), "other shapes"),
+    (lambda c: c["sizes"].update(obs=12), "other shapes"),
 ])
-def test_runs_of_other_versions_are_one_clear_line(change, message, trained, tmp_path):
+def test_runs_that_the_checkouts_script_does_not_fit(change, message, trained, tmp_path):
     folder = copy_of(trained("furl")[0], tmp_path)
     change_config(folder, change)
     with pytest.raises(UserError, match=message) as error:
         open_run(folder)
     assert "\n" not in str(error.value)
+
+
+def test_flags_that_came_or_went_since_the_run(trained, tmp_path, capsys):
+    folder = copy_of(trained("furl")[0], tmp_path)
+    change_config(folder, lambda c: c["args"].update(gone=3))
+    change_config(folder, lambda c: c["args"].pop("rho"))
+    assert open_run(folder).args.rho == furl.Args().rho
+    new, gone = [line for line in capsys.readouterr().out.splitlines() if "flags" in line]
+    assert new.endswith("take their defaults: --rho") and gone.endswith("ignored: --gone 3")
+
+
+def test_the_folders_own_code_runs_only_when_told(trained, tmp_path, capsys):
+    """It is the folder's if it does something else than the checkout's: here, act backwards."""
+    folder = copy_of(trained("furl")[0], tmp_path)
+    kept = folder / "furl_sac_state.py"
+    kept.write_text(kept.read_text().replace("return jnp.tanh(mean)", "return -jnp.tanh(mean)"))
+    obs = np.ones((1, 39), np.float32)
+    present = open_run(folder)
+    assert present.script is furl
+    assert "furl_sac_state.py has changed since this run" in capsys.readouterr().out
+    own = open_run(folder, run_code=True)
+    assert own.script is not furl and "do so only with folders that you trust" in (
+        capsys.readouterr().out)
+    np.testing.assert_allclose(own.policy(obs), -present.policy(obs))
+    other = copy_of(folder, tmp_path / "other")
+    (other / kept.name).write_text("raise KeyError('a mistake')")
+    with pytest.raises(UserError, match=r"does not fit this run \(KeyError: 'a mistake'\)$"):
+        open_run(other, run_code=True)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_script_has_what_the_tools_use(name):
+    script, args = RUNS[name]
+    assert {"env_id", "seed", "goal"} <= {f.name for f in dataclasses.fields(script.Args)}
+    state = jax.eval_shape(
+        lambda key: script.init_state(key, Sizes(39, 4, 8), args), jax.random.key(0))
+    assert jax.tree.leaves(state)
+    assert callable(script.main) and callable(script.policy)
+    assert hasattr(script, "load_reward") == hasattr(args, "vlm")
 
 
 def test_another_vlm_gives_no_reward(trained, tmp_path):
@@ -292,8 +333,9 @@ def test_random_goals_are_new_and_the_same_each_time(trained, tmp_path):
 def expert(env_id: str) -> SimpleNamespace:
     """A run whose policy is the scripted expert, which sees the goal."""
     policy = expert_policy(env_id)
+    settings = {"frame_stack": 0, "camera_id": 2, "quality": "fast", "action_repeat": 1}
     return SimpleNamespace(
-        args=SimpleNamespace(), action_repeat=1, frame_stack=0, has_vlm=False,
+        args=SimpleNamespace(), evaluation=settings, has_vlm=False,
         policy=lambda obs: np.stack([expert_action(policy, o) for o in obs]),
     )
 

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from tools import reward_report as report
 from tools.episodes import EXPERT, RANDOM, SUBOPTIMAL, Data, Scene, draw_episodes, play_episode
-from tools.measures import epic_distance
+from tools.measures import epic_distance, goal_baseline_reward
 
 NUM, EVERY = 6, 10  # pictures of an episode, steps between them
 
@@ -103,6 +103,8 @@ def test_epic_by_alpha_against_the_script():
     assert curve[0] == pytest.approx(
         epic_distance(report.cosine_similarity(text, images), labels), abs=1e-5)
     regularised = np.asarray(vlm_rm.goal_baseline_reward(text, baseline, images, 0.3))
+    np.testing.assert_allclose(
+        goal_baseline_reward(text, baseline, images, 0.3), regularised, atol=1e-6)
     assert curve[3] == pytest.approx(epic_distance(regularised, labels), abs=1e-6)
     assert report.epic_by_alpha(text, 2 * text, d) is None
 

@@ -53,9 +53,9 @@ def test_the_summary_by_hand():
 def test_a_real_run(tmp_path, flags):
     output = tmp_path / "sac.json.gz"
     result = subprocess.run(
-        [sys.executable, "-m", "tools.trace", "sac_baseline", "--output", str(output),
-         "--iterations", "3", "--", "--num-envs", "2", "--batch-size", "8", "--hidden-features",
-         "8", "8", *flags],
+        [sys.executable, "-m", "tools.trace", "sac_baseline.py", "--output", str(output),
+         "--iterations", "3", "--first", "400", "--", "--num-envs", "2", "--batch-size", "8",
+         "--hidden-features", "8", "8", *flags],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )
     assert result.returncode == 0, result.stderr

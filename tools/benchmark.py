@@ -2,6 +2,7 @@
 
     python -m tools.benchmark                   # about an hour on two cores
     python -m tools.benchmark --only updates    # one part
+    python -m tools.benchmark --scripts furl_sac_state.py my_idea.py   # whole runs, in turns
     python -m tools.benchmark --output docs/benchmark.md
 
 Figures are medians of several rounds; parts that are compared take turns within a round, so that a
@@ -34,14 +35,16 @@ import furl_drq_pixels as drq
 import furl_sac_state as furl
 from common import checkpoint, convolution, replay
 from common.cores import num_cores, share_cores
-from common.envs import VecMetaWorld
+from common.envs import ACTION_DIM, OBS_DIM, VecMetaWorld
 from common.errors import UserError
 from common.rendering import Renderer, gl_info
+from common.replay import Sizes
 from common.vlm import load_vlm
 from tools.peer_sac import PACKAGES
 
 Part = Literal["environments", "frames", "embeddings", "updates", "scaling", "checkpoints",
                "furl", "baselines", "pixels", "peers"]
+ROOT = Path(__file__).resolve().parent.parent
 PARTS: tuple[Part, ...] = get_args(Part)
 TASK = "drawer-open-v3"
 
@@ -52,6 +55,10 @@ class Args:
     """parts to measure"""
     rounds: int = 5
     """rounds that the medians are taken over"""
+    scripts: tuple[Path, ...] = ()
+    """instead of the parts: whole runs of these scripts, in turns"""
+    steps: int = 6000
+    """environment steps of each of those runs"""
     output: Path | None = None
     """Markdown file to write the table to"""
 
@@ -136,7 +143,7 @@ def sac_flops(args: furl.Args) -> float:
     Two forward passes of the actor and six of a critic, and what their gradients need.
     """
     hidden, batch = args.hidden_features[0], args.batch_size
-    obs, act = furl.OBS_DIM, furl.ACTION_DIM
+    obs, act = OBS_DIM, ACTION_DIM
     actor = obs * hidden + hidden * hidden + hidden * 2 * act
     critic = (obs + act) * hidden + hidden * hidden + hidden
     critic_inner = hidden * hidden + hidden  # what passes a gradient between layers
@@ -154,7 +161,7 @@ def projection_flops(args: furl.Args, embed_dim: int, phase: furl.Phase) -> floa
     hidden, out = args.projection_features
     forward = embed_dim * hidden + hidden * out  # per picture
     backward = forward + hidden * out  # the weights' gradients, and the one between the layers
-    pictures = {"none": 0, "goal-image": 2, "success": 3}[phase.alignment]
+    pictures = {"none": 0, "goal-image": 1, "success": 3}[phase.alignment]
     return 2.0 * args.batch_size * (forward + pictures * (forward + backward))
 
 
@@ -175,11 +182,11 @@ PHASES = {"SAC": furl.Phase(False, "none"), "relaying": furl.Phase(True, "goal-i
 def filled_buffers(embed_dim: int, num_rows: int, args: furl.Args) -> furl.Buffers:
     """Buffers with `num_rows` random transitions and a few trajectories of either kind."""
     rng = np.random.default_rng(0)
-    buffers = furl.init_buffers(embed_dim, args)
+    buffers = furl.init_buffers(Sizes(OBS_DIM, ACTION_DIM, embed_dim), args)
     time = np.arange(500, dtype=np.int32)
     for number in range(4):
         images = rng.normal(size=(500, embed_dim)).astype(np.float16)
-        frames = replay.Frame(images, np.full_like(time, number), time)
+        frames = replay.Frame(images, np.full_like(time, number), time, np.full(500, True))
         buffers = buffers._replace(
             positives=replay.add_rows(buffers.positives, frames),
             negatives=replay.add_rows(buffers.negatives, frames._replace(embedding=images[::-1])),
@@ -203,11 +210,11 @@ def updating(
 ) -> Callable[[], None]:
     """A function that does one iteration's updates, each time on from the last."""
     inputs = furl.VLMInputs(jnp.ones(embed_dim), jnp.zeros(embed_dim))
-    state = furl.init_state(jax.random.PRNGKey(0), embed_dim, args)
+    state = furl.init_state(jax.random.key(0), Sizes(OBS_DIM, ACTION_DIM, embed_dim), args)
 
     def run() -> None:
         nonlocal state
-        state, _, _ = furl.update(state, buffers, inputs, jax.random.PRNGKey(1), args, phase)
+        state, _ = furl.update(state, buffers, inputs, jax.random.key(1), 0, args, phase)
         jax.block_until_ready(state)
 
     return run
@@ -289,7 +296,7 @@ def measure_checkpoints(rounds: int) -> Iterator[Row]:
     new = args.checkpoint_every
     for embed_dim in (128, 1024):
         buffers = filled_buffers(embed_dim, args.buffer_size, args)
-        state = furl.init_state(jax.random.PRNGKey(0), embed_dim, args)
+        state = furl.init_state(jax.random.key(0), Sizes(OBS_DIM, ACTION_DIM, embed_dim), args)
         rows = jax.tree.map(lambda x: np.asarray(x[:new]), buffers.transitions.data)
         seconds = []
         with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -348,8 +355,8 @@ def measure_pixels(rounds: int) -> Iterator[Row]:
     n, zeros = args.batch_size, jnp.zeros(args.batch_size)
     shape = (n, drq.PICTURE_SIZE, drq.PICTURE_SIZE, 3 * args.frame_stack)
     pictures = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-    batch = drq.Transition(pictures, jnp.zeros((n, drq.ACTION_DIM)), pictures, zeros, zeros)
-    agent = drq.init_agent(jax.random.PRNGKey(0), args)
+    batch = drq.Transition(pictures, jnp.zeros((n, ACTION_DIM)), pictures, zeros, zeros)
+    agent = drq.init_agent(jax.random.key(0), Sizes(OBS_DIM, ACTION_DIM, 1), args)
 
     def twice(agent: drq.AgentState) -> drq.AgentState:  # in a loop, as in a run
         step = lambda a, key: (drq.update_agent(a, batch, zeros, key, args)[0], None)  # noqa: E731
@@ -440,6 +447,25 @@ def measure_peers(rounds: int) -> Iterator[Row]:
                f"{min(values):.0f} to {max(values):.0f} in {len(values)} runs, in turns")
 
 
+def measure_scripts(scripts: tuple[Path, ...], steps: int, rounds: int) -> Iterator[Row]:
+    """Whole runs of any scripts with their defaults, in turns."""
+    speeds: dict[Path, list[float]] = {script: [] for script in scripts}
+    peaks = dict.fromkeys(scripts, 0)
+    for _ in range(rounds):
+        for script in scripts:
+            with tempfile.TemporaryDirectory() as folder:
+                speed, peak = time_run(
+                    script, ["--total-timesteps", str(steps)], Path(folder) / "run",
+                    warm_up=steps // 3,
+                )
+            speeds[script].append(speed)
+            peaks[script] = max(peaks[script], peak)
+    for script, values in speeds.items():
+        yield (script.name, f"{np.median(values):,.3g} steps/s",
+               f"{min(values):,.3g} to {max(values):,.3g} in {len(values)} runs, in turns; peak "
+               f"memory {peaks[script] / 2**30:.1f} GiB with its workers")
+
+
 def run_script(
     script: str, name: str, flags: list[str], num_steps: int, warm_up: int = 2000
 ) -> Row:
@@ -453,11 +479,11 @@ def run_script(
 
 
 def time_run(
-    script: str, flags: list[str], run_dir: Path, warm_up: int
+    script: str | Path, flags: list[str], run_dir: Path, warm_up: int
 ) -> tuple[float, float]:
     """(median steps/s, peak bytes) of one run."""
     command = [
-        sys.executable, str(Path(furl.__file__).with_name(script)), "--env-id", "drawer-close-v3",
+        sys.executable, str(ROOT / script), "--env-id", "drawer-close-v3",
         "--learning-starts", "1000", "--eval-every", "1000000", "--checkpoint-every", "0",
         "--log-every", "500", "--run-dir", str(run_dir), *flags,
     ]
@@ -522,8 +548,10 @@ def main(args: Args) -> None:
     lines = [f"Machine: {machine()}.", "", "| what | figure | remark |", "| --- | --- | --- |"]
     print("\n".join(lines), flush=True)
     results: list[Row] = []
-    for part in args.only:
-        for row in measures[part](args.rounds):
+    parts = [partial(measure_scripts, args.scripts, args.steps)] if args.scripts else [
+        measures[part] for part in args.only]
+    for measure in parts:
+        for row in measure(args.rounds):
             results.append(row)
             lines.append("| " + " | ".join(row) + " |")
             print(lines[-1], flush=True)
@@ -532,7 +560,7 @@ def main(args: Args) -> None:
         title = ["# Benchmark", "", f"`python -m tools.benchmark --rounds {args.rounds}`", ""]
         args.output.write_text("\n".join(title + lines) + "\n")
         args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        if "scaling" in args.only:
+        if "scaling" in args.only and not args.scripts:
             plot_scaling(results, args.output.with_name("scaling.png"))
 
 

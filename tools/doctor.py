@@ -376,17 +376,29 @@ def embed_dim(args: Args) -> int:
         return 1024
 
 
-def replay_shapes(embed_dim: int) -> Any:
-    """Shapes and dtypes of the default run's buffers; nothing is allocated."""
+STEPS, FRAMES = 1_000_000, 100_000  # a default run's replay and each of its embedding buffers
+
+
+def replay_shapes(embed_dim: int) -> dict[str, Any]:
+    """Shapes and dtypes of a default run's rings; nothing is allocated."""
     import jax
+    import numpy as np
 
-    import furl_sac_state as furl
+    from common.envs import ACTION_DIM, OBS_DIM
+    from common.replay import Frame, Transition, init_ring
 
-    return jax.eval_shape(partial(furl.init_buffers, embed_dim, furl.Args()))
+    scalar, number = np.zeros((), np.float32), np.zeros((), np.int32)
+    obs, embedding = np.zeros(OBS_DIM, np.float32), np.zeros(embed_dim, np.float16)
+    step = Transition(obs, np.zeros(ACTION_DIM, np.float32), obs, scalar, scalar, embedding)
+    frame = Frame(embedding, number, number, np.zeros((), bool))
+    rows = {"transitions": (step, STEPS), "positives": (frame, FRAMES),
+            "negatives": (frame, FRAMES)}
+    return {name: jax.eval_shape(partial(init_ring, row, capacity))
+            for name, (row, capacity) in rows.items()}
 
 
 def check_memory(args: Args) -> Finding:
-    """Memory for furl_sac_state.py's default replay, which lies where JAX computes."""
+    """Memory for a default run's replay, which lies where JAX computes."""
     import jax
 
     num_dims = embed_dim(args)
@@ -407,14 +419,12 @@ def check_memory(args: Args) -> Finding:
 
 def check_disk(args: Args) -> Finding:
     """Disk for the default run's last checkpoint."""
-    import furl_sac_state as furl
     from common.checkpoint import check_space, free_space, space_needed
 
-    rings = replay_shapes(embed_dim(args))._asdict()
-    steps, runs = furl.Args().total_timesteps, Path("runs")
-    check_space(runs, rings, steps)
+    rings, runs = replay_shapes(embed_dim(args)), Path("runs")
+    check_space(runs, rings, STEPS)
     return Finding("ok", f"{free_space(runs) / GIB:.1f} GiB free for runs/, "
-                   f"{space_needed(rings, steps) / GIB:.1f} needed for checkpoints")
+                   f"{space_needed(rings, STEPS) / GIB:.1f} needed for checkpoints")
 
 
 CHECKS = (

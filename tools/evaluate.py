@@ -51,6 +51,8 @@ class Args:
     """of the goals; default: the run's own for a fixed goal, else one unused so far"""
     videos: int = 1
     """episodes to film, the first ones, at most 4; 0: none"""
+    run_code: bool = False
+    """execute the copy of the script that the run folder keeps; only for folders that you trust"""
     output: Path | None = None
     """new folder for results; default: evaluations/<run>__<step>__<task>__<goal>__<seed>"""
 
@@ -66,25 +68,23 @@ class Episodes(NamedTuple):
 def environments(trained: Trained, num_envs: int, *, env_id: str, goal: str, seed: int,
                  frame_size: int = 0) -> VecMetaWorld:
     """Environments as the run's script makes them for its evaluations."""
+    settings = trained.evaluation
     return VecMetaWorld(
         env_id, num_envs, seed=seed, goal=goal, frame_size=frame_size,
-        camera_id=getattr(trained.args, "camera_id", 2),
-        quality=getattr(trained.args, "quality", "fast"), action_repeat=trained.action_repeat,
+        camera_id=settings["camera_id"], quality=settings["quality"],
+        action_repeat=settings["action_repeat"],
     )
 
 
 def play(trained: Trained, num_episodes: int, **where: Any) -> Episodes:
     """Play the mean action, `BATCH` episodes side by side; `where`: for `environments`."""
-    size = 0
-    if trained.frame_stack:  # what the policy was trained to see
-        size = trained.script.PICTURE_SIZE
-        if trained.has_vlm:
-            size = max(size, trained.vlm.frame_size)
+    frame_stack = trained.evaluation["frame_stack"]
+    size = trained.evaluation["frame_size"] if frame_stack else 0  # what the policy sees
     envs = environments(trained, min(BATCH, num_episodes), frame_size=size, **where)
     rounds = []
     for _ in range(math.ceil(num_episodes / envs.num_envs)):
         state, frames = envs.reset()
-        seen = np.concatenate([frames] * trained.frame_stack, -1) if size else state
+        seen = np.concatenate([frames] * frame_stack, -1) if size else state
         success, actions, states, ended = [], [], [state], False
         while not ended:  # all episodes have the same length
             actions.append(trained.policy(seen))
@@ -231,20 +231,22 @@ def film(
             print(f"note: the video shows the sparse reward: {error}")
         else:
             reward_of = trained.vlm_reward(vlm)
-            small = draw_again(trained, actions, vlm.frame_size, **where)
-            rewards = np.stack([reward_of(vlm.embed_images(small[:, i])) for i in range(count)], 1)
+            seen = trained.view.crop(draw_again(trained, actions, trained.view.size, **where))
+            rewards = np.stack([reward_of(vlm.embed_images(seen[:, i])) for i in range(count)], 1)
             label = f"VLM reward of this run ({vlm.name})"
     title = prompt_for(where["env_id"], None)
     if trained.has_vlm and trained.args.env_id == where["env_id"]:
-        title = trained.prompt
+        title = trained.config["prompt"]
     elif trained.has_vlm:
-        label += f": {trained.prompt}"
+        label += f": {trained.config['prompt']}"
     names = []
     for i in range(count):
         names.append(f"episode_{i}.mp4")
-        every = 1 if trained.action_repeat > 1 else 2
+        repeat = trained.evaluation["action_repeat"]
         write_video(folder / names[-1], compose(
-            frames[:, i], rewards[:, i], success[:, i], title, label, every, trained.action_repeat))
+            frames[:, i], rewards[:, i], success[:, i], title, label,
+            every=1 if repeat > 1 else 2, steps_per_frame=repeat,
+        ))
     return names, label
 
 
@@ -258,7 +260,7 @@ def main(args: Args) -> dict[str, Any]:
                         f"{args.episodes} and {args.videos}")
     if args.seed is not None and args.seed < 0:
         raise UserError(f"--seed must not be negative, but is {args.seed}")
-    trained = open_run(args.run, args.step)
+    trained = open_run(args.run, args.step, args.run_code)
     env_id = resolve_env_id(args.env_id or trained.args.env_id)
     goal = args.goal or trained.args.goal
     # Training takes the run's seed, its own evaluations that plus the offset.
@@ -268,8 +270,8 @@ def main(args: Args) -> dict[str, Any]:
         [trained.name, f"step_{trained.env_steps}", env_id, goal, str(seed)])
     new_folder(output)
     num_episodes = 1 if goal == "fixed" else args.episodes
-    print(f"{trained.name}: {trained.script.SCRIPT}, {trained.env_steps:,} steps of training on "
-          f"{trained.args.env_id} (goal {trained.args.goal}, seed {trained.args.seed})")
+    print(f"{trained.name}: {trained.config['script']}.py, {trained.env_steps:,} steps of training "
+          f"on {trained.args.env_id} (goal {trained.args.goal}, seed {trained.args.seed})")
     print(f"played: {num_episodes} episode{'s' * (num_episodes > 1)} of {env_id}, goal {goal}, "
           f"seed {seed}")
     notes = []
@@ -290,7 +292,7 @@ def main(args: Args) -> dict[str, Any]:
     print(table(figures))
     results = {
         **where, **figures, "notes": notes, "env_steps": trained.env_steps,
-        "steps_per_return": trained.action_repeat, "evaluation": {
+        "steps_per_return": trained.evaluation["action_repeat"], "evaluation": {
             **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()},
             "commit": git_commit(), "versions": versions(),
         },

@@ -62,3 +62,23 @@ def epic_distance(reward: np.ndarray, is_goal: np.ndarray) -> float:
     difference = reward[is_goal].mean() - reward[~is_goal].mean()
     correlation = math.sqrt(share * (1 - share)) / reward.std() * difference
     return math.sqrt(max(0.0, 1 - correlation) / 2)
+
+
+def goal_baseline_reward(
+    text: np.ndarray, baseline: np.ndarray, images: np.ndarray, alpha: float
+) -> np.ndarray:
+    """Goal-baseline regularisation: Definition 1 and Eq. 3 of the VLM-RM paper.
+
+    Args:
+        text, baseline: embeddings [D] of the goal's and the baseline's prompt; they must differ.
+        images: embeddings [n, D].
+        alpha: strength, 0 (the cosine similarity) to 1 (the position along the line through both).
+
+    Returns:
+        [n], at most 1.
+    """
+    goal, base = text / np.linalg.norm(text), baseline / np.linalg.norm(baseline)
+    state = images / np.linalg.norm(images, axis=-1, keepdims=True)
+    direction = (goal - base) / np.linalg.norm(goal - base)
+    projected = base + ((state - base) @ direction)[:, None] * direction
+    return 1 - 0.5 * ((alpha * projected + (1 - alpha) * state - goal) ** 2).sum(-1)

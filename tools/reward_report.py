@@ -29,6 +29,7 @@ from common.envs import MAX_EPISODE_STEPS, goal_image, make_env
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.logger import git_commit, versions
+from common.rendering import view_for
 from common.tasks import (
     baseline_prompt_for,
     expert_action,
@@ -48,7 +49,7 @@ from tools.episodes import (
     Scene,
     draw_episodes,
 )
-from tools.measures import auc, epic_distance, spearman, standard_error
+from tools.measures import auc, epic_distance, goal_baseline_reward, spearman, standard_error
 from tools.report_page import (
     COLUMNS,
     cell,
@@ -93,6 +94,8 @@ class Args:
     """camera of the pictures"""
     quality: Literal["fast", "paper"] = "fast"
     """of the pictures; paper: MuJoCo's default, slow"""
+    run_code: bool = False
+    """execute the copies of scripts in the run folders; only for folders that you trust"""
     workers: int = 0
     """processes that play and draw; 0: one per core; no effect on the results"""
     output: Path | None = None
@@ -103,26 +106,32 @@ class Args:
 
 
 def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarray | None) -> Data:
-    """Play, draw and embed; pictures are embedded as they come, so that few are held."""
+    """Play, draw and embed; pictures are embedded as they come, so that few are held.
+
+    `goal`: the goal picture as it is drawn, of which the VLM sees its own view.
+    """
     from tools.pretrain_mini import pixels
 
-    goal_pixels = None if goal is None else pixels(goal[None])[0]
-    goal_embedding = None if goal is None else np.asarray(vlm.embed_images(goal[None]))[0]
+    view = view_for(vlm)
+    if goal is not None:
+        goal = view.crop(goal[None])
+        goal_pixels, goal_embedding = pixels(goal)[0], np.asarray(vlm.embed_images(goal))[0]
     embeddings, pixel_distance, success, first_success, first = [], [], [], [], None
     jobs = [(scene, number) for number in range(episodes)]
     with mock.patch.dict(os.environ, WORKER_ENVIRONMENT):  # which processes get as they start
         pool = multiprocessing.get_context("spawn").Pool(workers)
     with pool:
         for drawn in pool.imap(_draw, jobs):
-            flat = drawn.frames.reshape(-1, *drawn.frames.shape[2:])
+            frames = view.crop(drawn.frames)
+            flat = frames.reshape(-1, *frames.shape[2:])
             shape = drawn.success.shape
             embeddings.append(np.asarray(vlm.embed_images(flat)).reshape(*shape, -1))
-            if goal_pixels is not None:
+            if goal is not None:
                 distance = np.linalg.norm(pixels(flat) - goal_pixels, axis=-1)
                 pixel_distance.append(distance.reshape(shape))
             success.append(drawn.success)
             first_success.append(drawn.first_success)
-            first = drawn.frames if first is None else first
+            first = frames if first is None else first
     stacked = np.stack(embeddings)
     distance = goal is not None and np.linalg.norm(stacked - goal_embedding, axis=-1)
     return Data(stacked, np.stack(pixel_distance) if goal is not None else None,
@@ -217,13 +226,11 @@ def verdict(figures: dict[str, Any], kind: str = "raw") -> tuple[str, str]:
 
 def epic_by_alpha(text: np.ndarray, baseline: np.ndarray, data: Data) -> list[float] | None:
     """EPIC distance for each of ALPHAS (Figure 4a); None where both texts mean the same."""
-    from vlm_rm_baseline import goal_baseline_reward
-
     if cosine_similarity(text, baseline[None])[0] > 0.9999:
         return None
     images, labels = data.embeddings.reshape(-1, len(text)), data.success.ravel()
-    return [epic_distance(np.asarray(goal_baseline_reward(text, baseline, images, float(alpha))),
-                          labels) for alpha in ALPHAS]
+    return [epic_distance(goal_baseline_reward(text, baseline, images, float(alpha)), labels)
+            for alpha in ALPHAS]
 
 
 def paths(trained: Trained, env_id: str) -> dict[str, list[np.ndarray]]:
@@ -269,14 +276,17 @@ def open_checkpoints(args: Args, env_id: str) -> list[Trained]:
     Raises:
         UserError: one is no run, or of another task, VLM, camera or quality.
     """
-    runs = [open_run(folder) for folder in args.checkpoints]
+    runs = [open_run(folder, run_code=args.run_code) for folder in args.checkpoints]
     if len({run.name for run in runs}) < len(runs):
         raise UserError("--checkpoints holds two folders of one name")
     for run in runs:
         if run.args.env_id != env_id:
             raise UserError(f"{run.folder} was trained on {run.args.env_id}, not on {env_id}")
-        for name in ("vlm", "camera_id", "quality") if run.has_vlm else ():
-            ours, theirs = getattr(args, name), getattr(run.args, name)
+        if not run.has_vlm:
+            continue
+        settings = {"vlm": run.config["vlm"]["name"], **run.evaluation}
+        for name in ("vlm", "camera_id", "quality"):
+            ours, theirs = getattr(args, name), settings[name]
             if ours != theirs:
                 raise UserError(f"{run.folder} was trained with --{name.replace('_', '-')} "
                                 f"{theirs}, not {ours}")
@@ -330,15 +340,16 @@ def main(args: Args) -> dict[str, Any]:
         if runs and goal == "random":  # goals that neither training nor its evaluations had
             seed += 2 * EVAL_SEED_OFFSET
     vlm = load_vlm(args.vlm, weights=args.vlm_weights)
+    view = view_for(vlm)
     for run in runs:
         if run.has_vlm:
             run.check_vlm(vlm)
     drawing = {"camera_id": args.camera_id, "quality": args.quality}
     notes = []
-    picture = goal_picture(env_id, goal, seed, size=vlm.frame_size, **drawing)
+    picture = goal_picture(env_id, goal, seed, size=view.size, **drawing)
     if picture is None:
         notes.append("Without a goal picture: the scripted expert fails on that goal.")
-    scene = Scene(env_id, goal, seed, args.steps, args.every, vlm.frame_size, **drawing)
+    scene = Scene(env_id, goal, seed, args.steps, args.every, view.size, **drawing)
     workers = min(args.workers or num_cores(), args.episodes)
     data = collect(scene, args.episodes, workers, vlm, picture)
     texts = dict(zip(prompts, vlm.embed_text(prompts), strict=True))

@@ -1,18 +1,18 @@
 """Where the time of an iteration goes: a trace that Perfetto opens, and its summary.
 
-    python -m tools.trace furl_sac_state                    # to trace.json.gz
-    python -m tools.trace sac_baseline --output sac.json.gz -- --utd 0.25
-    python -m tools.trace furl_sac_state --xla traces/      # XLA's own threads as well
+    python -m tools.trace furl_sac_state.py                 # to trace.json.gz
+    python -m tools.trace my_idea.py --output mine.json.gz -- --utd 0.25
+    python -m tools.trace furl_sac_state.py --xla traces/   # XLA's own threads as well
 
 Open the file at https://ui.perfetto.dev (nothing is uploaded). Rows: the script's main thread, the
-updates (from their dispatch until their result is there), and each environment worker. The scripts
-know nothing of this: the functions that they call are wrapped from outside, also in the workers.
+updates (from their dispatch until their result is there), and each environment worker. A script
+knows nothing of this: its `act` and `update` and the functions that it calls are wrapped from
+outside, also in the workers. `update` must return (state, metrics).
 """
 
 import contextlib
 import functools
 import gzip
-import importlib
 import json
 import os
 import sys
@@ -22,28 +22,30 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from common import envs, rendering, replay
 from common.cores import num_cores, share_cores
 from common.errors import UserError
+from tools.trained import load_script
 
-Script = Literal["furl_sac_state", "furl_drq_pixels", "sac_baseline", "relay_baseline",
-                 "vlm_rm_baseline"]
 FOLDER = "FURL_TRACE_FOLDER"  # where workers write their events
 MAIN, UPDATES = 1, 2  # rows; workers have their process id
 
 
 @dataclass(frozen=True)
 class Args:
-    script: Annotated[Script, tyro.conf.Positional]
-    """whose iterations"""
+    script: Annotated[Path, tyro.conf.Positional]
+    """file of the script whose iterations are traced"""
     output: Path = Path("trace.json.gz")
     """file to write"""
     iterations: int = 20
     """last iterations of the run that are kept"""
+    first: int = 4000
+    """environment steps before them; 4,000: with eight environments whole episodes have ended, and
+    so there are projection heads to train"""
     xla: Path | None = None
     """folder for JAX's own profile of the whole run (large)"""
 
@@ -110,7 +112,7 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
         recorder.wrap(engine, "step_wait", "wait for workers")
     recorder.wrap(VLM, "embed_images", "embed")
     recorder.wrap(replay, "add_rows", "store")
-    recorder.wrap(replay, "add_episodes", "store episodes")
+    recorder.wrap(replay, "sort_episodes", "sort episodes")
     recorder.wrap(Evaluator, "__call__", "evaluate")
     recorder.wrap(Run, "save", "checkpoint")
     recorder.wrap(Run, "log_training", "log")
@@ -128,9 +130,9 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
     def traced_update(*args):
         start = time.monotonic_ns()
         with recorder.span(MAIN, "dispatch updates"):
-            state, key, metrics = update(*args)
+            state, metrics = update(*args)
         waiter.submit(wait, start, metrics)
-        return state, key, metrics
+        return state, metrics
 
     script.act, script.update = traced_act, traced_update
     return waiter
@@ -201,9 +203,15 @@ def main(args: Args, flags: list[str]) -> None:
     from common.cli import parse_args, steps_per_iteration
 
     share_cores()
-    script = importlib.import_module(args.script)
-    pixels = args.script == "furl_drq_pixels"
-    defaults = {"learning-starts": "160" if pixels else "1000", "checkpoint-every": "0",
+    try:
+        script = load_script(args.script)
+    except Exception as error:
+        raise UserError(f"{args.script} cannot be imported ({type(error).__name__}: {error})"
+                        ) from None
+    missing = [name for name in ("Args", "main", "act", "update") if not hasattr(script, name)]
+    if missing:
+        raise UserError(f"{args.script} has no {', '.join(missing)} to trace")
+    defaults = {"learning-starts": str(min(1000, args.first)), "checkpoint-every": "0",
                 "eval-every": "1000000000", "log-every": "400"}
     flags = [*(word for name, value in defaults.items() for word in (f"--{name}", value)), *flags]
     recorder = Recorder()
@@ -212,11 +220,8 @@ def main(args: Args, flags: list[str]) -> None:
         envs.WORKER_MODULE = "tools.trace"
         script_args = parse_args(script.Args, [*flags, "--run-dir", f"{folder}/run"])
         iteration = steps_per_iteration(script_args)
-        # First whole failed episodes, and so projection heads to train; not on pixels, which take
-        # minutes for that. Then a few iterations for what is compiled.
-        first = (script_args.learning_starts if pixels
-                 else envs.MAX_EPISODE_STEPS * script_args.num_envs)
-        steps = (-(-first // iteration) + 5 + args.iterations + 2) * iteration
+        # Then a few iterations for what is compiled.
+        steps = (-(-args.first // iteration) + 5 + args.iterations + 2) * iteration
         script_args = replace(script_args, total_timesteps=steps)
         waiter = wrap_script(recorder, script)
         if args.xla:

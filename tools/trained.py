@@ -1,10 +1,10 @@
 """Open a run folder and give what was learned: the policy, and the VLM reward where there is one.
 
 Shared by `tools.evaluate` and `tools.reward_report`. Nothing in the folder is changed, and no
-replay is allocated.
+replay is allocated. Any script will do that has what `Script` asks for.
 """
 
-import importlib
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,35 @@ from common import checkpoint
 from common.cli import stored_args
 from common.errors import UserError
 from common.logger import read_config
-from common.tasks import baseline_prompt_for, prompt_for
+from common.rendering import View
+from common.replay import Sizes
 from common.vlm import VLM, load_vlm
 
-SCRIPTS = ("furl_sac_state", "furl_drq_pixels", "sac_baseline", "relay_baseline", "vlm_rm_baseline")
+ROOT = Path(__file__).resolve().parent.parent
 Reward = Callable[[np.ndarray], np.ndarray]  # image embeddings [n, D] -> r_VLM [n]
+
+
+class Script(Protocol):
+    """What the tools use of a script: these names at the top level of its file.
+
+    `Args` needs the fields env_id, seed and goal. Everything else that the tools must know is in
+    config.json, where the script's `start_run` has put it.
+    """
+
+    Args: type
+
+    def main(self, args: Any) -> dict[str, float]:
+        """Train, and return the last evaluation."""
+
+    def init_state(self, key: jax.Array, sizes: Sizes, args: Any) -> Any:
+        """The pytree that `Run.save` is given; here only its structure and shapes are used."""
+
+    def policy(self, state: Any, obs: jax.Array) -> jax.Array:
+        """The evaluated agent's mean action [n, action_dim] for observations [n, obs_dim], or for
+        pictures stacked along the channels, uint8 [n, size, size, 3 K], the newest last."""
+
+    def load_reward(self, state: Any, vlm: VLM, args: Any) -> Callable[[jax.Array], jax.Array]:
+        """Only of scripts with a VLM: the reward that was learned, embeddings [n, D] -> [n]."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +61,7 @@ class Trained:
         folder, config: the run folder and its config.json.
         script, args: the module that trained it, and its arguments.
         env_steps: of the checkpoint.
-        state: the script's networks: FuRLState, RelayState or AgentState.
+        state: the script's networks.
     """
 
     folder: Path
@@ -53,27 +77,21 @@ class Trained:
 
     @property
     def has_vlm(self) -> bool:
-        return hasattr(self.args, "vlm") and not getattr(self.args, "no_vlm", False)
+        return self.config.get("vlm") is not None and hasattr(self.script, "load_reward")
 
     @property
-    def frame_stack(self) -> int:
-        """0: the policy sees observations; K: the last K pictures."""
-        return getattr(self.args, "frame_stack", 0)
+    def evaluation(self) -> dict[str, Any]:
+        """How the run's own evaluations were made: `Evaluator.settings`."""
+        return self.config["evaluation"]
 
     @property
-    def action_repeat(self) -> int:
-        return getattr(self.args, "action_repeat", 1)
-
-    @property
-    def prompt(self) -> str:
-        return prompt_for(self.args.env_id, getattr(self.args, "prompt", None))
+    def view(self) -> View:
+        """What the run's VLM was shown of the scene."""
+        return View(**self.config["view"])
 
     def policy(self, obs: np.ndarray) -> np.ndarray:
-        """The evaluated agent's mean action [n, 4] for observations [n, 39], or for pictures
-        stacked along the channels, uint8 [n, size, size, 3 K], the newest last."""
-        agent = getattr(self.state, "furl", self.state)
-        params = agent.params if self.frame_stack else agent.params["actor"]
-        return np.asarray(self.script.act_mean(params, obs, args=self.args))
+        """The evaluated agent's mean action; shapes as those of `Script.policy`."""
+        return np.asarray(self.script.policy(self.state, obs))
 
     @cached_property
     def vlm(self) -> VLM:
@@ -82,9 +100,7 @@ class Trained:
         Raises:
             UserError: it cannot be loaded here, or is not the one that the run was trained with.
         """
-        args = self.args
-        vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained,
-                       seed=args.seed)
+        vlm = load_vlm(**self.config["vlm"])
         self.check_vlm(vlm)
         return vlm
 
@@ -98,47 +114,31 @@ class Trained:
                             "its reward would mean nothing")
 
     def vlm_reward(self, vlm: VLM) -> Reward:
-        """The reward that the run learned from, before its weight rho: Eq. 3 with the checkpoint's
-        projection heads; Eq. 2 without alignment and for Relay; VLM-RM's own.
+        """The reward that the run learned from, before its weight rho.
 
         Args:
             vlm: the run's own, or one that `check_vlm` accepts.
         """
-        args, script = self.args, self.script
-        text = jnp.asarray(vlm.embed_text([self.prompt])[0])
-        if script.SCRIPT == "relay_baseline":
-            reward = partial(script.cosine_similarity, text)
-        elif script.SCRIPT == "vlm_rm_baseline":
-            baseline_prompt = baseline_prompt_for(args.env_id, args.baseline_prompt)
-            baseline = jnp.asarray(vlm.embed_text([baseline_prompt])[0])
-            # The heads of LIV-Proj are never trained: they are drawn again, as in the script.
-            key = jax.random.split(jax.random.PRNGKey(args.seed), 3)[2]
-            heads = script.Projection(args.projection_features).init(key, text, text[None])
-            inputs = script.VLMInputs(text, baseline, heads)
-            reward = partial(script.vlm_reward, vlm=inputs, args=args)
-        else:
-            inputs = script.VLMInputs(text, jnp.zeros_like(text))  # the reward needs no goal image
-            reward = partial(script.vlm_reward, self.state.projection, vlm=inputs, args=args)
-        compiled = jax.jit(reward)
-        return lambda embeddings: np.asarray(compiled(jnp.asarray(embeddings, jnp.float32)))
+        reward = self.script.load_reward(self.state, vlm, self.args)
+        return lambda embeddings: np.asarray(reward(jnp.asarray(embeddings, jnp.float32)))
 
 
-def open_run(folder: Path, env_steps: int | None = None) -> Trained:
+def open_run(folder: Path, env_steps: int | None = None, run_code: bool = False) -> Trained:
     """Read a checkpoint of a run.
 
     Args:
         folder: the run folder.
         env_steps: which of the kept checkpoints; None: the newest.
+        run_code: execute the copy of the script that the folder keeps, instead of this checkout's
+            script of that name.
 
     Raises:
-        UserError: the folder is no run, has no usable checkpoint, or is another version's.
+        UserError: the folder is no run, has no usable checkpoint, or the script does not fit it.
     """
     config = read_config(folder, str(folder))
-    name = config.get("script")
-    if name not in SCRIPTS:
-        raise UserError(f"{folder}: unknown script {name!r}; known are {', '.join(SCRIPTS)}")
-    script = importlib.import_module(name)
-    args = stored_args(config["args"], script.Args, str(folder))
+    name = str(config.get("script"))
+    if Path(f"{name}.py").name != f"{name}.py" or "sizes" not in config:
+        raise UserError(f"{folder} is another version's run: it cannot be opened")
     warnings: list[str] = []
     try:
         env_steps, leaves, _ = checkpoint.read_newest(folder, env_steps, warnings.append)
@@ -146,31 +146,44 @@ def open_run(folder: Path, env_steps: int | None = None) -> Trained:
         raise UserError("; ".join([str(error), *warnings[:1]])) from None
     for warning in warnings:
         print(warning, file=sys.stderr)
+    ours, kept = ROOT / f"{name}.py", folder / f"{name}.py"
+    if run_code:
+        print(f"note: running {kept}, the code that the folder brings along: do so only with "
+              "folders that you trust")
+    elif ours.exists() and kept.exists() and ours.read_bytes() != kept.read_bytes():
+        print(f"note: {name}.py has changed since this run: it is evaluated by the present one")
+    path = kept if run_code else ours
     try:
-        return Trained(folder, config, script, args, env_steps, networks(script, args, leaves))
-    except checkpoint.CheckpointError as error:
-        raise UserError(f"{folder} is another version's run: {error}") from None
+        script = load_script(path)
+        args = stored_args(config["args"], script.Args, str(folder))
+        init = partial(script.init_state, sizes=Sizes(**config["sizes"]), args=args)
+        template = jax.eval_shape(init, jax.random.key(0))
+        state = checkpoint.unflatten(leaves, template)
+    except Exception as error:  # whatever an edited script may raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        help_ = "" if run_code else f"; with --run-code the folder's own {kept.name} is executed"
+        raise UserError(f"{folder}: {path.name} does not fit this run ({reason}){help_}") from None
+    return Trained(folder, config, script, args, env_steps, state)
 
 
-def networks(script: ModuleType, args: Any, leaves: list[np.ndarray]) -> Any:
-    """The script's state from a checkpoint's leaves, which are those of (state, key).
-
-    Raises:
-        CheckpointError: they do not fit.
-    """
-    key = jax.random.PRNGKey(0)
-    if script.SCRIPT in ("sac_baseline", "vlm_rm_baseline"):
-        init = partial(script.init_agent, args=args)
-    elif script.SCRIPT == "relay_baseline":
-        init = partial(script.init_state, args=args)
-    else:  # the width of the heads' input is the VLM's, which need not be loaded for the policy
-        init = partial(script.init_state, embed_dim=1, args=args)
-        structure = jax.tree.structure((jax.eval_shape(init, key), key))
-        if structure.num_leaves == len(leaves):
-            heads = jax.tree.unflatten(structure, leaves)[0].projection["params"]
-            embed_dim = heads["image"]["Dense_0"]["kernel"].shape[0]
-            init = partial(script.init_state, embed_dim=embed_dim, args=args)
-    return checkpoint.unflatten(leaves, (jax.eval_shape(init, key), key))[0]
+def load_script(path: Path) -> ModuleType:
+    """The module in the file `path`, which need not be on Python's path."""
+    path = path.resolve()
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == str(path) and module.__name__ != "__main__":
+            return module
+    name = path.stem if path.stem not in sys.modules else f"{path.stem} in {path.parent}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path.name} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def new_folder(path: Path) -> Path:
@@ -192,4 +205,6 @@ def new_folder(path: Path) -> Path:
 
 def without_precision(vlm_id: str) -> str:
     """A VLM's id without the number format, which is the machine's choice."""
-    return vlm_id.removesuffix("-bf16").removesuffix("-fp32")
+    for precision in ("-fp16", "-bf16", "-fp32"):
+        vlm_id = vlm_id.removesuffix(precision)
+    return vlm_id
