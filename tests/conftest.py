@@ -1,6 +1,7 @@
 """Tests run from any folder, two files at a time, and keep caches out of the home folder's way."""
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +16,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 compiled = tempfile.TemporaryDirectory(prefix="furl-tests-")  # until the tests end
 os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def paper_scripts() -> list[str]:
+    """The names of the scripts whose commands stand in docs/paper.md, sorted, without `.py`.
+
+    They are what the repository offers. Other scripts in its root are a user's own, and no test
+    looks at them.
+    """
+    text = (ROOT / "docs/paper.md").read_text()
+    return sorted(set(re.findall(r"\bpython (\w+)\.py\b", text)))
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ from common import replay
 from common.cli import run_script
 from common.envs import VecMetaWorld
 from common.errors import UserError
-from common.replay import Transition
+from common.replay import Sizes, Transition
 from common.tasks import MT10, baseline_prompt_for, prompt_for
 
 SMALL = {"num_envs": 3, "batch_size": 16, "buffer_size": 64, "hidden_features": (16,)}
 EMBED_DIM = 3
+SIZES = Sizes(39, 4, EMBED_DIM)
 
 
 def transitions(embed_dim: int | None = EMBED_DIM, n: int = 50) -> Transition:
@@ -97,7 +98,7 @@ def test_baseline_prompts():
 def vlm_inputs(args: vlm_rm.Args) -> vlm_rm.VLMInputs:
     text, base = jnp.array([1.0, 2.0, 3.0]), jnp.array([3.0, -1.0, 1.0])
     heads = vlm_rm.Projection(args.projection_features)
-    return vlm_rm.VLMInputs(text, base, heads.init(jax.random.PRNGKey(3), text, text[None]))
+    return vlm_rm.VLMInputs(text, base, heads.init(jax.random.key(3), text, text[None]))
 
 
 def test_each_methods_reward():
@@ -120,7 +121,7 @@ def test_each_methods_reward():
 def test_the_task_reward_is_added_only_when_asked(task_reward, shift, monkeypatch):
     """VLM-RM learns from r_VLM, LIV from r_task - 1 + rho r_VLM."""
     args = vlm_rm.Args(**SMALL, task_reward=task_reward, rho=0.5)
-    buffers = vlm_rm.init_buffers(EMBED_DIM, args)
+    buffers = vlm_rm.init_buffers(SIZES, args)
     buffers = vlm_rm.Buffers(replay.add_rows(buffers.transitions, transitions()))
     vlm = vlm_inputs(args)
     seen = {}
@@ -130,8 +131,8 @@ def test_the_task_reward_is_added_only_when_asked(task_reward, shift, monkeypatc
         return agent, {}
 
     monkeypatch.setattr(vlm_rm, "update_agent", spy)
-    agent = vlm_rm.init_agent(jax.random.PRNGKey(0), args)
-    vlm_rm.update_once(agent, buffers, vlm, jax.random.PRNGKey(1), args)
+    agent = vlm_rm.init_agent(jax.random.key(0), SIZES, args)
+    vlm_rm.update_once(agent, buffers, vlm, jax.random.key(1), args)
     batch = seen["batch"]
     fuzzy = vlm_rm.cosine_similarity(vlm.text, batch.embedding.astype(jnp.float32))
     expected = fuzzy if not task_reward else batch.sparse_reward + shift + 0.5 * fuzzy
@@ -140,7 +141,8 @@ def test_the_task_reward_is_added_only_when_asked(task_reward, shift, monkeypatc
 
 def test_sac_learns_from_the_shifted_task_reward(monkeypatch):
     args = sac.Args(**SMALL)
-    buffers = sac.Buffers(replay.add_rows(sac.init_buffers(args).transitions, transitions(None)))
+    empty = sac.init_buffers(SIZES, args)
+    buffers = sac.Buffers(replay.add_rows(empty.transitions, transitions(None)))
     seen = {}
 
     def spy(agent, batch, reward, key, args):
@@ -148,25 +150,88 @@ def test_sac_learns_from_the_shifted_task_reward(monkeypatch):
         return agent, {}
 
     monkeypatch.setattr(sac, "update_agent", spy)
-    sac.update_once(sac.init_agent(jax.random.PRNGKey(0), args), buffers, jax.random.PRNGKey(1),
-                    args)
+    agent = sac.init_agent(jax.random.key(0), SIZES, args)
+    sac.update_once(agent, buffers, jax.random.key(1), args)
     np.testing.assert_array_equal(seen["reward"], seen["batch"].sparse_reward - 1)
 
 
 def test_scanned_updates_equal_single_ones():
     args = sac.Args(**SMALL)
-    buffers = sac.Buffers(replay.add_rows(sac.init_buffers(args).transitions, transitions(None)))
-    agent = sac.init_agent(jax.random.PRNGKey(0), args)
-    key = jax.random.PRNGKey(2)
-    single = agent
+    empty = sac.init_buffers(SIZES, args)
+    buffers = sac.Buffers(replay.add_rows(empty.transitions, transitions(None)))
+    agent = sac.init_agent(jax.random.key(0), SIZES, args)
+    key = jax.random.key(2)
+    single, collected = agent, []
     once = jax.jit(sac.update_once, static_argnames="args")
-    next_key, scan_key = jax.random.split(key)
-    for update_key in jax.random.split(scan_key, args.updates_per_iteration):
-        single, _ = once(single, buffers, update_key, args)
-    scanned, after, _ = sac.update(agent, buffers, key, args)
-    np.testing.assert_array_equal(after, next_key)
+    for update_key in jax.random.split(jax.random.fold_in(key, 24), args.updates_per_iteration):
+        single, metrics = once(single, buffers, update_key, args)
+        collected.append(metrics["losses/critic_loss"])
+    other, _ = sac.update(jax.tree.map(jnp.copy, agent), buffers, key, 27, args)
+    scanned, metrics = sac.update(agent, buffers, key, 24, args)  # donates `agent`
+    np.testing.assert_allclose(metrics["losses/critic_loss"], np.mean(collected), rtol=1e-4)
+    assert any((a != b).any() for a, b in zip(
+        jax.tree.leaves(scanned), jax.tree.leaves(other), strict=True)), "another step's batches"
     for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(scanned), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", [sac, vlm_rm])
+def test_exploration_is_a_function_of_the_step(script):
+    agent = script.init_agent(jax.random.key(0), SIZES, script.Args(**SMALL))
+    obs, key = jnp.asarray(transitions().obs[:3]), jax.random.key(1)
+    first, again, other = (np.asarray(script.act(agent, obs, key, step)) for step in (8, 8, 16))
+    np.testing.assert_array_equal(first, again)
+    assert first.shape == (3, 4) and np.abs(first - other).min() > 1e-5
+    mean, _ = agent.actor.apply(agent.params["actor"], obs)
+    np.testing.assert_allclose(script.policy(agent, obs), np.tanh(mean), atol=1e-6)
+
+
+def test_relay_evaluates_the_vlm_agent():
+    state = relay.init_state(jax.random.key(0), SIZES, relay.Args(**SMALL))
+    obs = transitions().obs[:3]
+    mean, _ = state.furl.actor.apply(state.furl.params["actor"], obs)
+    np.testing.assert_allclose(relay.policy(state, obs), np.tanh(mean), atol=1e-6)
+    other = relay.policy(state._replace(furl=state.relay), obs)
+    assert np.abs(other - relay.policy(state, obs)).max() > 1e-3
+
+
+@pytest.mark.parametrize("script", [furl, relay, vlm_rm])
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_embeddings_of_random_encoders_are_kept_in_float32(script, pretrained):
+    """Two pictures whose embeddings differ by 1e-5 of their size are told apart only there."""
+    args = script.Args(**SMALL, pretrained=pretrained)
+    buffers = script.init_buffers(SIZES, args)
+    for ring in buffers:
+        assert ring.data.embedding.dtype == (np.float16 if pretrained else np.float32)
+    rows = transitions(n=2)._replace(embedding=jnp.array([[1.0, 1, 1], [1 + 1e-5, 1, 1]]))
+    stored = replay.add_rows(buffers.transitions, rows).data.embedding[:2]
+    assert (stored[0, 0] == stored[1, 0]) == pretrained
+
+
+class FakeVLM:
+    """Gives each prompt an embedding of its own, from its letters."""
+
+    embed_dim = EMBED_DIM
+
+    def embed_text(self, prompts: list[str]) -> np.ndarray:
+        return np.stack([
+            np.random.default_rng(list(p.encode())).normal(size=EMBED_DIM) for p in prompts
+        ]).astype(np.float32)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_the_reward_that_tools_show_is_that_of_training(projection):
+    """The heads of LIV-Proj are not saved: they are drawn again, from the seed."""
+    args = vlm_rm.Args(**SMALL, projection=projection, alpha=0.3)
+    images = transitions().embedding.astype(np.float32)
+    vlm = vlm_rm.embed_task(FakeVLM(), args)
+    prompts = FakeVLM().embed_text([prompt_for(args.env_id, None),
+                                    baseline_prompt_for(args.env_id, None)])
+    np.testing.assert_array_equal(jnp.stack([vlm.text, vlm.baseline]), prompts)
+    shown = vlm_rm.load_reward(None, FakeVLM(), args)(images)
+    np.testing.assert_allclose(shown, vlm_rm.vlm_reward(images, vlm, args), atol=1e-5)
+    other = vlm_rm.load_reward(None, FakeVLM(), replace(args, seed=1))(images)
+    assert (np.abs(other - shown).max() > 0.05) == projection
 
 
 # ------------------------------------------------------------------------------ end to end
@@ -198,7 +263,8 @@ def test_relay_is_furl_without_alignment(tmp_path, monkeypatch):
     def prescribed(self):
         step = step_wait(self)
         if self.num_envs == 2:  # not the evaluation's: the first environment succeeds once
-            step = step._replace(success=np.array([next(times) == 100, False]))
+            success = np.array([next(times) == 100, False])
+            step = step._replace(success=success, sparse_reward=success.astype(np.float32))
         return step
 
     monkeypatch.setattr(VecMetaWorld, "step_wait", prescribed)
@@ -207,7 +273,7 @@ def test_relay_is_furl_without_alignment(tmp_path, monkeypatch):
     for script, more in ((relay, []), (furl, ["--no-align"])):
         script.update.clear_cache()
         times = iter(range(600))
-        folder = tmp_path / script.SCRIPT
+        folder = tmp_path / script.__name__
         run(script, *flags, *more, "--run-dir", str(folder), monkeypatch=monkeypatch)
         found.append(metrics(folder))
         assert script.update._cache_size() == 2, "compiled once for each phase"
@@ -215,7 +281,8 @@ def test_relay_is_furl_without_alignment(tmp_path, monkeypatch):
     assert ours.keys() <= theirs.keys()
     assert {key for _, key in theirs.keys() - ours.keys()} == {"charts/num_negatives"}
     assert ours == {key: theirs[key] for key in ours}
-    assert ours[1200, "losses/furl_critic_loss"] > 0
+    assert ours[1200, "losses/critic_loss"] > 0
+    assert ours[800, "losses/relay_critic_loss"] > 0
     assert ours[800, "charts/relaying"] == 1 and ours[800, "charts/num_positives"] == 0
     assert ours[1200, "charts/relaying"] == 0 and ours[1200, "charts/num_positives"] == 101
 
@@ -237,8 +304,13 @@ def test_a_run_and_its_resumption(script, flags, tmp_path, monkeypatch):
     assert metrics(halves) == rows
     assert {step for step, key in rows if key == "eval/success_once"} == {800, 1600}
     assert all(np.isfinite(value) for value in rows.values())
+    assert (1600, "losses/critic_loss") in rows
+    relayed = {key for _, key in rows if key.startswith("losses/relay_")}
+    assert bool(relayed) == (script is relay)
     config = json.loads((whole / "config.json").read_text())
-    assert config["script"] == script.SCRIPT and "mujoco 3.3.0" in config["engine"]
+    vlm_dim = 0 if script is sac else 128
+    assert config["sizes"] == {"obs": 39, "action": 4, "embedding": vlm_dim}
+    assert config["script"] == script.__name__ and "mujoco 3.3.0" in config["engine"]
 
 
 def test_sac_on_the_native_engine(tmp_path, monkeypatch):

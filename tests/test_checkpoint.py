@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sac_baseline as sac
 from common import checkpoint, replay
 from common.errors import UserError
+from common.replay import Sizes
+from common.run import Run, start_run
 
 CAPACITY = 10
 
@@ -426,3 +430,109 @@ def test_a_checkpoint_of_another_format_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.undo()
     warnings = assert_checkpoint(tmp_path, 4)
     assert "another version's" in warnings[0]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_checkpoint_of_an_earlier_format_is_refused(tmp_path, monkeypatch, number):
+    assert checkpoint.FORMAT == 3
+    monkeypatch.setattr(checkpoint, "FORMAT", number)
+    save(tmp_path, 4)
+    monkeypatch.undo()
+    warnings: list[str] = []
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        load(tmp_path, warnings)
+    assert "another version's" in warnings[0]
+
+
+# ----------------------------------------------------------------- a replay that is gone
+
+
+def test_a_dropped_replay_leaves_the_networks(tmp_path):
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+    checkpoint.drop_replay(tmp_path)
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step_0000000009"]
+    env_steps, leaves, host = checkpoint.read_newest(tmp_path)
+    assert env_steps == 9 and host == {"step": 9}
+    tree = checkpoint.unflatten(leaves, tree_of(0))
+    jax.tree.map(np.testing.assert_array_equal, tree, tree_of(9))
+    with pytest.raises(UserError, match=r"cannot be continued.*\(--drop-replay\).*be evaluated"):
+        load(tmp_path)
+    assert checkpoint.read_newest(tmp_path)[0] == 9, "the refusal removes nothing"
+
+
+def test_dropping_nothing_is_no_error(tmp_path):
+    checkpoint.drop_replay(tmp_path)
+    with pytest.raises(UserError, match=r"no usable checkpoint \(0 found\)"):
+        load(tmp_path)
+
+
+class NoEnvs:
+    """What a run asks of its environments."""
+
+    resumes_episodes = True
+
+    def observations(self) -> np.ndarray:
+        return np.zeros((2, 39), np.float32)
+
+    def get_state(self) -> dict:
+        return {"what": "environments"}
+
+    def set_state(self, state: dict) -> np.ndarray:
+        assert state == self.get_state()
+        return self.observations()
+
+
+def begin_run(args: sac.Args) -> tuple[Run, tuple]:
+    """A run with tiny networks and no environments: (run, what its `begin` returns)."""
+    sizes = Sizes(39, 4)
+    buffers = sac.init_buffers(sizes, args)
+    run = start_run(args, buffers, sizes=sizes, evaluation={}, engine="none")
+    try:
+        return run, run.begin(sac.init_state(jax.random.key(0), sizes, args), buffers, NoEnvs())
+    except UserError:
+        run.close(finished=False)
+        raise
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_finished_run_drops_its_replay_only_when_asked(tmp_path, drop):
+    folder = tmp_path / "run"
+    args = sac.Args(run_dir=str(folder), num_envs=2, total_timesteps=4, buffer_size=8,
+                    hidden_features=(4,), drop_replay=drop)
+    run, (env_steps, state, buffers, obs) = begin_run(args)
+    assert env_steps == 0 and obs.shape == (2, 39)
+    rows = jax.tree.map(lambda x: np.ones((2, *x.shape[1:]), x.dtype), buffers.transitions.data)
+    run.save(2, state, sac.Buffers(replay.add_rows(buffers.transitions, rows)), NoEnvs())
+    run.close(finished=False)  # as when it is interrupted
+
+    resumed = replace(args, resume=str(folder))
+    run, (env_steps, state, buffers, _) = begin_run(resumed)
+    assert env_steps == 2 and int(buffers.transitions.total) == 2
+    np.testing.assert_array_equal(buffers.transitions.data.obs[:2], rows.obs)
+    run.save(4, state, sac.Buffers(replay.add_rows(buffers.transitions, rows)), NoEnvs())
+    run.close()
+
+    assert (folder / "checkpoints" / "rings").exists() != drop
+    if drop:
+        with pytest.raises(UserError, match="its replay was deleted when it finished"):
+            begin_run(resumed)
+    else:
+        run, (env_steps, _, buffers, _) = begin_run(resumed)
+        assert env_steps == 4 and int(buffers.transitions.total) == 4
+        run.close()
+    leaves = checkpoint.read_newest(folder)[1]
+    for ours, theirs in zip(checkpoint.unflatten(leaves, state).params["actor"]["params"].values(),
+                            state.params["actor"]["params"].values(), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_the_flag_and_the_refusal_on_the_command_line(tmp_path, refused):
+    """A whole run with --drop-replay; --resume then ends with one line and status 2."""
+    folder = tmp_path / "run"
+    args = sac.Args(run_dir=str(folder), env_id="drawer-close-v3", num_envs=2, total_timesteps=4,
+                    buffer_size=8, hidden_features=(4,), drop_replay=True)
+    sac.main(args)
+    assert [f.name for f in (folder / "checkpoints").iterdir()] == ["step_0000000004"]
+    flags = ["--resume", str(folder), "--total-timesteps", "8"]
+    refused(sac, flags, "cannot be continued: its replay was deleted when it finished")

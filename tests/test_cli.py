@@ -3,25 +3,39 @@
 import csv
 import dataclasses
 import errno
+import importlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-from dataclasses import replace
+import types
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import common.run
+import furl_sac_state
 from common import checkpoint, cli, logger, replay
+from common.envs import WorkerError
 from common.errors import UserError
 from common.logger import Logger
+from common.replay import Sizes
 from common.run import Run, start_run
 from furl_sac_state import Args
 
 GOOD = Args(env_id="drawer-open-v3", num_envs=4, total_timesteps=400, log_every=100)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """The current folder is empty, so that no test looks at, or writes, the checkout's runs/."""
+    monkeypatch.chdir(tmp_path)
 
 
 def rows_of(run_dir: Path) -> list[list[str]]:
@@ -35,8 +49,10 @@ def rows_of(run_dir: Path) -> list[list[str]]:
 @pytest.mark.parametrize(("change", "flag"), [
     ({"num_envs": 0}, "--num-envs"),
     ({"num_envs": -1}, "--num-envs"),
+    ({"num_envs": 2**31}, "--num-envs"),
     ({"total_timesteps": 0}, "--total-timesteps"),
-    ({"total_timesteps": 402}, "--total-timesteps"),
+    ({"total_timesteps": 2**31}, "--total-timesteps"),
+    ({"total_timesteps": 2**31 - 1}, "--total-timesteps"),  # whole iterations are one step more
     ({"seed": -1}, "--seed"),
     ({"eval_every": 0}, "--eval-every"),
     ({"eval_episodes": -1}, "--eval-episodes"),
@@ -47,9 +63,12 @@ def rows_of(run_dir: Path) -> list[list[str]]:
     ({"utd": 0.0}, "--utd"),
     ({"utd": 0.3}, "--utd"),
     ({"utd": 0.1}, "--utd"),
+    ({"utd": math.nan}, "--utd"),
+    ({"utd": math.inf}, "--utd"),
     ({"buffer_size": 0}, "--buffer-size"),
-    ({"buffer_size": 1999}, "--buffer-size"),
+    ({"buffer_size": 3}, "--buffer-size"),
     ({"batch_size": 0}, "--batch-size"),
+    ({"batch_size": 2**31}, "--batch-size"),
     ({"learning_rate": 0.0}, "--learning-rate"),
     ({"learning_rate": math.nan}, "--learning-rate"),
     ({"learning_rate": math.inf}, "--learning-rate"),
@@ -67,10 +86,10 @@ def rows_of(run_dir: Path) -> list[list[str]]:
     ({"reward_margin": -0.1}, "--reward-margin"),
     ({"l2_margin": -0.1}, "--l2-margin"),
     ({"embedding_buffer_size": 0}, "--embedding-buffer-size"),
-    ({"embedding_buffer_size": 499}, "--embedding-buffer-size"),
     ({"relay_periods": ()}, "--relay-periods"),
     ({"relay_periods": (50, 0)}, "--relay-periods"),
     ({"relay_until": -1}, "--relay-until"),
+    ({"relay_noise": -0.1}, "--relay-noise"),
 ])
 def test_a_value_that_cannot_work_is_named(change, flag):
     with pytest.raises(UserError, match=rf"{flag}(\s|$)") as caught:
@@ -81,11 +100,127 @@ def test_a_value_that_cannot_work_is_named(change, flag):
 @pytest.mark.parametrize("change", [
     {}, {"rho": 0.0}, {"seed": 0}, {"checkpoint_every": 0}, {"eval_episodes": 0},
     {"learning_starts": 0}, {"relay_until": 0}, {"reward_margin": 0.0}, {"l2_margin": 0.0},
-    {"gamma": 1.0}, {"tau": 1.0}, {"utd": 0.5}, {"utd": 0.25}, {"buffer_size": 2000},
+    {"gamma": 1.0}, {"tau": 1.0}, {"utd": 0.5}, {"utd": 0.25}, {"buffer_size": 4},
+    {"relay_noise": 0.0}, {"lag": 1}, {"camera_id": 0}, {"camera_id": 6},
+    {"total_timesteps": 2**31 - 4}, {"hidden_features": (1,)},
     {"num_envs": 10, "utd": 0.3},  # 3 updates, though not in binary
 ])
 def test_values_at_their_limits_work(change):
     assert cli.check_args(replace(GOOD, **change)) == replace(GOOD, **change)
+
+
+@dataclass(frozen=True)
+class MyArgs(Args):
+    """The flags of a user's own script: plain types may have any value, others have ranges."""
+
+    count: int = 1
+    weight: float = 1.0
+    word: str = "x"
+    on: bool = False
+    numbers: tuple[int, ...] = (1,)
+    reals: tuple[float, ...] = (1.0,)
+    words: tuple[str, ...] = ("x",)
+    share: cli.Share = 0.5
+    widths: cli.PositiveInts = (1,)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("count", 0), ("count", -1), ("count", 2**40), ("weight", 0.0), ("weight", -1.0),
+    ("weight", math.nan), ("weight", math.inf), ("word", ""), ("word", "a b"), ("on", True),
+    ("numbers", ()), ("numbers", (0, -1)), ("reals", ()), ("reals", (math.nan, -1.0)),
+    ("words", ()), ("words", ("",)),
+])
+def test_a_users_own_flag_of_a_plain_type_is_never_refused(name, value):
+    checked = cli.check_args(MyArgs(num_envs=4, **{name: value}))
+    assert getattr(checked, name) is value
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("share", -0.1), ("share", 1.1), ("share", math.nan), ("widths", ()), ("widths", (1, 0)),
+])
+def test_a_users_own_flag_has_the_range_of_its_type(name, value):
+    with pytest.raises(UserError, match=f"^--{name} must"):
+        cli.check_args(MyArgs(num_envs=4, **{name: value}))
+
+
+def test_a_users_own_flags_on_the_command_line():
+    args = cli.parse_args(MyArgs, ["--count", "-3", "--weight", "nan", "--numbers", "0", "-1"])
+    assert (args.count, args.numbers) == (-3, (0, -1)) and math.isnan(args.weight)
+
+
+@pytest.mark.parametrize(("change", "flag"), [
+    ({"buffer_size": 1999}, "--buffer-size"),  # four environments of 500 steps
+    ({"embedding_buffer_size": 499}, "--embedding-buffer-size"),
+])
+def test_buffers_that_are_too_small_for_whole_episodes(change, flag):
+    least = {"buffer_size": 2000, "embedding_buffer_size": 500}
+    cli.check_episodes_fit(replace(GOOD, **least), 500)
+    with pytest.raises(UserError, match=f"^{flag} must hold an episode"):
+        cli.check_episodes_fit(replace(GOOD, **least | change), 500)
+
+
+@dataclass(frozen=True)
+class RepeatingArgs(Args):
+    action_repeat: int = 2
+
+
+@pytest.mark.parametrize(("args", "whole", "iteration"), [
+    (Args(num_envs=12), 1_000_008, 12),
+    (replace(GOOD, total_timesteps=1), 4, 4),
+    (replace(GOOD, total_timesteps=402), 404, 4),
+    (RepeatingArgs(num_envs=4, total_timesteps=404), 408, 8),
+])
+def test_steps_are_rounded_up_to_whole_iterations(args, whole, iteration, capsys):
+    assert cli.check_args(args) == replace(args, total_timesteps=whole)
+    assert capsys.readouterr().out == (
+        f"note: --total-timesteps {args.total_timesteps} becomes {whole}, whole iterations of "
+        f"{iteration} steps\n"
+    )
+    assert cli.check_args(replace(args, total_timesteps=whole)).total_timesteps == whole
+    assert capsys.readouterr().out == "", "nothing is rounded, so nothing is said"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--run-dir", "checkpointed"], "checkpointed already holds a run"),
+    (["--run-dir", "measured"], "measured already holds a run"),
+    (["--run-dir", "file"], "file is not a free folder"),
+    (["--run-dir", "file/below"], "file/below"),
+    (["--run-dir", "new/\0"], "null"),
+    (["--run-dir", "/proc/run"], "cannot write the run folder /proc/run"),
+    (["--camera-id", "7"], "unknown camera 7; this task has 0 (topview)"),
+    (["--camera-id", "-1"], "--camera-id must be 0 or more"),
+    (["--buffer-size", "3999"], "--buffer-size must hold an episode of each of 8"),
+    (["--embedding-buffer-size", "499"], "--embedding-buffer-size must hold an episode"),
+])
+def test_what_cannot_work_is_refused_before_anything_is_built(
+    flags, message, tmp_path, monkeypatch, refused
+):
+    for trace in ("checkpointed/checkpoints/step_0000000000/x", "checkpointed/config.json",
+                  "measured/config.json", "measured/metrics.csv", "file"):
+        (tmp_path / trace).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / trace).write_text("env_steps,key,value\n0,eval/return,1\n")
+    content = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    def build(*args, **kwargs):
+        raise AssertionError("something is built")
+
+    for name in ("load_vlm", "goal_image", "VecMetaWorld", "Evaluator", "start_run"):
+        monkeypatch.setattr(furl_sac_state, name, build)
+    refused(furl_sac_state, flags, message)
+    assert content == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(AssertionError, match="something is built"):  # what would be next
+        furl_sac_state.main(GOOD)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_default_run_folder_that_cannot_be_written(tmp_path, monkeypatch, code):
+    def refuse(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(logger.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UserError, match=f"folder runs: {os.strerror(code)}.*--run-dir"):
+        cli.check_args(GOOD)
+    cli.check_args(replace(GOOD, resume="its own folder"))
 
 
 def test_the_task_gets_its_full_name():
@@ -123,8 +258,16 @@ def test_what_the_parser_refuses(argv, capsys):
 def stored(tmp_path) -> Path:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    logger.write_config(run_dir, replace(GOOD, hidden_features=(64, 32), prompt="Open it."))
+    args = replace(GOOD, hidden_features=(64, 32), prompt="Open it.")
+    logger.write_config(run_dir, args, script="furl_sac_state")
     return run_dir
+
+
+def change_config(run_dir: Path, change) -> None:
+    """Let `change` modify the stored configuration."""
+    config = json.loads((run_dir / "config.json").read_text())
+    change(config)
+    (run_dir / "config.json").write_text(json.dumps(config))
 
 
 def test_a_resumed_run_has_the_stored_arguments(stored):
@@ -140,11 +283,12 @@ def test_what_a_resumed_run_may_change(stored):
     args = cli.parse_args(Args, [
         "--resume", str(stored), "--total-timesteps", "800", "--eval-every", "7", "--log-every",
         "8", "--checkpoint-every", "9", "--capture-video", "--track", "--wandb-project", "other",
+        "--drop-replay",
     ])
     assert args == replace(
         GOOD, hidden_features=(64, 32), prompt="Open it.", resume=str(stored), total_timesteps=800,
         eval_every=7, log_every=8, checkpoint_every=9, capture_video=True, track=True,
-        wandb_project="other",
+        wandb_project="other", drop_replay=True,
     )
 
 
@@ -171,35 +315,65 @@ def test_a_folder_that_is_no_run(tmp_path):
 
 
 def test_another_scripts_run(stored):
-    config = json.loads((stored / "config.json").read_text())
-    config["args"]["frame_stack"] = 3
-    (stored / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"another script's or version's.*frame_stack"):
-        cli.parse_args(Args, ["--resume", str(stored)])
+    for script in ("sac_baseline", "my_idea", None):
+        change_config(stored, lambda config, script=script: config.update(script=script))
+        with pytest.raises(UserError, match=rf"is {script}\.py's, this is furl_sac_state\.py$"):
+            cli.parse_args(Args, ["--resume", str(stored)])
+
+
+def test_flags_that_are_newer_than_the_run_or_gone(stored, capsys):
+    unchanged = cli.parse_args(Args, ["--resume", str(stored)])
+    assert capsys.readouterr().out == ""
+
+    def change(config):
+        del config["args"]["relay_noise"], config["args"]["drop_replay"]
+        config["args"] |= {"frame_stack": 3, "old_one": [1, 2]}
+
+    change_config(stored, change)
+    assert cli.parse_args(Args, ["--resume", str(stored)]) == unchanged
+    name = f"--resume {stored}"
+    assert sorted(capsys.readouterr().out.splitlines()) == [
+        f"note: {name} has flags that are gone and ignored: --frame-stack 3, --old-one [1, 2]",
+        f"note: {name} was made before these flags, which take their defaults: --drop-replay, "
+        "--relay-noise",
+    ]
+    with pytest.raises(UserError, match=r"^--relay-noise cannot change .*: it is 0\.2, not 0\.5"):
+        cli.parse_args(Args, ["--resume", str(stored), "--relay-noise", "0.5"])
+    assert cli.parse_args(Args, ["--resume", str(stored), "--drop-replay"]).drop_replay
 
 
 # -------------------------------------------------------------------------- exit status
 
 
-@pytest.mark.parametrize(("error", "message"), [
-    (UserError("--rho must not be negative"), "error: --rho must not be negative\n"),
+FULL = "error: out of memory: choose smaller batches, buffers or networks\n"
+
+
+@pytest.mark.parametrize(("error", "message", "status"), [
+    (UserError("--rho must not be negative"), "error: --rho must not be negative\n", 2),
     (OSError(errno.ENOSPC, "No space left on device", "state.npz"),
-     "error: No space left on device: state.npz; what was saved is safe\n"),
+     "error: No space left on device: state.npz; what was saved is safe\n", 2),
     (OSError(errno.EROFS, "Read-only file system"),
-     "error: Read-only file system: the run folder; what was saved is safe\n"),
+     "error: Read-only file system: the run folder; what was saved is safe\n", 2),
+    (MemoryError(), FULL, 2),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), FULL, 2),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), FULL, 2),
+    (WorkerError("a worker has died"), "error: a worker has died; what was saved is safe\n", 1),
+    (KeyboardInterrupt(), "error: interrupted\n", 130),
 ])
-def test_what_the_user_can_mend_is_one_line_and_status_2(monkeypatch, capsys, error, message):
+def test_what_is_no_bug_is_one_line_and_a_status(monkeypatch, capsys, error, message, status):
     def main(args):
         raise error
 
     monkeypatch.setattr(sys, "argv", ["furl_sac_state.py"])
     with pytest.raises(SystemExit) as caught:
         cli.run_script(main, Args)
-    assert caught.value.code == 2
+    assert caught.value.code == status
     assert capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "a bug")])
+@pytest.mark.parametrize("error", [
+    ValueError("a bug"), RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "a bug"),
+])
 def test_other_errors_keep_their_traceback(monkeypatch, error):
     def main(args):
         raise error
@@ -219,8 +393,7 @@ def test_run_script_passes_the_arguments_on(monkeypatch):
 # -------------------------------------------------------------------------- run folder
 
 
-def test_the_default_run_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_default_run_folder():
     path = logger.create_run_dir(None, "drawer-open-v3", "furl_sac_state", 7)
     assert path.parent == Path("runs") and path.is_dir()
     assert path.name.startswith("drawer-open-v3__furl_sac_state__7__")
@@ -275,7 +448,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(monkeypatch):
 def test_networks_that_are_not_finite_are_not_saved(tmp_path, value):
     run = start(tmp_path)
     with pytest.raises(UserError, match=r"actor/w is not finite at step 100.*has diverged"):
-        run.save(100, ({"actor": {"w": jnp.array([1.0, value])}},), {"replay": small_ring()}, {})
+        run.save(100, {"actor": {"w": jnp.array([1.0, value])}}, Rings(small_ring()), Envs())
     assert not (run.dir / "checkpoints").exists()
 
 
@@ -311,6 +484,7 @@ def test_config_says_what_a_reader_needs(tmp_path):
     assert config["versions"]["numpy"] == np.__version__
     assert config["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert config["cpu_count"] == os.cpu_count() and config["commit"] and config["command"]
+    assert len(bytes.fromhex(config["run_id"])) == 4
     assert [f.name for f in tmp_path.iterdir()] == ["config.json"], "no temporary file stays"
 
 
@@ -451,9 +625,48 @@ def small_ring() -> replay.Ring:
     return replay.init_ring({"id": np.zeros((), np.int32)}, 8)
 
 
+class Rings(NamedTuple):
+    replay: replay.Ring
+
+
+class Envs:
+    """What a Run needs of environments: their observations, and a state to save and go on from."""
+
+    def __init__(self, resumes_episodes: bool = True):
+        self.resumes_episodes = resumes_episodes
+        self.time = np.arange(4.0)
+
+    def observations(self) -> np.ndarray:
+        return self.time
+
+    def get_state(self) -> dict:
+        return {"time": self.time}
+
+    def set_state(self, state: dict) -> np.ndarray:
+        self.time = state["time"]
+        return self.time
+
+
+SETTINGS = {"camera_id": 2, "quality": "fast"}
+
+
+def start_with(args: Args) -> Run:
+    return start_run(
+        args, Rings(small_ring()), sizes=Sizes(39, 4, 8), evaluation=SETTINGS, vlm_id="mini-1"
+    )
+
+
 def start(tmp_path: Path, **changes) -> Run:
-    args = replace(GOOD, run_dir=str(tmp_path / "run"), **changes)
-    return start_run(args, "furl_sac_state", {"replay": small_ring()}, vlm_id="mini-1")
+    return start_with(replace(GOOD, run_dir=str(tmp_path / "run"), **changes))
+
+
+def resume(run_dir: Path, args_type: type = Args) -> Run:
+    return start_with(cli.parse_args(args_type, ["--resume", str(run_dir)]))
+
+
+def begin(run: Run, envs: Envs | None = None):
+    """`run.begin` with small networks and rings."""
+    return run.begin({"w": jnp.zeros(2)}, Rings(small_ring()), envs or Envs())
 
 
 def test_start_run_writes_config_and_says_where(tmp_path, capsys):
@@ -464,8 +677,76 @@ def test_start_run_writes_config_and_says_where(tmp_path, capsys):
     assert f"run folder: {tmp_path / 'run'}" in out and "vlm_id: mini-1" in out
     config = logger.read_config(tmp_path / "run")
     assert config["script"] == "furl_sac_state" and config["jax_devices"]
+    assert config["sizes"] == {"obs": 39, "action": 4, "embedding": 8}
+    assert config["evaluation"] == SETTINGS and config["vlm_id"] == "mini-1"
+    script = Path(furl_sac_state.__file__)
+    assert (tmp_path / "run" / script.name).read_bytes() == script.read_bytes()
     with pytest.raises(UserError, match="already holds a run"):
         start(tmp_path)
+
+
+def test_the_script_is_the_file_that_defines_args(tmp_path, monkeypatch, capsys):
+    """A user's copy gives its runs its own name, and a run says if it has changed since."""
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts/my_idea.py"
+    script.write_text("from dataclasses import dataclass\n\nimport furl_sac_state\n\n\n"
+                      "@dataclass(frozen=True)\nclass Args(furl_sac_state.Args):\n    x: int = 0\n")
+    monkeypatch.syspath_prepend(script.parent)
+    my_idea = importlib.import_module("my_idea")
+    monkeypatch.delitem(sys.modules, "my_idea")  # afterwards
+    monkeypatch.setitem(sys.modules, "my_idea", my_idea)
+
+    run = start_with(my_idea.Args(run_dir=str(tmp_path / "run"), num_envs=4))
+    begin(run)
+    run.close()
+    assert logger.read_config(run.dir)["script"] == "my_idea"
+    kept = run.dir / "my_idea.py"
+    assert kept.read_bytes() == script.read_bytes()
+    with pytest.raises(UserError, match=r"is my_idea\.py's, this is furl_sac_state\.py"):
+        cli.parse_args(Args, ["--resume", str(run.dir)])
+
+    capsys.readouterr()
+    resume(run.dir, my_idea.Args).close()
+    assert "has changed" not in capsys.readouterr().out
+    before = kept.read_bytes()
+    script.write_text(script.read_text() + "# new\n")
+    resume(run.dir, my_idea.Args).close()
+    [line] = [x for x in capsys.readouterr().out.splitlines() if "has changed" in x]
+    assert line == f"note: my_idea.py has changed since this run began; {kept} is what it was"
+    assert kept.read_bytes() == before, "the run folder keeps what the run began with"
+
+
+def test_args_without_a_file(tmp_path):
+    """As in a notebook: there is nothing to copy, and the run has a name all the same."""
+    args_type = dataclasses.make_dataclass("Args", [], bases=(Args,), frozen=True)
+    args_type.__module__ = "nowhere"
+    assert cli.source_file(args_type) is None
+    run = start_with(args_type(run_dir=str(tmp_path / "run"), num_envs=4))
+    run.close()
+    assert logger.read_config(run.dir)["script"] == "interactive"
+    assert not list(run.dir.glob("*.py"))
+
+
+def test_wandb_gets_an_id_that_is_the_runs_own(tmp_path, monkeypatch):
+    """Folders of one name in two places are two runs; a resumed run goes on with its curve."""
+    begun = []
+
+    def init(**kwargs):
+        begun.append(kwargs)
+        return types.SimpleNamespace(define_metric=lambda *a, **k: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for parent in ("a", "b"):
+        run = start(tmp_path / parent, track=True)
+        begin(run)
+        run.close()
+    resumed = resume(run.dir)
+    begin(resumed)
+    resumed.close()
+    first, second, third = (kwargs["id"] for kwargs in begun)
+    assert [kwargs["name"] for kwargs in begun] == ["run"] * 3
+    assert first != second and second == third == logger.read_config(run.dir)["run_id"]
+    assert all(kwargs["resume"] == "allow" for kwargs in begun)
 
 
 def test_a_run_refused_for_want_of_space_leaves_its_folder_free(tmp_path, monkeypatch):
@@ -518,32 +799,142 @@ def test_a_diverged_run_ends_with_the_metrics_name(tmp_path, value):
     assert len(rows_of(run.dir)) <= 1, "nothing of that row is written"
 
 
-def test_a_run_is_resumed_with_its_counts(tmp_path, capsys):
+def test_a_run_begins_with_a_checkpoint(tmp_path):
+    """One that dies before the next can be resumed; its arrays are committed to the device."""
+    run = start(tmp_path)
+    env_steps, state, buffers, obs = begin(run)
+    run.close()
+    assert env_steps == 0
+    np.testing.assert_array_equal(obs, np.arange(4.0))
+    assert state["w"].committed and buffers.replay.data["id"].committed
+    assert [x.name for x in (run.dir / "checkpoints").glob("step_*")] == ["step_0000000000"]
+
+
+@pytest.mark.parametrize(("resumes_episodes", "success_once"), [(True, 0.5), (False, 0.0)])
+def test_a_run_is_resumed_with_its_counts(tmp_path, capsys, resumes_episodes, success_once):
     run = start(tmp_path)
     ring = replay.add_rows(small_ring(), {"id": np.arange(3, dtype=np.int32)})
     run.count_episodes(np.array([True, False, False, False]), np.zeros(4, bool))
     run.count_episodes(np.zeros(4, bool), np.array([False, True, False, False]))
     run.log_evaluation(100, {"eval/success_once": 1.0, "eval/success_at_end": 1.0})
-    run.save(100, {"w": jnp.ones(2)}, {"replay": ring}, {"obs": np.arange(4.0)})
+    envs = Envs()
+    envs.time = np.arange(4.0) + 7
+    run.save(100, {"w": jnp.ones(2)}, Rings(ring), envs)
     run.log_evaluation(200, {"eval/success_once": 0.0, "eval/success_at_end": 0.0})
     run.close()
 
-    args = cli.parse_args(Args, ["--resume", str(run.dir)])
-    resumed = start_run(args, "furl_sac_state", {"replay": small_ring()})
+    resumed = resume(run.dir)
     assert resumed.dir == run.dir
-    tree, rings, host = resumed.load({"w": jnp.zeros(2)}, {"replay": small_ring()})
-    np.testing.assert_array_equal(tree["w"], 1)
-    np.testing.assert_array_equal(rings["replay"].data["id"], [0, 1, 2, 0, 0, 0, 0, 0])
-    np.testing.assert_array_equal(host["obs"], np.arange(4.0))
+    env_steps, state, buffers, obs = begin(resumed, Envs(resumes_episodes))
+    assert env_steps == 100
+    np.testing.assert_array_equal(state["w"], 1)
+    np.testing.assert_array_equal(buffers.replay.data["id"], [0, 1, 2, 0, 0, 0, 0, 0])
+    assert state["w"].committed and buffers.replay.data["id"].committed
+    np.testing.assert_array_equal(obs, np.arange(4.0) + 7)
     assert "resumed at 100 steps" in capsys.readouterr().out
-    # The first environment has succeeded before the checkpoint and is cut off now: 1 of 2.
+    assert resumed.evaluation == {"eval/success_once": 1.0, "eval/success_at_end": 1.0}
+    # The first environment has succeeded before the checkpoint and is cut off now: 1 of 2, unless
+    # its episode could not go on.
     resumed.count_episodes(np.zeros(4, bool), np.array([True, False, False, False]))
     resumed.log_training(200, "relay", {})
     resumed.close()
     rows = {(int(step), key): float(value) for step, key, value in rows_of(run.dir)[1:]}
-    assert rows[200, "charts/success_once"] == 0.5
+    assert rows[200, "charts/success_once"] == success_once
     assert (200, "eval/success_once") not in rows, "the killed run's row"
     assert rows[100, "eval/success_once"] == 1
+
+
+@pytest.fixture
+def harmless():
+    """`harmless(number)`: a signal that nobody handles is noted instead of ending the tests."""
+    before, noted = {}, []
+
+    def install(number: int) -> list[int]:
+        before[number] = signal.signal(number, lambda got, frame: noted.append(got))
+        return noted
+
+    yield install
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("name", "status"), [
+    ("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138), ("SIGUSR2", 140),
+])
+def test_a_signal_lets_the_iteration_end_and_saves(tmp_path, harmless, capfd, name, status):
+    number = getattr(signal, name)
+    unhandled = harmless(number)
+    run = start(tmp_path, checkpoint_every=0)
+    _, state, buffers, _ = begin(run)
+    assert not run.must_save(4)
+    os.kill(os.getpid(), number)
+    assert run.must_save(4) and not unhandled
+    with pytest.raises(SystemExit) as stop:
+        run.save(4, state, buffers, Envs())
+    assert stop.value.code == status
+    out, errors = capfd.readouterr()
+    assert f"saved at 4 steps; continue with --resume {run.dir}" in out
+    assert errors == "\nstopping: this iteration is finished and saved first\n"
+    assert (run.dir / "checkpoints/step_0000000004").exists()
+    os.kill(os.getpid(), number)
+    assert unhandled == [number], "the handler of before is back"
+    resumed = resume(run.dir)
+    assert begin(resumed)[0] == 4
+    resumed.close()
+
+
+def test_a_signal_after_the_last_step_changes_nothing(tmp_path, harmless):
+    harmless(signal.SIGUSR1)
+    run = start(tmp_path)
+    _, state, buffers, _ = begin(run)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    run.save(GOOD.total_timesteps, state, buffers, Envs())
+    run.close()
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path, harmless):
+    """As nohup and shells have it for what they start in the background."""
+    harmless(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run = start(tmp_path)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    run.close()
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, harmless, monkeypatch):
+    """Not within a second of the first, which a process and its group may both get."""
+    harmless(signal.SIGINT)
+    run = start(tmp_path)
+    times = iter((100.0, 100.5, 101.5))
+    monkeypatch.setattr(common.run.time, "monotonic", lambda: next(times))
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    run.close()
+
+
+def test_a_finished_run_may_drop_its_replay(tmp_path):
+    run = start(tmp_path, drop_replay=True)
+    _, state, _, _ = begin(run)
+    ring = replay.add_rows(small_ring(), {"id": np.arange(3, dtype=np.int32)})
+    run.save(200, state, Rings(ring), Envs())
+    run.close(finished=False)
+    rings = run.dir / "checkpoints/rings"
+    assert list(rings.glob("*.npz")), "it is needed until the run has finished"
+    run = resume(run.dir)
+    _, state, buffers, _ = begin(run)
+    run.save(400, {"w": jnp.ones(2)}, buffers, Envs())
+    run.close()
+    assert not rings.exists()
+    assert [x.name for x in (run.dir / "checkpoints").iterdir()] == ["step_0000000400"]
+    env_steps, leaves, _ = checkpoint.read_newest(run.dir)
+    assert env_steps == 400
+    np.testing.assert_array_equal(leaves[0], 1)
+    run = resume(run.dir)
+    with pytest.raises(UserError, match=r"cannot be continued.*--drop-replay"):
+        begin(run)
+    run.close(finished=False)
 
 
 def test_video_paths(tmp_path):

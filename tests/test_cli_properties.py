@@ -13,17 +13,17 @@ import typing
 
 import jax
 import pytest
-from hypothesis import given, settings
+from conftest import paper_scripts
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common import cli
 from common.errors import UserError
 
-SCRIPTS = ("furl_sac_state", "furl_drq_pixels", "sac_baseline", "relay_baseline",
-           "vlm_rm_baseline")
-WORDS = ["", "x", "-", "nan", "none", "None", "drawer-open-v2", "reach", "runs/\0", "a b", "ü", "1"]
-WHOLE = ["0", "1", "2", "4", "8", "10", "500", "1000", "4000", "1e6", "1_000", "7", "-1", "-8",
-         "3000000000", "99999999999999999999"]
+WORDS = ["", "x", "-", "nan", "none", "None", "drawer-open-v2", "reach", "runs/\0", "a b", "ü", "1",
+         "taken", "file", "file/below"]
+WHOLE = ["0", "1", "2", "4", "8", "10", "12", "500", "1000", "4000", "1e6", "1_000", "7", "-1",
+         "-8", "3000000000", "99999999999999999999"]
 REAL = [*WHOLE, "0.5", "0.25", "0.125", "1.5", "1e-4", "1e30", "1e400", "inf", "-inf", "nan"]
 
 
@@ -57,27 +57,57 @@ def command_lines(args_type: type) -> st.SearchStrategy[list[str]]:
     )
 
 
-def checked(script, argv: list[str]):
-    """The arguments as main sees them after its checks."""
-    args = cli.check_args(cli.parse_args(script.Args, argv))
-    return script.check_pixel_args(args) if hasattr(script, "check_pixel_args") else args
+class Reached(Exception):
+    """A script begins to build something."""
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_arguments_are_possible_or_refused_by_name(name):
+def reach(*args, **kwargs):
+    raise Reached
+
+
+def after_its_checks(script, argv: list[str]) -> tuple:
+    """(arguments as they were given, as the script's own `main` has them after its checks)."""
+    given_args = cli.parse_args(script.Args, argv)
+    try:
+        script.main(given_args)
+    except Reached as stop:
+        return given_args, stop.__traceback__.tb_next.tb_frame.f_locals["args"]
+    raise AssertionError("main has built nothing")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder as the current one, but for a run and a file that must not be touched."""
+    (tmp_path / "taken/checkpoints/step_0000000000").mkdir(parents=True)
+    (tmp_path / "taken/config.json").write_text("{}")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", paper_scripts())
+def test_arguments_are_possible_or_refused_by_name(name, folder, monkeypatch):
+    """Whatever a script builds first is replaced, so that its `main` ends after its checks."""
     script = importlib.import_module(name)
-    outcomes = {"accepted": 0, "refused": 0}
+    for builder in ("load_vlm", "goal_image", "VecMetaWorld", "Evaluator"):
+        monkeypatch.setattr(script, builder, reach, raising=False)
+    if hasattr(script, "ENGINES"):
+        monkeypatch.setattr(script, "ENGINES", dict.fromkeys(script.ENGINES, reach))
+    content = sorted(folder.rglob("*"))
+    outcomes = {"accepted": 0, "refused": 0, "rounded": 0}
 
     @settings(max_examples=200, deadline=None, derandomize=True, database=None)
     @given(command_lines(script.Args))
+    @example(["--num-envs", "12"])
     def check(argv):
-        errors = io.StringIO()
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
+        printed, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed):
             try:
-                args = checked(script, argv)
+                asked, args = after_its_checks(script, argv)
             except UserError as error:  # run_script prints it and ends with status 2
                 outcomes["refused"] += 1
-                assert "--" in str(error) or "unknown task" in str(error), (argv, str(error))
+                known = ("--", "unknown task", "unknown camera", "the run folder")
+                assert any(word in str(error) for word in known), (argv, str(error))
                 assert "\n" not in str(error)
                 return
             except SystemExit as stop:  # the parser's
@@ -87,21 +117,37 @@ def test_arguments_are_possible_or_refused_by_name(name):
                 assert "Unrecognized" in text or any(word in text for word in flags), argv
                 assert "Traceback" not in errors.getvalue()
                 return
+            finally:
+                assert sorted(folder.rglob("*")) == content, argv
         outcomes["accepted"] += 1
         must_be_possible(args)
+        # A number of steps or pictures is rounded up to whole ones, and one line says so.
+        rounded = [field for field in ("total_timesteps", "buffer_size")
+                   if getattr(args, field) != getattr(asked, field)]
+        outcomes["rounded"] += bool(rounded)
+        for field in rounded:
+            most = getattr(asked, field) + cli.steps_per_iteration(args)
+            assert getattr(asked, field) < getattr(args, field) < most
+        flags = [line.split()[1] for line in printed.getvalue().splitlines()]
+        assert flags == [cli.flag_of(field) for field in rounded], printed.getvalue()
 
     check()
-    assert min(outcomes.values()) > 20, outcomes
+    assert outcomes["accepted"] > 20 and outcomes["refused"] > 20, outcomes
+    assert outcomes["rounded"] > 0, outcomes
 
 
 def must_be_possible(args) -> None:
     """What the scripts compute first from their arguments."""
     assert args.updates_per_iteration >= 1
+    assert 1 <= args.total_timesteps < 2**31
     assert args.total_timesteps % cli.steps_per_iteration(args) == 0
-    episode = hasattr(args, "embedding_buffer_size")  # is copied from ring to ring at once
-    per_env = 500 // getattr(args, "action_repeat", 1) if episode else 1
-    assert args.buffer_size >= args.num_envs * per_env >= 1
-    jax.random.PRNGKey(args.seed)
+    assert args.buffer_size >= args.num_envs >= 1
+    if hasattr(args, "embedding_buffer_size"):  # whole episodes are copied from ring to ring
+        first = hasattr(args, "frame_stack")  # the pictures that episodes begin with
+        episode = 500 // getattr(args, "action_repeat", 1) + first
+        assert args.buffer_size >= args.num_envs * episode
+        assert args.embedding_buffer_size >= episode
+    jax.random.key(args.seed)
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if isinstance(value, float):

@@ -32,6 +32,10 @@ def test_the_interface_is_that_of_the_official_environments():
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    for name in ("obs_dim", "action_dim", "episode_length"):
+        assert getattr(native, name) == getattr(official, name)
+    assert (native.obs_dim, native.action_dim, native.episode_length) == (39, 4, 500)
+    assert official.resumes_episodes and not native.resumes_episodes
     assert official.engine.startswith("metaworld 3.1.1, mujoco 3.3.0")
     assert native.engine.startswith("envpool 1.2.0, mujoco 3.6.0")
     native.close()
@@ -118,9 +122,15 @@ def test_scripted_experts_succeed_alike(env_id):
 def test_episodes_restart_in_the_step_that_ends_them():
     native = EnvPoolMetaWorld("reach-v3", 3, seed=0, max_episode_steps=5)
     first, _ = native.reset()
+    assert native.episode_length == 5
+    np.testing.assert_array_equal(native.observations(), first)
     action = np.full((3, 4), 0.5, np.float32)
     for t in range(1, 16):
         step = native.step(action)
+        observations = native.observations()
+        np.testing.assert_array_equal(observations, step.obs)
+        observations[:] = 77  # a copy: nobody else sees that
+        assert not (native.observations() == 77).any() and not (step.obs == 77).any()
         assert (step.truncated == (t % 5 == 0)).all() and not step.terminated.any()
         if t % 5 == 0:
             np.testing.assert_allclose(step.obs[:, :3], first[:, :3], atol=1e-3)  # back home
@@ -139,7 +149,9 @@ def test_a_resumed_run_goes_on_with_the_next_goals():
     native.close()
     other = EnvPoolMetaWorld("reach-v3", 3, seed=0)
     np.testing.assert_array_equal(other.reset()[0][:, 36:], goals[0])
-    np.testing.assert_array_equal(other.set_state(state)[:, 36:], following)
+    obs = other.set_state(state)
+    np.testing.assert_array_equal(obs[:, 36:], following)
+    np.testing.assert_array_equal(other.observations(), obs)
     other.close()
 
 

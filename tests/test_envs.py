@@ -102,10 +102,12 @@ def test_a_state_continues_exactly_with_other_workers_and_across_episodes(goal):
     envs.reset()
     play(envs, actions(7, 3))
     state = envs.get_state()
-    sequence = actions(20, 3, seed=1)
+    sequence, obs = actions(20, 3, seed=1), envs.observations()
     expected = play(envs, sequence)
     other = make(num_workers=1, **options)
-    other.set_state(state)
+    assert other.resumes_episodes
+    np.testing.assert_array_equal(other.set_state(state), obs)
+    np.testing.assert_array_equal(other.observations(), obs)
     for one, two in zip(expected, play(other, sequence), strict=True):
         for name in ("obs", "final_obs", "frames", "success", "truncated"):
             np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
@@ -128,6 +130,27 @@ def test_a_state_continues_exactly_with_the_dense_reward(task):
         one, two = env.step(action), other.step(action)
         np.testing.assert_array_equal(one[0], two[0])
         assert one[1] == two[1] and one[4]["success"] == two[4]["success"]
+
+
+@pytest.mark.parametrize(("options", "length"), [
+    ({}, 500), ({"max_episode_steps": 6}, 6), ({"max_episode_steps": 6, "action_repeat": 3}, 2),
+])
+def test_what_scripts_need_to_know(options, length):
+    """Sizes, episodes counted in actions, and the observations to act on."""
+    envs = make(2, **options)
+    obs, _ = envs.reset()
+    assert (envs.obs_dim, envs.action_dim) == (obs.shape[1], envs.action_space.shape[1]) == (39, 4)
+    assert envs.episode_length == length
+    np.testing.assert_array_equal(envs.observations(), obs)
+    for number, action in enumerate(actions(4, 2), start=1):
+        step = envs.step(action)
+        assert (step.truncated == (number % length == 0)).all()
+        assert np.abs(envs.observations() - obs).max() > 1e-4 or number % length == 0
+        obs = envs.observations()
+        np.testing.assert_array_equal(obs, step.obs)
+        obs[:] = 77  # a copy: nobody else sees that
+        assert not (envs.observations() == 77).any()
+        obs = envs.observations()
 
 
 def test_frames_show_the_state_reached_and_reset_frames_the_new_episode():

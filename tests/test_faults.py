@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.cache import cache_dir
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "furl_sac_state.py"
 # A checkpoint every ten iterations, so that a kill often meets one that is being written; the
@@ -31,12 +33,17 @@ NUM_KILLS = 20
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Compiled programs are kept, so that twenty starts need not compile twenty times."""
-    return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    """Compiled programs are kept as scripts do it, in a folder of these tests' own.
+
+    So twenty starts need not compile twenty times, and kills meet programs that are being written.
+    """
+    caches = tmp_path_factory.mktemp("caches")
+    for folder in cache_dir().glob("*"):
+        if folder.name != "compiled":
+            (caches / folder.name).symlink_to(folder.absolute())
+    chosen_here = ("JAX_COMPILATION", "JAX_PERSISTENT")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(chosen_here)}
+    return inherited | {"FURL_CACHE_DIR": str(caches)}
 
 
 # What a shell starts in the background ignores Ctrl-C, and so would the script. (Not by preexec_fn:
@@ -106,7 +113,7 @@ def whole_run(tmp_path_factory, environment) -> Path:
     assert script.end() == 0, script.errors
     rows = metrics(run_dir)
     assert (2400, "eval/success_once") in rows
-    assert {"losses/furl_q", "losses/relay_q"} <= {key for _, key in rows}
+    assert {"losses/q", "losses/relay_q"} <= {key for _, key in rows}
     assert {"losses/neg_neg_loss", "losses/pos_neg_loss"} & {key for _, key in rows}
     return run_dir
 
@@ -144,6 +151,41 @@ def test_killed_twenty_times_at_random_moments(whole_run, tmp_path, environment)
     assert metrics(run_dir) == metrics(whole_run)
 
 
+def test_killed_in_its_first_seconds(tmp_path, environment):
+    """What is left goes on: with --resume once it has a checkpoint, else with the same command.
+
+    The first kill comes when the run folder appears, the second when its first checkpoint does, the
+    others at any moment from the one to a little after the other.
+    """
+    rng, seconds, continued = random.Random(0), 0.0, []
+    for number in range(4):
+        run_dir = tmp_path / f"run{number}"
+        flags = [*TINY, "--run-dir", str(run_dir)]
+        script = Script(environment, tmp_path / f"{number}", *flags)
+        assert script.wait_until(run_dir.exists), script.errors
+        appeared = time.monotonic()
+        if number == 1:
+            assert script.wait_until(lambda path=run_dir: newest(path) == 0), script.errors
+            seconds = time.monotonic() - appeared
+        elif number > 1:
+            time.sleep(rng.uniform(0, 1.2 * seconds))
+        assert script.process.poll() is None, script.errors
+        os.kill(script.process.pid, signal.SIGKILL)
+        script.end()
+        before = newest(run_dir)
+        continued.append(before >= 0)
+        if continued[-1]:
+            flags = ["--resume", str(run_dir)]
+        script = Script(environment, tmp_path / f"{number}-again", *flags)
+        assert script.wait_until(lambda path=run_dir, least=before: newest(path) > least), (
+            f"killed with checkpoint {before}: {script.errors}")
+        os.kill(script.process.pid, signal.SIGKILL)
+        script.end()
+        assert (f"resumed at {before:,} steps" in script.out) == continued[-1], script.out
+        assert script.errors == ""
+    assert continued[:2] == [False, True]
+
+
 def test_stopped_damaged_and_resumed(whole_run, tmp_path, environment):
     run_dir = tmp_path / "run"
     script = Script(environment, tmp_path / "first", *TINY, "--run-dir", str(run_dir),
@@ -166,13 +208,15 @@ def test_stopped_damaged_and_resumed(whole_run, tmp_path, environment):
     assert stopped_at > 0 and f"saved at {stopped_at:,} steps" in script.out
     assert "Traceback" not in script.errors
 
-    # SIGTERM, as from a cluster's scheduler: the same.
-    script = Script(environment, tmp_path / "third", "--resume", str(run_dir),
-                    "--checkpoint-every", "0")
-    assert script.wait_until(lambda: script.out.count("phase relay") >= 2), script.errors
-    script.send(signal.SIGTERM)
-    assert script.end() == 143, script.errors
-    assert newest(run_dir) > stopped_at
+    # What a cluster's schedulers send: the same.
+    for number, status in ((signal.SIGUSR1, 138), (signal.SIGUSR2, 140), (signal.SIGTERM, 143)):
+        stopped_at = newest(run_dir)
+        script = Script(environment, tmp_path / str(status), "--resume", str(run_dir),
+                        "--checkpoint-every", "0")
+        assert script.wait_until(lambda run=script: "phase relay" in run.out), script.errors
+        script.send(number)
+        assert script.end() == status, script.errors
+        assert newest(run_dir) > stopped_at
 
     # A flipped bit in the newest checkpoint: recognised, and the one before it is used.
     path = run_dir / "checkpoints" / f"step_{newest(run_dir):010d}" / "state.npz"

@@ -13,7 +13,7 @@ import pytest
 import furl_drq_pixels as script
 from common import convolution, replay
 from common.cli import run_script
-from common.replay import Transition
+from common.replay import Sizes, Transition
 from furl_drq_pixels import Args, PixelStep
 
 SMALL = Args(
@@ -21,6 +21,7 @@ SMALL = Args(
     hidden_features=(16,), encoder_features=(2, 2, 2, 2), encoder_dim=5,
     projection_features=(8, 4),
 )
+SIZES = Sizes(39, 4, 1)
 LENGTH = 5  # actions per episode
 assert SMALL.episode_length == LENGTH
 
@@ -30,7 +31,7 @@ assert SMALL.episode_length == LENGTH
 
 def write_blocks(num_blocks: int):
     """A ring whose every field tells episode, time and environment of its row."""
-    buffers = script.init_buffers(1, SMALL)
+    buffers = script.init_buffers(SIZES, SMALL)
     envs = np.arange(SMALL.num_envs)
     for block in range(num_blocks):
         episode, time = divmod(block, LENGTH + 1)
@@ -76,6 +77,17 @@ def test_samples_are_whole_stacks_of_one_episode(num_blocks):
     assert seen == allowed
 
 
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 6, 7, 20, 21, 33])
+def test_the_policy_sees_the_newest_pictures_of_the_running_episode(num_blocks):
+    """What a run acts on at first, also when it goes on from a checkpoint."""
+    obs = np.asarray(script.newest_stack(write_blocks(num_blocks), SMALL))
+    assert obs.shape == (SMALL.num_envs, 84, 84, 9) and (obs == obs[:, :1, :1]).all()
+    episode, time = divmod(num_blocks - 1, LENGTH + 1)
+    for env in range(SMALL.num_envs):
+        expected = [[max(0, time - back), env, episode] for back in (2, 1, 0)]
+        np.testing.assert_array_equal(obs[env, 0, 0].reshape(3, 3), expected)
+
+
 def test_scaling_down():
     frames = np.zeros((2, 168, 168, 3), np.uint8)
     frames[0, :, 84:] = 200
@@ -117,9 +129,10 @@ def test_convolutions_and_their_gradients_are_xlas(monkeypatch, stride, height, 
 
 
 def test_encoding_a_few_at_a_time_changes_nothing():
-    params = script.init_agent(jax.random.key(0), SMALL).params["encoder"]
+    agent = script.init_agent(jax.random.key(0), SIZES, SMALL)
+    params = agent.params["encoder"]
     pictures = np.random.default_rng(0).integers(0, 256, (6, 84, 84, 9), np.uint8)
-    few = script.encode(params, pictures, SMALL)
+    few = script.encode(agent.encoder, params, pictures)
     at_once = script.Encoder(SMALL.encoder_features).apply(params, pictures)
     assert few.shape == (6, 35 * 35 * 2)
     np.testing.assert_allclose(few, at_once, atol=1e-5)
@@ -174,7 +187,7 @@ def batch() -> Transition:
 
 
 def test_each_loss_moves_its_own_parameters():
-    agent, key = script.init_agent(jax.random.key(0), SMALL), jax.random.key(1)
+    agent, key = script.init_agent(jax.random.key(0), SIZES, SMALL), jax.random.key(1)
     reward = jnp.arange(6.0)
     critic_key, actor_key = jax.random.split(key)
 
@@ -184,10 +197,10 @@ def test_each_loss_moves_its_own_parameters():
     def critic(params):
         return script.critic_loss(params, agent, batch(), reward, critic_key, SMALL)[0]
 
-    features = script.encode(agent.params["encoder"], batch().obs, SMALL)
+    features = script.encode(agent.encoder, agent.params["encoder"], batch().obs)
 
     def actor(params):
-        return script.actor_loss(params["actor"], agent, features, actor_key, SMALL)[0]
+        return script.actor_loss(params["actor"], agent, features, actor_key)[0]
 
     joint, critic, actor = (jax.grad(f)(agent.params) for f in (joint, critic, actor))
     for part, alone in (("encoder", critic), ("critic", critic), ("actor", actor)):
@@ -201,7 +214,7 @@ def test_each_loss_moves_its_own_parameters():
 
 
 def test_the_target_follows_encoder_and_critic_by_tau():
-    agent = script.init_agent(jax.random.key(0), SMALL)
+    agent = script.init_agent(jax.random.key(0), SIZES, SMALL)
     new, metrics = script.update_agent(agent, batch(), jnp.arange(6.0), jax.random.key(1), SMALL)
     for part in ("encoder", "critic"):
         for old, moved, target in zip(*(jax.tree.leaves(x) for x in (
@@ -213,7 +226,8 @@ def test_the_target_follows_encoder_and_critic_by_tau():
 def test_shapes_of_table_5():
     """84 px, kernels of 3, strides 2, 1, 1, 1 without padding: 41, 39, 37, 35."""
     args = Args()
-    shapes = jax.eval_shape(lambda key: script.init_agent(key, args), jax.random.key(0)).params
+    shapes = jax.eval_shape(
+        lambda key: script.init_agent(key, SIZES, args), jax.random.key(0)).params
     kernels = [shapes["encoder"]["params"][f"kernel_{i}"].shape for i in range(4)]
     assert kernels == [(3, 3, 9, 32), (3, 3, 32, 32), (3, 3, 32, 32), (3, 3, 32, 32)]
     for part in ("actor", "critic"):
@@ -271,8 +285,8 @@ def test_a_run_and_its_resumption(flags, tmp_path, monkeypatch):
     (["--action-repeat", "3", "--total-timesteps", "24000"],
      "--action-repeat must divide 500"),
     (["--buffer-size", "1992"], "--buffer-size must hold an episode of each of 8 environments"),
-    (["--buffer-size", "20001"], "--buffer-size must be a multiple of --num-envs 8"),
-    (["--total-timesteps", "1000008"], "multiple of the 16 steps of an iteration"),
+    (["--action-repeat", "500", "--buffer-size", "32"], "--buffer-size must hold 40 pictures"),
+    (["--frame-stack", "0"], "--frame-stack must be 1 or more"),
 ])
 def test_bad_input_ends_with_status_2(flags, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
@@ -283,7 +297,61 @@ def test_bad_input_ends_with_status_2(flags, message, tmp_path, monkeypatch, cap
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_replay_holds_whole_steps_of_all_environments(capsys):
+    """A stack is found by counting rows back, which needs a multiple of the environments."""
+    for size, whole in ((20_001, 20_008), (20_007, 20_008), (20_008, 20_008)):
+        assert script.check_pixel_args(replace(Args(), buffer_size=size)).buffer_size == whole
+        note = f"note: --buffer-size {size} becomes {whole}, whole steps of 8 environments\n"
+        assert capsys.readouterr().out == (note if size != whole else "")
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_embeddings_of_random_encoders_are_kept_in_float32(pretrained):
+    buffers = script.init_buffers(SIZES, replace(SMALL, pretrained=pretrained))
+    for ring in buffers:
+        assert ring.data.embedding.dtype == (np.float16 if pretrained else np.float32)
+
+
 def test_no_vlm_is_drq_alone():
     args = script.check_pixel_args(replace(Args(), no_vlm=True))
     assert not args.relay and not args.align
-    assert script.choose_phase(1, 500, args) == script.Phase(False, "none")
+    buffers = script.init_buffers(SIZES, SMALL)
+    buffers = buffers._replace(  # many of either kind
+        positives=buffers.positives._replace(
+            data=buffers.positives.data._replace(time=jnp.full(40, 300)), total=jnp.int32(1)),
+        negatives=buffers.negatives._replace(total=jnp.int32(500)),
+    )
+    assert script.choose_phase(buffers, args) == script.Phase(False, "none")
+    assert script.choose_phase(buffers, Args()) == script.Phase(True, "success")
+
+
+def test_the_policy_is_the_evaluated_agents_and_takes_frames_of_any_size():
+    state = script.init_state(jax.random.key(0), SIZES, SMALL)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 84, 84, 9), np.uint8)
+    action = np.asarray(script.policy(state, pictures))
+    assert action.shape == (2, 4)
+    features = state.furl.encoder.apply(state.furl.params["encoder"], pictures)
+    mean, _ = state.furl.actor.apply(state.furl.params["actor"], features)
+    np.testing.assert_allclose(action, np.tanh(mean), atol=1e-5)
+    assert np.abs(script.policy(state._replace(furl=state.relay), pictures) - action).max() > 1e-3
+    twice = pictures.repeat(2, 1).repeat(2, 2)  # of 168 px, as a VLM's may be
+    expected = script.policy(state, script.scale_down(twice))
+    np.testing.assert_allclose(script.policy(state, twice), expected, atol=1e-6)
+
+
+def test_exploration_is_a_function_of_the_step():
+    state = script.init_state(jax.random.key(0), SIZES, SMALL)
+    obs, key = np.zeros((3, 84, 84, 9), np.uint8), jax.random.key(1)
+
+    def act(env_steps, use_relay, relaying=True):
+        mask = np.array(use_relay)
+        return np.asarray(script.act(state, obs, mask, key, env_steps, SMALL, relaying))
+
+    yes, no = [True] * 3, [False] * 3
+    np.testing.assert_array_equal(act(8, yes), act(8, yes))
+    assert np.abs(act(8, yes) - act(16, yes)).min() > 1e-4
+    np.testing.assert_array_equal(act(8, yes, relaying=False), act(8, no))
+    mixed = act(8, [True, False, True])
+    np.testing.assert_array_equal(mixed[[0, 2]], act(8, yes)[[0, 2]])
+    np.testing.assert_array_equal(mixed[1], act(8, no)[1])
+    assert np.abs(act(8, yes) - act(8, no)).max() > 1e-3

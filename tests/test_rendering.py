@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.errors import UserError  # noqa: E402
-from common.rendering import CAMERAS, Renderer, gl_info  # noqa: E402
+from common.rendering import CAMERAS, Renderer, View, gl_info, view_for  # noqa: E402
 from tools import golden  # noqa: E402
 from tools.golden import SIZE, TASKS, difference, draw, scene  # noqa: E402
 
@@ -88,6 +89,73 @@ def test_cameras_by_name_and_number():
     np.testing.assert_array_equal(
         draw("drawer-open-v3", "fast", camera="corner2"), draw("drawer-open-v3", "fast")
     )
+
+
+# ------------------------------------------------------------------- what a VLM sees of it
+
+
+def a_vlm(frame_size: int, crops_itself: bool = False) -> SimpleNamespace:
+    """As much of a VLM as decides its view."""
+    return SimpleNamespace(frame_size=frame_size, crops_itself=crops_itself)
+
+
+@pytest.mark.parametrize(("vlm", "view"), [
+    (a_vlm(112, crops_itself=True), View(112, 0)),  # mini
+    (a_vlm(224), View(256, 32)),  # LIV, CLIP: the authors' own numbers
+    (a_vlm(336), View(384, 48)),
+])
+def test_the_view_has_the_size_that_the_vlm_needs(vlm, view):
+    assert view_for(vlm) == view
+
+
+def test_mini_has_the_view_of_a_vlm_that_crops_itself():
+    from common.vlm import load_vlm
+
+    assert view_for(load_vlm("mini", device="cpu")) == View(112, 0)
+
+
+@pytest.mark.parametrize("view", [View(12, 0), View(12, 3)])
+def test_a_view_cuts_off_its_margin_at_every_side(view):
+    frames = np.arange(2 * 12 * 12 * 3).reshape(2, 12, 12, 3)
+    expected = frames[:, 3:9, 3:9] if view.margin else frames
+    np.testing.assert_array_equal(view.crop(frames), expected)
+    np.testing.assert_array_equal(view.crop(frames[0]), expected[0])
+
+
+DRAW_BY_HAND = """
+import sys
+import mujoco
+import numpy as np
+from tools.golden import scene
+
+env = scene(sys.argv[1])
+renderer = mujoco.Renderer(env.model, 256, 256)
+renderer.update_scene(env.data, camera=2)
+np.save(sys.argv[2], renderer.render())
+"""
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_view_is_that_of_the_authors(task, tmp_path):
+    """MuJoCo's own renderer at 256 px, flipped upright, rows and columns 32 to 224 kept.
+
+    In a process of its own: MuJoCo chooses its GL when it is imported.
+    """
+    file = tmp_path / "picture.npy"
+    subprocess.run([sys.executable, "-c", DRAW_BY_HAND, task, str(file)], cwd=ROOT, timeout=300,
+                   env=os.environ | {"MUJOCO_GL": "egl"}, check=True)
+    image = np.load(file)
+    assert image.shape == (256, 256, 3)
+    image = image[::-1]  # this camera is mounted upside down
+    by_hand = image[32:224, 32:224]
+    view = view_for(a_vlm(224))
+    seen = view.crop(draw(task, "paper", size=view.size)[None])
+    assert seen.shape == (1, 192, 192, 3)
+    assert difference(seen[0], by_hand) < 0.1
+    # A picture that is a pixel off, mirrored, upside down, BGR or not cropped is another one.
+    others = [image[33:225, 32:224], image[32:224, 33:225], by_hand[::-1], by_hand[:, ::-1],
+              by_hand[..., ::-1], image[:192, :192]]
+    assert min(difference(seen[0], other) for other in others) > 0.5
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def empty_transitions(capacity: int) -> replay.Ring:
 
 def empty_frames(capacity: int, embed_dim: int = 2) -> replay.Ring:
     number = np.zeros((), np.int32)
-    return replay.init_ring(Frame(np.zeros(embed_dim, np.float16), number, number), capacity)
+    frame = Frame(np.zeros(embed_dim, np.float16), number, number, np.zeros((), bool))
+    return replay.init_ring(frame, capacity)
 
 
 def assert_rows(rows: Transition, ids) -> None:
@@ -118,9 +119,14 @@ def frames_of(number: int, length: int) -> np.ndarray:
     return np.stack([np.full(length, number), np.arange(length)], 1).astype(np.float16)
 
 
-def add_frames(ring: replay.Ring, number: int, length: int) -> replay.Ring:
+def add_frames(
+    ring: replay.Ring, number: int, length: int, first_success: int | None = None
+) -> replay.Ring:
+    """Write a whole trajectory; `first_success` is a time, None if there is no success."""
     time = np.arange(length, dtype=np.int32)
-    return replay.add_rows(ring, Frame(frames_of(number, length), np.full_like(time, number), time))
+    before_success = np.full(length, True) if first_success is None else time <= first_success
+    rows = Frame(frames_of(number, length), np.full_like(time, number), time, before_success)
+    return replay.add_rows(ring, rows)
 
 
 class Step(NamedTuple):
@@ -128,41 +134,154 @@ class Step(NamedTuple):
     sparse_reward: np.ndarray
 
 
-def steps_of(step: int, success: tuple[bool, ...]) -> Step:
-    """Rows of all environments' step; embeddings encode (environment, step)."""
-    embedding = np.array([[env, step] for env in range(len(success))], np.float16)
-    return Step(embedding, np.array(success, np.float32))
+EPISODE = 4  # steps
+# The times with success, of each environment in each episode.
+Successes = list[list[set[int]]]
+BY_HAND: Successes = [
+    [{1}, set(), {0, 2}],
+    [set(), set(), set()],
+    [{3}, {0}, {0, 1, 2, 3}],
+    [{1, 3}, {2}, set()],
+]
 
 
-@pytest.mark.parametrize("lengths", [(0, 4, 0), (1, 0, 3), (4, 4, 4), (0, 0, 0)])
-@pytest.mark.parametrize("capacity", [12, 13, 21])  # of the replay, which holds an episode of 4
-def test_add_episodes_copies_how_they_began(lengths, capacity):
+def play(successes: Successes, capacity: int):
+    """Write the episodes step by step; yields the replay at each episode's end.
+
+    The embeddings encode (environment, number of the step).
+    """
     steps = replay.init_ring(Step(np.zeros(2, np.float16), np.zeros((), np.float32)), capacity)
-    ring, added = add_frames(empty_frames(60), 77, 6), []
-    for step in range(12):  # three episodes; each environment succeeds from another time on
-        time = step % 4
-        steps = replay.add_rows(steps, steps_of(step, (time >= 1, time >= 2, time in (0, 3))))
-        if time == 3:
-            ring = replay.add_episodes(ring, steps, np.array(lengths), 4)
-            added += [(env, step - 3 + t, t if t <= (1, 2, 0)[env] else -1)
-                      for env in range(3) for t in range(lengths[env])]
-    rows: Frame = replay.read_rows(ring, 6, int(ring.total))
-    actual = np.concatenate([rows.embedding, rows.time[:, None]], 1).astype(int)
-    assert [tuple(row) for row in actual.tolist()] == added
-    starts = rows.trajectory[rows.time == 0]
-    assert len(set(starts.tolist())) == len(starts), "two trajectories have one number"
-    np.testing.assert_array_equal(
-        rows.trajectory, np.repeat(starts, [n for n in lengths if n] * 3))
+    for episode, times in enumerate(successes):
+        for time in range(EPISODE):
+            embedding = np.array(
+                [[env, episode * EPISODE + time] for env in range(len(times))], np.float16
+            )
+            reward = np.array([time in successful for successful in times], np.float32)
+            steps = replay.add_rows(steps, Step(embedding, reward))
+        yield steps
+
+
+def expected_frames(successes: Successes) -> tuple[list, list]:
+    """What is a positive and what a negative: (env, step, time, before success) of each frame."""
+    positives, negatives = [], []
+    for episode, times in enumerate(successes):
+        for env, successful in enumerate(times):
+            last, first = max(successful, default=EPISODE - 1), min(successful, default=EPISODE)
+            ring = positives if successful else negatives
+            ring += [(env, episode * EPISODE + t, t, t <= first) for t in range(last + 1)]
+    return positives, negatives
+
+
+def rows_of(ring: replay.Ring, num_rows: int) -> list[tuple]:
+    """The newest rows as `expected_frames` gives them, after a check of the trajectories."""
+    rows: Frame = replay.read_rows(ring, int(ring.total) - num_rows, int(ring.total))
+    seen = {}
+    for embedding, number in zip(rows.embedding, rows.trajectory, strict=True):
+        seen.setdefault(int(number), set()).add((int(embedding[0]), int(embedding[1]) // EPISODE))
+    assert all(len(episodes) == 1 for episodes in seen.values()), "two episodes have one number"
+    assert len({next(iter(x)) for x in seen.values()}) == len(seen), "one episode has two numbers"
+    return [(int(e[0]), int(e[1]), int(t), bool(b))
+            for e, t, b in zip(rows.embedding, rows.time, rows.before_success, strict=True)]
+
+
+def random_successes(seed: int) -> Successes:
+    rng = np.random.default_rng(seed)
+    return [[set(np.flatnonzero(rng.random(EPISODE) < 0.3).tolist()) for _ in range(3)]
+            for _ in range(6)]
+
+
+@pytest.mark.parametrize("successes", [BY_HAND, random_successes(0), random_successes(1)],
+                         ids=["by hand", "random", "random too"])
+@pytest.mark.parametrize("capacity", [12, 13, 31])  # of the replay, which holds an episode of each
+def test_episodes_are_sorted_by_their_last_success(successes, capacity):
+    before = 6  # rows that the positives' ring has already
+    positives, negatives = add_frames(empty_frames(100), 777, before), empty_frames(100)
+    for number, steps in enumerate(play(successes, capacity)):
+        counted = replay.count_positives(steps, 3, EPISODE)
+        total = int(positives.total)
+        positives, negatives = replay.sort_episodes(positives, negatives, steps, 3, EPISODE)
+        expected = expected_frames(successes[: number + 1])
+        assert int(positives.total) - before == len(expected[0])
+        assert int(negatives.total) == len(expected[1])
+        assert int(counted) == int(positives.total) - total
+    assert rows_of(positives, len(expected[0])) == expected[0]
+    assert rows_of(negatives, len(expected[1])) == expected[1]
+    assert expected[0] and expected[1]
+    # Rows of before are untouched.
+    np.testing.assert_array_equal(positives.data.embedding[:before], frames_of(777, before))
+
+
+def test_what_the_first_episodes_by_hand_give():
+    """The same, spelt out for BY_HAND's first episodes."""
+    steps = next(play(BY_HAND, 12))
+    positives, negatives = replay.sort_episodes(
+        empty_frames(20), empty_frames(20), steps, 3, EPISODE)
+    assert rows_of(positives, int(positives.total)) == [
+        (0, 0, 0, True), (0, 1, 1, True),  # up to the only success, at time 1
+        (2, 0, 0, True), (2, 1, 1, False), (2, 2, 2, False),  # successes at 0 and at 2
+    ]
+    assert rows_of(negatives, int(negatives.total)) == [(1, t, t, True) for t in range(4)]
+    assert int(replay.count_positives(steps, 3, EPISODE)) == 5
+
+
+def test_sorted_episodes_wrap_around_small_rings():
+    """Rings that just hold an episode keep the newest frames."""
+    successes = random_successes(2)
+    positives, negatives = empty_frames(EPISODE), empty_frames(5)
+    for steps in play(successes, 12):
+        positives, negatives = replay.sort_episodes(positives, negatives, steps, 3, EPISODE)
+    expected = expected_frames(successes)
+    assert min(map(len, expected)) > 5
+    assert rows_of(positives, EPISODE) == expected[0][-EPISODE:]
+    assert rows_of(negatives, 5) == expected[1][-5:]
+
+
+@pytest.mark.parametrize(("steps", "positives", "negatives"), [(11, 4, 4), (12, 3, 4), (12, 4, 3)])
+def test_rings_too_small_for_an_episode_are_refused(steps, positives, negatives):
+    [replay_ring] = list(play([[set()] * 3], steps))
+    with pytest.raises(ValueError, match="the rings must hold 12 steps and 4 frames"):
+        replay.sort_episodes(
+            empty_frames(positives), empty_frames(negatives), replay_ring, 3, EPISODE)
+
+
+# --------------------------------------------------------------------------- lag pairs
 
 
 def test_lag_pairs_end_with_the_first_success():
-    steps = replay.init_ring(Step(np.zeros(2, np.float16), np.zeros((), np.float32)), 10)
-    for step in range(10):
-        steps = replay.add_rows(steps, steps_of(step, (step in (6, 7, 9),)))
-    ring = replay.add_episodes(empty_frames(20), steps, np.array([10]), 10)
-    earlier, exists = replay.lagged_slots(ring, np.arange(10), 2)
+    ring = add_frames(empty_frames(20), 0, 10, first_success=6)
+    exists = check_lagged(ring, lag=2)
     np.testing.assert_array_equal(np.flatnonzero(exists), [2, 3, 4, 5, 6])
-    np.testing.assert_array_equal(np.asarray(earlier)[2:7], [0, 1, 2, 3, 4])
+    earlier, _ = replay.lagged_slots(ring, np.arange(2, 7), 2)
+    np.testing.assert_array_equal(earlier, [0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("lag", [1, 10, 499, 500])
+@pytest.mark.parametrize("shift", [0, 123])
+def test_no_false_pair_where_the_buffer_holds_exactly_one_episode(lag, shift):
+    """The frame before a ring's first is its last, which may be of the same trajectory.
+
+    Successes at 300 and at the end: all 500 frames are positives, and those after 300 are in no
+    pair. `shift` frames of another trajectory move the episode's start within the ring.
+    """
+    ring = empty_frames(500)
+    if shift:
+        ring = add_frames(ring, 1, shift)
+    ring = add_frames(ring, 2, 500, first_success=300)
+    exists = check_lagged(ring, lag)
+    times = np.asarray(ring.data.time)[exists]
+    assert sorted(times.tolist()) == list(range(lag, 301))
+
+
+def test_sorted_episodes_give_no_false_pairs_in_a_buffer_of_one_episode():
+    """The same, through `sort_episodes`."""
+    steps = replay.init_ring(Step(np.zeros(2, np.float16), np.zeros((), np.float32)), 500)
+    time = np.arange(500)
+    reward = ((time == 300) | (time == 499)).astype(np.float32)
+    steps = replay.add_rows(steps, Step(frames_of(0, 500), reward))
+    ring, _ = replay.sort_episodes(empty_frames(500), empty_frames(500), steps, 1, 500)
+    np.testing.assert_array_equal(ring.data.time, time)
+    exists = check_lagged(ring, 10)
+    np.testing.assert_array_equal(np.flatnonzero(exists), np.arange(10, 301))
 
 
 def check_lagged(ring: replay.Ring, lag: int) -> np.ndarray:
@@ -170,11 +289,12 @@ def check_lagged(ring: replay.Ring, lag: int) -> np.ndarray:
     slots = np.arange(ring.capacity)
     earlier, exists = (np.asarray(x) for x in replay.lagged_slots(ring, slots, lag))
     number, time = np.asarray(ring.data.trajectory), np.asarray(ring.data.time)
+    before_success, written = np.asarray(ring.data.before_success), slots < int(ring.size)
     for slot in slots:
-        found = [
-            i for i in slots[: int(ring.size)]
-            if slot < int(ring.size) and number[i] == number[slot] and time[i] == time[slot] - lag
-        ]
+        found = np.flatnonzero(
+            written & written[slot] & before_success[slot]
+            & (number == number[slot]) & (time == time[slot] - lag)
+        ).tolist()
         assert exists[slot] == bool(found), slot
         if found:
             assert [earlier[slot]] == found
@@ -196,7 +316,7 @@ def test_lagged_slots_stay_in_their_trajectory():
 def test_lagged_slots_after_overwriting(lag):
     ring = empty_frames(11)
     for number, length in enumerate([6, 4, 7, 3, 11, 2, 8]):
-        ring = add_frames(ring, number, length)
+        ring = add_frames(ring, number, length, first_success=length - 2 if number % 2 else None)
         check_lagged(ring, lag)
 
 

@@ -1,68 +1,65 @@
-"""What two scripts both define is the same, byte for byte, unless this file says why it is not."""
+"""What two scripts both define is the same, byte for byte, unless this file says why it is not.
+
+The scripts that are compared are those of docs/paper.md; a user's own may be as they like.
+"""
 
 import ast
 import importlib
-from itertools import combinations
-from pathlib import Path
+from collections import defaultdict
 
 import jax
+import jax.numpy as jnp
 import pytest
+from conftest import ROOT, paper_scripts
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-PIXELS = "furl_drq_pixels.py"
+from common.replay import Sizes, Transition
 
-# Definitions that may differ, and why; inside a group of GROUPS they may not.
-ALLOWED = {
-    "SCRIPT": "each script's own name",
-    "Args": "flags of its own; the fields that two scripts share are compared below",
-    "Buffers": "FuRL keeps positives and negatives as well; SAC stores no embeddings",
-    "VLMInputs": "FuRL compares with a goal image, VLM-RM with a baseline prompt",
-    "vlm_reward": "Eq. 3 of FuRL; the rewards of VLM-RM",
-    "init_state": "FuRL has projection heads to train",
-    "init_buffers": "as Buffers",
-    "update_once": "the method",
-    "update": "it hands on what update_once needs",
-    "act": "one agent, or two that relay",
-    "main": "the method",
+SCRIPTS = paper_scripts()
+
+# Definitions that are not the same in all scripts that have them: in how many versions, and why.
+DEFINITIONS = {
+    "Args": (5, "each script has flags of its own; shared ones are compared below"),
+    "AgentState": (2, "on pixels the encoder is part of it, and has a target too"),
+    "Buffers": (3, "FuRL keeps positives and negatives as well, on pixels beside pictures"),
+    "VLMInputs": (2, "FuRL compares with a goal image, VLM-RM with a baseline prompt"),
+    "Actor": (2, "on pixels there is a neck between the encoder's features and the MLP"),
+    "CriticPair": (2, "as Actor"),
+    "critic_loss": (2, "on pixels there are features, and the gradient of the encoder"),
+    "actor_loss": (2, "on pixels it is given features"),
+    "vlm_reward": (2, "Eq. 3 of FuRL; the rewards of VLM-RM"),
+    "init_agent": (2, "on pixels with the encoder"),
+    "update_agent": (2, "on pixels with the encoder"),
+    "init_state": (3, "two agents and heads, two agents, one agent"),
+    "init_buffers": (4, "as Buffers, and SAC stores no embeddings"),
+    "update_once": (5, "the method"),
+    "update": (4, "it hands on what update_once needs"),
+    "act": (4, "one agent or two that relay, whose state has its own type; on pixels stacks"),
+    "policy": (4, "as act"),
+    "load_reward": (3, "learned heads, Eq. 2, or the rewards of VLM-RM"),
+    "main": (5, "the method"),
 }
-# The same for the script on pixels against those on states.
-ALLOWED_ON_PIXELS = ALLOWED | {
-    "AgentState": "the encoder has a target too",
-    "Actor": "a neck between the encoder's features and the MLP",
-    "CriticPair": "as Actor",
-    "networks": "as Actor",
-    "critic_loss": "features, and the gradient of the encoder",
-    "actor_loss": "features",
-    "init_agent": "the encoder",
-    "update_agent": "the encoder",
-    "act_mean": "pictures",
+# The same for the lines and properties of Args.
+FIELDS = {
+    "engine": (2, "only what draws nothing can run on EnvPool"),
+    "camera_id": (2, "on pixels the policy sees the frames as well"),
+    "utd": (2, "on pixels an action is repeated"),
+    "buffer_size": (2, "on pixels 2e5 pictures, Table 5"),
+    "batch_size": (2, "FuRL's ranking losses sample as many"),
+    "hidden_features": (2, "on pixels three layers, Table 5"),
+    "rho": (2, "VLM-RM has no task reward beside it by default"),
+    "lag": (2, "as utd"),
 }
-GROUPS = {
-    "act": [{"furl_sac_state.py", "relay_baseline.py"}, {"sac_baseline.py", "vlm_rm_baseline.py"}],
-    "Buffers": [{"relay_baseline.py", "vlm_rm_baseline.py"}],
-    "init_buffers": [{"relay_baseline.py", "vlm_rm_baseline.py"}],
-    **{name: [{"furl_sac_state.py", PIXELS}]
-       for name in ("VLMInputs", "vlm_reward", "init_state", "update")},
-}
-# Fields of Args that may differ, and why.
-ALLOWED_FIELDS = {
-    "engine": "only what draws nothing can run on EnvPool",
-    "batch_size": "FuRL's ranking losses sample as many",
-    "rho": "VLM-RM has no task reward beside it by default",
-}
-ALLOWED_FIELDS_ON_PIXELS = ALLOWED_FIELDS | {
-    "camera_id": "the policy sees the frames as well",
-    "buffer_size": "Table 5: 2e5 pictures",
-    "utd": "an action is repeated",
-    "lag": "as utd",
-    "hidden_features": "Table 5: three layers",
+# What every script has, by whatever method it learns: the agent, and what tools look for.
+EVERYWHERE = {
+    "Args", "AgentState", "Buffers", "MLP", "Actor", "CriticPair", "sample_action", "critic_loss",
+    "actor_loss", "alpha_loss", "descend", "init_agent", "update_agent", "init_state",
+    "init_buffers", "update_once", "update", "act", "policy", "main", "LOG_STD_MIN", "LOG_STD_MAX",
 }
 
 
 def definitions(script: str) -> dict[str, str]:
     """Source of each function, class and constant at the top level, by name."""
-    text = (ROOT / script).read_text()
+    text = (ROOT / f"{script}.py").read_text()
     found = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -81,11 +78,11 @@ def definitions(script: str) -> dict[str, str]:
 
 def fields(script: str) -> dict[str, str]:
     """The lines of Args with their one-line help, and its properties, by name."""
-    text = (ROOT / script).read_text()
+    text = (ROOT / f"{script}.py").read_text()
     [args] = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
     lines = text.splitlines()
     return {
-        node.target.id: lines[node.lineno - 1].strip()
+        node.target.id: "\n".join(lines[node.lineno - 1 : node.end_lineno]).strip()
         for node in args.body if isinstance(node, ast.AnnAssign)
     } | {
         node.name: ast.get_source_segment(text, node)
@@ -93,48 +90,59 @@ def fields(script: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize(("read", "allowed", "allowed_on_pixels"), [
-    pytest.param(definitions, ALLOWED, ALLOWED_ON_PIXELS, id="definitions"),
-    pytest.param(fields, ALLOWED_FIELDS, ALLOWED_FIELDS_ON_PIXELS, id="fields"),
+def test_scripts_are_found():
+    assert len(SCRIPTS) > 1
+    for script in SCRIPTS:
+        assert (ROOT / f"{script}.py").exists(), f"docs/paper.md has commands of {script}.py"
+
+
+@pytest.mark.parametrize(("read", "table"), [
+    pytest.param(definitions, DEFINITIONS, id="definitions"),
+    pytest.param(fields, FIELDS, id="fields"),
 ])
-def test_scripts_agree(read, allowed, allowed_on_pixels):
-    differing = set()
-    for one, other in combinations(SCRIPTS, 2):
-        ours, theirs = read(one), read(other)
-        names = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
-        for name in names & GROUPS.keys():
-            assert not any({one, other} <= group for group in GROUPS[name]), name
-        leave = allowed_on_pixels if PIXELS in (one, other) else allowed
-        assert not names - leave.keys(), f"in {one} and {other}"
-        differing |= names
-    assert not allowed_on_pixels.keys() - differing, "the list allows what does not differ"
+def test_scripts_agree(read, table):
+    """Each name has as many versions as the table says, one if it does not stand there."""
+    versions = defaultdict(lambda: defaultdict(list))
+    for script in SCRIPTS:
+        for name, source in read(script).items():
+            versions[name][source].append(script)
+    differing = {name: list(found.values()) for name, found in versions.items() if len(found) > 1}
+    numbers = {name: len(groups) for name, groups in differing.items()}
+    assert numbers == {name: number for name, (number, _) in table.items()}, differing
 
 
-def test_all_scripts_are_compared():
-    assert {"furl_sac_state.py", "sac_baseline.py", "relay_baseline.py", "vlm_rm_baseline.py",
-            PIXELS} <= set(SCRIPTS)
-
-
-def test_the_sac_block_is_in_all_state_scripts():
-    block = {"AgentState", "MLP", "Actor", "CriticPair", "networks", "sample_action",
-             "critic_loss", "actor_loss", "alpha_loss", "sac_loss", "descend", "init_agent",
-             "update_agent", "act_mean"}
-    for script in set(SCRIPTS) - {PIXELS}:
-        assert block <= definitions(script).keys(), script
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_every_script_has(script):
+    assert EVERYWHERE <= definitions(script).keys()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_update_leaves_the_types_as_they_were(script):
     """Else the second update of a run, and what acts on it, would be compiled anew."""
-    module = importlib.import_module(Path(script).stem)
-    agent = jax.eval_shape(lambda key: module.init_agent(key, module.Args()), jax.random.key(0))
-    assert not [path for path, leaf in jax.tree.leaves_with_path(agent) if leaf.weak_type]
+    module = importlib.import_module(script)
+    args, sizes = module.Args(), Sizes(obs=39, action=4, embedding=8)
+    obs = jnp.zeros((2, sizes.obs))
+    if hasattr(args, "frame_stack"):
+        size = module.PICTURE_SIZE
+        obs = jnp.zeros((2, size, size, 3 * args.frame_stack), jnp.uint8)
+    batch = Transition(obs, jnp.zeros((2, sizes.action)), obs, jnp.zeros(2), jnp.zeros(2))
+
+    def before_and_after(key):
+        agent = module.init_agent(key, sizes, args)
+        return agent, module.update_agent(agent, batch, batch.sparse_reward, key, args)[0]
+
+    before, after = jax.eval_shape(before_and_after, jax.random.key(0))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(before)]
+    types = [[(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
+             for tree in (before, after)]
+    assert len(paths) > 20
+    assert dict(zip(paths, types[0], strict=True)) == dict(zip(paths, types[1], strict=True))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_import_no_other_script(script):
-    others = {Path(name).stem for name in SCRIPTS}
-    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+    others = {path.stem for path in ROOT.glob("*.py")}
+    for node in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())):
         if isinstance(node, ast.Import):
             assert not others & {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -254,10 +254,61 @@ def test_bf16_where_the_machine_has_it(source, checkpoint, monkeypatch):
     frames = make_frames(3, 64)
     for has in (False, True):
         monkeypatch.setattr(vlm, "cpu_multiplies_bf16", lambda has=has: has)
+        assert vlm.fast_precision(torch.device("cpu")) == ("bfloat16" if has else None)
+        assert vlm.fast_precision(torch.device("cuda")) == "float16"
         model = on_cpu("tiny-resnet", weights=checkpoint)
         assert_close(model.embed_images(frames), expected_images(source, frames), bf16=has)
         assert_close(model.embed_text(PROMPTS), expected_text(source, PROMPTS))
         assert model.id.endswith("-bf16" if has else "-fp32")
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_random_weights_are_always_computed_in_float32(has, monkeypatch):
+    """Rounding would be most of what their embeddings differ by (Figure 9)."""
+    monkeypatch.setattr(vlm, "cpu_multiplies_bf16", lambda: has)
+    model = on_cpu("tiny-resnet", pretrained=False, seed=3)
+    assert model.id.endswith("-fp32")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        source = open_clip.create_model("tiny-resnet").eval()
+    frames = make_frames(3, 64)
+    expected = expected_images(source, frames)
+    np.testing.assert_allclose(
+        model.embed_images(frames), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    with torch.autocast("cpu", torch.bfloat16):  # the tolerance tells one format from the other
+        rounded = expected_images_as_float(source, frames)
+    assert np.abs(rounded - expected).max() > 1e-3 * np.abs(expected).max()
+
+
+def expected_images_as_float(model: torch.nn.Module, frames: np.ndarray) -> np.ndarray:
+    """`expected_images` within autocast, where results may be of a format numpy does not know."""
+    transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    with torch.inference_mode():
+        batch = torch.stack([transform(Image.fromarray(frame)) for frame in frames])
+        return model.encode_image(batch).float().numpy()
+
+
+def test_who_cuts_off_the_border(checkpoint):
+    """`mini` sees nothing of the 14 px at each side, open_clip's models see all they are given."""
+    for model, margin in ((on_cpu("mini"), 14), (on_cpu("tiny-resnet", weights=checkpoint), 5)):
+        frames = make_frames(1, model.frame_size)
+        framed = np.zeros_like(frames)
+        kept = slice(margin, model.frame_size - margin)
+        framed[:, kept, kept] = frames[:, kept, kept]
+        one, two = (np.asarray(model.embed_images(x)) for x in (frames, framed))
+        assert model.crops_itself == np.allclose(one, two, atol=1e-5 * np.abs(one).max())
+        assert model.crops_itself == (model.name == "mini")
+
+
+def test_settings_give_the_same_model_again(checkpoint):
+    for name, options in (
+        ("tiny-resnet", {"weights": checkpoint}), ("mini", {}),
+        ("tiny-resnet", {"pretrained": False, "seed": 5}), ("mini", {"pretrained": False}),
+    ):
+        model = on_cpu(name, **options)
+        settings = json.loads(json.dumps(model.settings))  # as config.json keeps them
+        assert on_cpu(**settings).id == model.id
+        assert settings["pretrained"] == options.get("pretrained", True)
 
 
 def test_frames_may_be_read_only_or_strided(recwarn):

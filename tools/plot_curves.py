@@ -9,6 +9,7 @@ commit, versions, wall-clock), and curves.png over all that are in the output fo
 import csv
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -59,6 +60,8 @@ def keep_run(run_dir: Path, output: Path) -> None:
         facts = {key: config["args"][key] for key in ("env_id", "seed")} | {
             key: config[key] for key in FACTS if key in config
         }
+        # Where a run went is no part of what it was.
+        facts["command"] = re.sub(r" --run-dir[ =]\S+", "", facts["command"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{run_dir} is not a run folder: {error}") from None
     name = run_dir.resolve().name
