@@ -147,7 +147,6 @@ class AgentState:
     critic: nn.Module = struct.field(pytree_node=False)
 
 
-
 class FuRLState(NamedTuple):
     furl: AgentState  # learns from r_task + rho r_VLM, and is evaluated
     relay: AgentState  # learns from r_task
@@ -162,7 +161,7 @@ class PixelStep(NamedTuple):
     action: jax.Array  # [n, action_dim] float32
     sparse_reward: jax.Array  # [n] float32
     terminated: jax.Array  # [n] float32
-    embedding: jax.Array | None = None  # [n, embed_dim] float16
+    embedding: jax.Array | None = None  # [n, embed_dim]
 
 
 class Buffers(NamedTuple):
@@ -821,14 +820,16 @@ def check_pixel_args(args: Args) -> Args:
     if MAX_EPISODE_STEPS % args.action_repeat:
         raise UserError(f"--action-repeat must divide {MAX_EPISODE_STEPS}, the steps of an "
                         f"episode, not {args.action_repeat}")
-    check_episodes_fit(args, args.episode_length + 1)  # with the episodes' first pictures
+    check_episodes_fit(args, args.episode_length)
     whole = -(-args.buffer_size // args.num_envs) * args.num_envs
     if whole != args.buffer_size:
         print(f"note: --buffer-size {args.buffer_size} becomes {whole}, whole steps of "
               f"{args.num_envs} environments")
-    least = args.num_envs * (args.frame_stack + 2)
+    # An episode with its first picture, and stacks that end in its last two.
+    least = args.num_envs * (max(args.episode_length, args.frame_stack) + 2)
     if whole < least:
-        raise UserError(f"--buffer-size must hold {least} pictures or more, not {whole}")
+        raise UserError(f"--buffer-size must hold the pictures of an episode of each of "
+                        f"{args.num_envs} environments, {least} or more, not {whole}")
     if args.no_vlm:
         args = replace(args, relay=False, align=False)
     return replace(args, buffer_size=whole)

@@ -16,8 +16,8 @@ Deviations from the paper, whose Table 5 is the default, and choices where it is
     the data, so that environments step and draw while the last frames are embedded and learned.
  2. Each environment draws its own relay period and its own first policy. The authors alternate
     the first policy from episode to episode.
- 3. Eq. 4 replaces Eq. 5 once an episode with a success has ended; relaying ends at 2,500 positives
-    (Figure 5). Both as in the authors' code.
+ 3. Eq. 4 replaces Eq. 5 once an episode has ended that succeeded after its first k steps; relaying
+    ends at 2,500 positives (Figure 5), those of first steps included. Both as the authors do.
  4. Positives are an episode's frames up to its last success; what follows is in the replay, but is
     neither positive nor negative. Negatives are the frames of whole failed episodes, also for
     Eq. 5, which the authors apply to the replay. The ranking losses draw from the latest 100,000

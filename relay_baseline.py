@@ -47,9 +47,10 @@ from common.cli import (
     PositiveInt,
     PositiveInts,
     check_args,
+    check_episodes_fit,
     run_script,
 )
-from common.envs import VecMetaWorld
+from common.envs import MAX_EPISODE_STEPS, VecMetaWorld
 from common.evaluate import Evaluator
 from common.rendering import gl_info, view_for
 from common.replay import Ring, Sizes, Transition
@@ -93,7 +94,6 @@ class Args:
     tau: Fraction = 0.01  # step of the target critics
     init_temperature: PositiveFloat = 0.1  # temperature before learning
     hidden_features: PositiveInts = (256, 256)  # hidden layers of actor and critics
-
     # --- VLM reward
     vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
@@ -396,6 +396,7 @@ def load_reward(state: RelayState, vlm: VLM, args: Args) -> Callable[[jax.Array]
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = check_args(args)
+    check_episodes_fit(args, MAX_EPISODE_STEPS)
     prompt = prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     text = jnp.asarray(vlm.embed_text([prompt])[0])

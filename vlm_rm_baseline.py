@@ -59,7 +59,6 @@ from common.vlm import VLM, load_vlm
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
 ACTION_STREAM = 0  # of random numbers on the host, beside the seed
-PROJECTION_STREAM = 1  # of the device, for the heads of LIV-Proj
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,6 @@ class Args:
     tau: Fraction = 0.01  # step of the target critics
     init_temperature: PositiveFloat = 0.1  # temperature before learning
     hidden_features: PositiveInts = (256, 256)  # hidden layers of actor and critics
-
     # --- VLM reward
     vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
@@ -402,7 +400,7 @@ def embed_task(vlm: VLM, args: Args) -> VLMInputs:
     if args.alpha > 0 and cosine_similarity(text, baseline[None])[0] > 0.9999:
         raise UserError(f"--baseline-prompt {prompts[1]!r} means the same as the prompt "
                         f"{prompts[0]!r} to this VLM: there is no line through both")
-    key = jax.random.fold_in(jax.random.key(args.seed), PROJECTION_STREAM)
+    key = jax.random.split(jax.random.key(args.seed), 4)[3]  # the others are those of `main`
     projection = Projection(args.projection_features).init(key, text, text[None])
     return VLMInputs(text, baseline, projection)
 

@@ -5,10 +5,13 @@ Nothing here is worth a backup: whatever is missing or damaged is computed again
 
 import hashlib
 import os
+import platform
 import tempfile
 import warnings
 from importlib import metadata
 from pathlib import Path
+
+MAX_BYTES = 2 * 2**30  # of compiled programs
 
 
 def cache_dir() -> Path:
@@ -33,7 +36,8 @@ def compilation_cache_dir() -> Path:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         lines = []
-    kind = [line for line in lines if line.startswith(("model", "flags", "cpu family", "stepping"))]
+    names = ("model", "flags", "cpu family", "stepping", "Features", "CPU ")  # x86-64, then ARM
+    kind = [platform.machine(), *(line for line in lines if line.startswith(names))]
     cpu = hashlib.sha256("\n".join(kind).encode()).hexdigest()[:8]
     return cache_dir() / "compiled" / f"jaxlib-{metadata.version('jaxlib')}-{cpu}"
 
@@ -41,12 +45,14 @@ def compilation_cache_dir() -> Path:
 def keep_compiled_programs() -> None:
     """Let JAX keep what it compiles between runs, unless JAX_COMPILATION_CACHE_DIR says where.
 
-    What cannot be read or written there is compiled again without a word.
+    What cannot be read or written there is compiled again without a word. The least used programs
+    make room for new ones when the folder holds `MAX_BYTES`.
     """
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache_dir()))
+        jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     warnings.filterwarnings(

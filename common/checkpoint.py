@@ -2,7 +2,7 @@
 
     checkpoints/
       rings/<name>-<start>-<stop>.npz     rows of a ring buffer, written once, never changed
-      step_000010000/state.npz            all else: networks, optimizers, environments, RNGs
+      step_000010000/state.npz            networks, optimizers, environments, counts
       step_000010000/manifest.json        the sha256 of state.npz and of each ring file it needs
 
 A replay only grows, so each checkpoint writes the rows that are new since the one before. A step

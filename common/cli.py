@@ -9,6 +9,7 @@ import errno
 import inspect
 import math
 import sys
+import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -119,10 +120,10 @@ def check_args(args: ArgsT) -> ArgsT:
     Raises:
         UserError: names the first flag whose value cannot work, and what can.
     """
-    types = typing.get_type_hints(type(args), include_extras=True)
+    kinds = typing.get_type_hints(type(args), include_extras=True)
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        check_range(value, types[field.name], flag_of(field.name))
+        check_range(value, kinds[field.name], flag_of(field.name))
         if field.name in LEAST:
             check_range(value, Annotated[int, Ge(LEAST[field.name])], flag_of(field.name))
     if getattr(args, "camera_id", 0) >= len(CAMERAS):
@@ -152,14 +153,22 @@ def check_range(value: Any, kind: Any, flag: str) -> None:
     """Raises:
         UserError: `value` is outside the range that the type `kind` of `flag` gives.
     """
-    if typing.get_origin(kind) is not Annotated:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):  # such as PositiveInt | None
+        for member in typing.get_args(kind):
+            check_range(value, member, flag)
         return
-    inner, *limits = typing.get_args(kind)
+    limits: tuple[Any, ...] = ()
+    if origin is Annotated:
+        kind, *limits = typing.get_args(kind)
     if isinstance(value, tuple):
-        if not value:
+        if not value and any(isinstance(limit, MinLen) for limit in limits):
             raise UserError(f"{flag} must not be empty")
         for element in value:
-            check_range(element, typing.get_args(inner)[0], flag)
+            check_range(element, (typing.get_args(kind) or (None,))[0], flag)
+        return
+    limits = [limit for limit in limits if isinstance(limit, Ge | Gt | Le)]
+    if not limits or not isinstance(value, int | float):
         return
     for limit in limits:
         match limit:
@@ -176,18 +185,19 @@ def check_range(value: Any, kind: Any, flag: str) -> None:
 
 
 def check_episodes_fit(args: Any, episode_length: int) -> None:
-    """For scripts that sort whole episodes into embedding buffers (`replay.sort_episodes`).
+    """For scripts that look at whole episodes in the replay, and may copy them from there.
 
     Args:
-        args: with `buffer_size`, `embedding_buffer_size` and `num_envs`.
+        args: with `buffer_size`, `num_envs`, and `embedding_buffer_size` if episodes are copied.
         episode_length: actions in an episode.
 
     Raises:
         UserError: a buffer is too small for that.
     """
-    if args.embedding_buffer_size < episode_length:
+    frames = getattr(args, "embedding_buffer_size", episode_length)
+    if frames < episode_length:
         raise UserError(f"--embedding-buffer-size must hold an episode, {episode_length} frames or "
-                        f"more, not {args.embedding_buffer_size}")
+                        f"more, not {frames}")
     least = args.num_envs * episode_length
     if args.buffer_size < least:
         raise UserError(f"--buffer-size must hold an episode of each of {args.num_envs} "

@@ -45,6 +45,9 @@ PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 # Some tasks keep views of these arrays as attributes, so that what they call an initial position
 # moves along with the simulation.
 VIEWED_FIELDS = ("xpos", "xipos", "site_xpos", "geom_xpos")
+# Ctrl-C, and what terminals and schedulers send before they kill, to the whole job: the training
+# process saves and ends (common/run.py), the workers wait for it.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 WORKER_MODULE = "common.envs"  # the program that a worker is; tools/trace.py has its own
 
 
@@ -478,7 +481,7 @@ def goal_image(
 
 
 def _main(socket_fd: int, memory_fd: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's to handle
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(socket_fd)
     last_words = None

@@ -36,7 +36,8 @@ class Transition(NamedTuple):
     """One environment step; leaves carry a leading axis [n].
 
     `embedding` is the frozen VLM's Phi_I of the picture of the state reached, `next_obs`, in
-    float16: the VLM reward is recomputed at sampling time because the projection heads move.
+    float16 (float32 if its weights are random): the VLM reward is recomputed at sampling time
+    because the projection heads move.
     """
 
     obs: jax.Array  # [n, obs_dim] float32
@@ -44,7 +45,7 @@ class Transition(NamedTuple):
     next_obs: jax.Array  # [n, obs_dim] float32
     sparse_reward: jax.Array  # [n] float32, 1 on success, else 0
     terminated: jax.Array  # [n] float32; truncation does not cut the bootstrap
-    embedding: jax.Array | None = None  # [n, embed_dim] float16; None where no VLM is used
+    embedding: jax.Array | None = None  # [n, embed_dim]; None where no VLM is used
 
 
 class Frame(NamedTuple):
@@ -142,6 +143,8 @@ add_rows = jax.jit(add, donate_argnums=0)
 @partial(jax.jit, static_argnums=(1, 2))
 def count_positives(steps: Ring, num_envs: int, episode_length: int) -> jax.Array:
     """How many positives `sort_episodes` would find, int32 []; arguments as there."""
+    if steps.capacity < num_envs * episode_length:
+        raise ValueError(f"the ring must hold {num_envs * episode_length} steps")
     first = steps.total - num_envs * episode_length
     slots = (first + jnp.arange(num_envs * episode_length)) % steps.capacity
     success = steps.data.sparse_reward[slots].reshape(episode_length, num_envs) > 0

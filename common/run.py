@@ -14,6 +14,7 @@ import numpy as np
 
 from common import checkpoint
 from common.cli import script_name, source_file, steps_per_iteration
+from common.envs import STOP_SIGNALS
 from common.errors import UserError
 from common.logger import (
     Logger,
@@ -21,13 +22,11 @@ from common.logger import (
     first_not_finite,
     lock_run_dir,
     read_config,
+    show,
     unlock_run_dir,
     write_config,
 )
 from common.replay import Sizes
-
-# Ctrl-C, and what terminals and schedulers send before they kill.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Run:
@@ -236,8 +235,7 @@ def start_run(
         run = Run(args, run_dir, read_config(run_dir))
         kept = source and run_dir / source.name
         if kept and kept.exists() and kept.read_bytes() != source.read_bytes():
-            run.logger.say(f"note: {source.name} has changed since this run began; {kept} is what "
-                           "it was")
+            show(f"note: {source.name} has changed since this run began; {kept} is what it was")
         return run
     checkpoint.check_space(
         Path(args.run_dir or "runs"), buffers._asdict(), args.total_timesteps

@@ -201,7 +201,9 @@ class OpenClipVLM(VLM):
 
         images = self.preprocess(frames).contiguous(memory_format=torch.channels_last)
         if self._precision is None:
-            return self._model.encode_image(images)
+            # Not in TF32 either, which has float16's ten bits.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                return self._model.encode_image(images)
         with torch.autocast(self.device.type, getattr(torch, self._precision)):
             return self._model.encode_image(images)
 

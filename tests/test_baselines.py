@@ -289,7 +289,7 @@ def test_relay_is_furl_without_alignment(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("script", "flags"), [
     pytest.param(sac, [], id="sac"),
-    pytest.param(relay, [], id="relay"),
+    pytest.param(relay, ["--buffer-size", "2000"], id="relay"),
     pytest.param(vlm_rm, ["--alpha", "0.5"], id="vlm-rm-gb"),
     pytest.param(vlm_rm, ["--task-reward", "--projection"], id="liv-proj"),
 ])
@@ -328,6 +328,7 @@ def test_sac_on_the_native_engine(tmp_path, monkeypatch):
     (sac, ["--env-id", "drawer-opn-v3"], "did you mean drawer-open-v3"),
     (sac, ["--vlm", "mini"], "--vlm"),
     (relay, ["--relay-periods", "0"], "--relay-periods"),
+    (relay, ["--buffer-size", "3999"], "--buffer-size must hold an episode of each of 8"),
     (vlm_rm, ["--alpha", "1.5"], "--alpha must be at most 1, not 1.5"),
     (vlm_rm, ["--baseline-prompt", " "], "--baseline-prompt must not be empty"),
     (vlm_rm, ["--baseline-prompt", "A desk."], "--baseline-prompt has no effect without --alpha"),

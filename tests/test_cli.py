@@ -13,7 +13,7 @@ import sys
 import types
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -941,3 +941,20 @@ def test_video_paths(tmp_path):
     assert Run(GOOD, tmp_path, {}).video_path(5000) is None
     run = Run(replace(GOOD, capture_video=True), tmp_path, {})
     assert run.video_path(5000) == tmp_path / "videos/00005000.mp4"
+
+
+def test_ranges_of_composed_types():
+    """Options, aliases and tuples of ranges; what is no range refuses nothing."""
+    alias = Annotated[str, "any note"]
+    for value, kind in [
+        (None, cli.PositiveInt | None), (3, cli.PositiveInt | None), ("x", alias), (-1, int),
+        ((), tuple[int, ...]), ((), Annotated[tuple[str, ...], "any note"]), (math.nan, float),
+        ((1, 2), tuple[cli.PositiveInt, ...]), (None, Annotated[int | None, "any note"]),
+    ]:
+        cli.check_range(value, kind, "--x")
+    for value, kind in [
+        (0, cli.PositiveInt | None), ((), cli.PositiveInts), ((1, 0), tuple[cli.PositiveInt, ...]),
+        (math.nan, cli.Share), (2**31, cli.PositiveInt),
+    ]:
+        with pytest.raises(UserError, match=r"^--x must"):
+            cli.check_range(value, kind, "--x")

@@ -144,8 +144,8 @@ def must_be_possible(args) -> None:
     assert args.buffer_size >= args.num_envs >= 1
     if hasattr(args, "embedding_buffer_size"):  # whole episodes are copied from ring to ring
         first = hasattr(args, "frame_stack")  # the pictures that episodes begin with
-        episode = 500 // getattr(args, "action_repeat", 1) + first
-        assert args.buffer_size >= args.num_envs * episode
+        episode = 500 // getattr(args, "action_repeat", 1)
+        assert args.buffer_size >= args.num_envs * (episode + first)
         assert args.embedding_buffer_size >= episode
     jax.random.key(args.seed)
     for field in dataclasses.fields(args):

@@ -46,7 +46,7 @@ def apply(checkout: Path, changed: str, copied_from: str | None = None) -> None:
     if copied_from:
         shutil.copy(checkout / copied_from, checkout / changed)
     subprocess.run(
-        ["git", "apply", "--unidiff-zero", "-"], input=diffs()[changed], text=True, check=True,
+        ["git", "apply", "-"], input=diffs()[changed], text=True, check=True,
         cwd=checkout, env=os.environ | {"GIT_CEILING_DIRECTORIES": str(checkout.parent)},
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from common.envs import (
+    STOP_SIGNALS,
     VecMetaWorld,
     WorkerError,
     get_env_state,
@@ -307,3 +308,15 @@ def test_bad_arguments_say_what_is_allowed(options, message):
     options = {"env_id": "drawer-open-v3", "num_envs": 1, "seed": 0} | options
     with pytest.raises(UserError, match=message):
         VecMetaWorld(options.pop("env_id"), options.pop("num_envs"), **options)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_workers_leave_signals_to_the_process_that_trains(number):
+    """A scheduler sends them to the whole job; the worker must live until the run is saved."""
+    envs = make(1, max_episode_steps=4)
+    envs.reset()
+    for process, _ in envs._workers:
+        process.send_signal(number)
+    for _ in range(3):
+        assert envs.step(np.zeros((1, 4))).obs.shape == (1, 39)
+    envs.close()

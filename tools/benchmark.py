@@ -455,7 +455,7 @@ def measure_scripts(scripts: tuple[Path, ...], steps: int, rounds: int) -> Itera
         for script in scripts:
             with tempfile.TemporaryDirectory() as folder:
                 speed, peak = time_run(
-                    script, ["--total-timesteps", str(steps)], Path(folder) / "run",
+                    script.resolve(), ["--total-timesteps", str(steps)], Path(folder) / "run",
                     warm_up=steps // 3,
                 )
             speeds[script].append(speed)
@@ -557,7 +557,7 @@ def main(args: Args) -> None:
             print(lines[-1], flush=True)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        title = ["# Benchmark", "", f"`python -m tools.benchmark --rounds {args.rounds}`", ""]
+        title = ["# Benchmark", "", f"`python -m tools.benchmark {' '.join(sys.argv[1:])}`", ""]
         args.output.write_text("\n".join(title + lines) + "\n")
         args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         if "scaling" in args.only and not args.scripts:

@@ -69,6 +69,8 @@ def goal_baseline_reward(
 ) -> np.ndarray:
     """Goal-baseline regularisation: Definition 1 and Eq. 3 of the VLM-RM paper.
 
+    In numpy, and apart from the script that trains on it, so that a report depends on no script.
+
     Args:
         text, baseline: embeddings [D] of the goal's and the baseline's prompt; they must differ.
         images: embeddings [n, D].

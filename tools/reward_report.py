@@ -344,6 +344,9 @@ def main(args: Args) -> dict[str, Any]:
     for run in runs:
         if run.has_vlm:
             run.check_vlm(vlm)
+            if run.view != view:
+                raise UserError(f"{run.folder} was trained on another part of the picture "
+                                f"({run.view}) than a report shows ({view})")
     drawing = {"camera_id": args.camera_id, "quality": args.quality}
     notes = []
     picture = goal_picture(env_id, goal, seed, size=view.size, **drawing)

@@ -113,6 +113,7 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
     recorder.wrap(VLM, "embed_images", "embed")
     recorder.wrap(replay, "add_rows", "store")
     recorder.wrap(replay, "sort_episodes", "sort episodes")
+    recorder.wrap(replay, "count_positives", "sort episodes")
     recorder.wrap(Evaluator, "__call__", "evaluate")
     recorder.wrap(Run, "save", "checkpoint")
     recorder.wrap(Run, "log_training", "log")

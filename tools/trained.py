@@ -153,6 +153,12 @@ def open_run(folder: Path, env_steps: int | None = None, run_code: bool = False)
     elif ours.exists() and kept.exists() and ours.read_bytes() != kept.read_bytes():
         print(f"note: {name}.py has changed since this run: it is evaluated by the present one")
     path = kept if run_code else ours
+    if not path.exists():
+        help_ = ""
+        if kept.exists():
+            help_ = "; with --run-code the folder's own is executed"
+        place = "the folder" if run_code else "this checkout"
+        raise UserError(f"{folder}: there is no {path.name} in {place}{help_}")
     try:
         script = load_script(path)
         args = stored_args(config["args"], script.Args, str(folder))
@@ -161,7 +167,9 @@ def open_run(folder: Path, env_steps: int | None = None, run_code: bool = False)
         state = checkpoint.unflatten(leaves, template)
     except Exception as error:  # whatever an edited script may raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        help_ = "" if run_code else f"; with --run-code the folder's own {kept.name} is executed"
+        help_ = ""
+        if kept.exists() and not run_code:
+            help_ = f"; with --run-code the folder's own {kept.name} is executed"
         raise UserError(f"{folder}: {path.name} does not fit this run ({reason}){help_}") from None
     return Trained(folder, config, script, args, env_steps, state)
 
