@@ -285,7 +285,8 @@ def test_a_run_and_its_resumption(flags, tmp_path, monkeypatch):
     (["--action-repeat", "3", "--total-timesteps", "24000"],
      "--action-repeat must divide 500"),
     (["--buffer-size", "1992"], "--buffer-size must hold an episode of each of 8 environments"),
-    (["--action-repeat", "500", "--buffer-size", "32"], "--buffer-size must hold the pictures of an episode of each of 8 environments, 40"),
+    (["--action-repeat", "500", "--buffer-size", "32"],
+     "--buffer-size must hold the pictures of an episode of each of 8 environments, 40"),
     (["--frame-stack", "0"], "--frame-stack must be 1 or more"),
 ])
 def test_bad_input_ends_with_status_2(flags, message, tmp_path, monkeypatch, capfd):
