@@ -5,8 +5,8 @@ added to the sparse one. Two small projection heads are trained online to align 
 task rewards (ranking losses), and a second SAC agent, which sees the sparse reward alone, relays
 with the VLM agent until successes have been found. Fu et al., ICML 2024, arXiv 2406.00645.
 
-    python furl_sac_state.py --env-id drawer-close-v3 --total-timesteps 24000 \
-        --learning-starts 4000 --learning-rate 3e-4
+    python furl_sac_state.py --env-id window-close-v3 --total-timesteps 64000 \
+        --learning-rate 3e-4 --batch-size 64
     python furl_sac_state.py --env-id drawer-open-v3 --vlm liv --quality paper --track
 
 docs/furl_sac_state.md explains every metric and shows measured curves with their wall-clock.
