@@ -2,11 +2,9 @@
 
 Section 5.4 of Fu et al., ICML 2024, arXiv 2406.00645. FuRL itself is that of furl_sac_state.py; the
 agents are DrQ (Kostrikov et al., 2021, arXiv 2004.13649): SAC behind a convolutional encoder that
-the critics train, on pictures shifted at random. With --no-vlm it is DrQ on the sparse reward, the
-baseline of Figure 7.
+the critics train, on pictures shifted at random. drq_baseline.py is DrQ alone.
 
     python furl_drq_pixels.py --env-id window-open-v3 --goal random
-    python furl_drq_pixels.py --env-id window-open-v3 --goal random --no-vlm
 
 docs/furl_drq_pixels.md explains every metric and says what a run costs.
 
@@ -34,104 +32,73 @@ import numpy as np
 import optax
 from flax import struct
 
-from common import replay
-from common.cli import (
-    Fraction,
-    NotNegativeFloat,
-    NotNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    PositiveInts,
-    check_args,
-    check_episodes_fit,
-    run_script,
-)
+from common import flags, pixels, replay
+from common.cli import check_args, check_episodes_fit, run_script
 from common.convolution import convolve, few_at_a_time
-from common.envs import MAX_EPISODE_STEPS, VecMetaWorld, goal_image
+from common.envs import metaworld
+from common.envs.metaworld_tasks import prompt_for
+from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import Evaluator
-from common.rendering import gl_info, view_for
-from common.replay import Frame, Ring, Sizes, Transition
+from common.pixels import PICTURE_SIZE, Layout, PixelStep, scale_down
+from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
-from common.tasks import prompt_for
-from common.vlm import VLM, load_vlm
+from common.vlms import VLM, View, load_vlm, view_for
 
-PICTURE_SIZE = 84  # pixels, width and height of what the policy sees
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
 ACTION_STREAM, RELAY_STREAM = 0, 1  # of random numbers on the host, beside the seed
 
 
 @dataclass(frozen=True)
-class Args:
-    # --- run
-    env_id: str = "drawer-open-v3"  # any Meta-World v3 task; v2 names are aliases
-    seed: int = 0  # seed of everything: goals, networks, exploration, sampling
-    total_timesteps: int = 1_000_000  # environment steps, summed over the environments
-    eval_every: int = 10_000  # environment steps between evaluations of the mean action
-    eval_episodes: int = 0  # per evaluation; 0: 1 with a fixed goal (deterministic), else 10
-    checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
-    log_every: int = 1_000  # environment steps between rows of metrics
-    run_dir: str | None = None  # default: runs/<env>__<script>__<seed>__<time>
-    resume: str | None = None  # run folder to continue, with the arguments it was started with
-    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
-    wandb_project: str = "furl"  # project for --track
-    capture_video: bool = False  # a video of each evaluation in <run folder>/videos
-    drop_replay: bool = False  # delete the replay's files when the run has finished
+class Args(flags.RunArgs):
     # --- environment
     goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
-    engine: Literal["metaworld"] = "metaworld"  # the official environments; frames need them
-    num_envs: int = 8  # environments stepped side by side
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
-    camera_id: int = 2  # camera of the frames
-    action_repeat: PositiveInt = 2  # physics steps per action
+    camera_id: flags.NotNegativeInt = 2  # camera of the frames
+    action_repeat: flags.PositiveInt = 2  # physics steps per action
     # --- DrQ
-    learning_starts: int = 10_000  # steps of uniformly random actions before the first update
-    utd: float = 1.0  # updates per action
-    buffer_size: int = 200_000  # pictures in the replay
-    batch_size: PositiveInt = 256  # samples per update, of the agents and of each ranking loss
-    learning_rate: PositiveFloat = 1e-4  # Adam's, for all networks
-    gamma: Fraction = 0.99  # discount factor
-    tau: Fraction = 0.01  # step of the target critics
-    init_temperature: PositiveFloat = 0.1  # temperature before learning
-    hidden_features: PositiveInts = (256, 256, 256)  # hidden layers of actor and critics
-    frame_stack: PositiveInt = 3  # pictures that the policy sees, the newest last
-    shift: PositiveInt = 4  # pixels by which pictures are shifted at random
-    encoder_features: PositiveInts = (32, 32, 32, 32)  # 3 x 3 convolutions, the first by 2
-    encoder_dim: PositiveInt = 50  # numbers that actor and critics get of a stack of pictures
-    no_vlm: bool = False  # DrQ alone: no VLM, no relay
+    learning_starts: flags.NotNegativeInt = 10_000  # random steps before the first update
+    buffer_size: flags.PositiveInt = 200_000  # pictures in the replay
+    batch_size: flags.PositiveInt = 256  # per update, of the agents and of each ranking loss
+    learning_rate: flags.PositiveFloat = 1e-4  # Adam's, for all networks
+    gamma: flags.Fraction = 0.99  # discount factor
+    tau: flags.Fraction = 0.01  # step of the target critics
+    init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
+    hidden_features: flags.PositiveInts = (256, 256, 256)  # hidden layers of actor and critics
+    frame_stack: flags.PositiveInt = 3  # pictures that the policy sees, the newest last
+    shift: flags.PositiveInt = 4  # pixels by which pictures are shifted at random
+    encoder_features: flags.PositiveInts = (32, 32, 32, 32)  # 3 x 3 convolutions, the first by 2
+    encoder_dim: flags.PositiveInt = 50  # numbers that actor and critics get of a stack of pictures
     # --- VLM reward
     vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
     prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
-    rho: NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1)
+    rho: flags.NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1)
     # --- alignment
     align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
     goal_image: bool = True  # --no-goal-image: no Eq. 5, so no alignment before a success
     stage1: bool = True  # --no-stage1: without Eq. 5
     stage2: bool = True  # --no-stage2: Eq. 5 only
-    projection_features: PositiveInts = (256, 64)  # layers of both projection heads
-    lag: PositiveInt = 10  # k of Eq. 4, frames
-    reward_margin: NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
-    l2_margin: NotNegativeFloat = 0.2  # margin on the distance to the goal image in Eq. 5
-    embedding_buffer_size: PositiveInt = 100_000  # frames for the ranking losses, of either kind
+    projection_features: flags.PositiveInts = (256, 64)  # layers of both projection heads
+    lag: flags.PositiveInt = 10  # k of Eq. 4, frames
+    reward_margin: flags.NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
+    l2_margin: flags.NotNegativeFloat = 0.2  # margin on the distance to the goal image in Eq. 5
+    embedding_buffer_size: flags.PositiveInt = 100_000  # frames for the ranking losses, each kind
     # --- relay
     relay: bool = True  # --no-relay: the VLM agent explores alone
-    relay_periods: PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
-    relay_until: NotNegativeInt = 2_500  # positive samples at which relaying ends (Figure 5)
-    relay_noise: NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
-
-    @property
-    def updates_per_iteration(self) -> int:
-        return round(self.utd * self.num_envs)
+    relay_periods: flags.PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
+    relay_until: flags.NotNegativeInt = 2_500  # positive samples at which relaying ends (Figure 5)
+    relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
 
     @property
     def uses_goal_image(self) -> bool:
         return self.align and self.stage1 and self.goal_image
 
     @property
-    def episode_length(self) -> int:  # actions
-        return MAX_EPISODE_STEPS // self.action_repeat
+    def layout(self) -> Layout:
+        length = metaworld.MAX_EPISODE_STEPS // self.action_repeat  # actions
+        return Layout(self.num_envs, length, self.frame_stack)
 
 
 # ------------------------------------------------------------------------------ state
@@ -154,20 +121,10 @@ class FuRLState(NamedTuple):
     projection_opt: optax.OptState
 
 
-class PixelStep(NamedTuple):
-    """What is stored of a step: the picture reached, and what led there."""
-
-    picture: jax.Array  # [n, 84, 84, 3] uint8
-    action: jax.Array  # [n, action_dim] float32
-    sparse_reward: jax.Array  # [n] float32
-    terminated: jax.Array  # [n] float32
-    embedding: jax.Array | None = None  # [n, embed_dim]
-
-
 class Buffers(NamedTuple):
-    pixels: Ring  # of PixelStep, num_envs rows at a time
-    positives: Ring  # of Frame
-    negatives: Ring  # of Frame
+    steps: Ring  # of PixelStep, num_envs rows at a time
+    positives: Ring  # of EmbeddedFrame
+    negatives: Ring  # of EmbeddedFrame
 
 
 class Phase(NamedTuple):
@@ -208,10 +165,10 @@ class Encoder(nn.Module):
     def __call__(self, pictures: jax.Array) -> jax.Array:
         x = pictures.astype(jnp.float32) / 255 - 0.5
         for i, features in enumerate(self.features):
-            shape = (3, 3, x.shape[-1], features)
-            kernel = self.param(f"kernel_{i}", nn.initializers.lecun_normal(), shape)
-            bias = self.param(f"bias_{i}", nn.initializers.zeros, (features,))
-            x = nn.relu(convolve(x, kernel, 2 if i == 0 else 1) + bias)
+            strides = 2 if i == 0 else 1
+            x = nn.relu(nn.Conv(
+                features, (3, 3), strides, padding="VALID", conv_general_dilated=convolve
+            )(x))
         return x.reshape(*x.shape[:-3], -1)
 
 
@@ -288,16 +245,6 @@ def sample_action(
 # ---------------------------------------------------------------------- pictures
 
 
-@jax.jit
-def scale_down(frames: jax.Array) -> jax.Array:
-    """uint8 [n, height, width, channels] -> uint8 [n, 84, 84, channels], antialiased."""
-    if frames.shape[1] == PICTURE_SIZE:
-        return frames
-    shape = (frames.shape[0], PICTURE_SIZE, PICTURE_SIZE, frames.shape[3])
-    resized = jax.image.resize(frames.astype(jnp.float32), shape, "linear", antialias=True)
-    return resized.round().clip(0, 255).astype(jnp.uint8)
-
-
 def random_shift(pictures: jax.Array, key: jax.Array, shift: int) -> jax.Array:
     """DrQ's augmentation: each sample of [batch, height, width, channels] moved by up to `shift`
     pixels in both directions, all of its channels alike; the border is repeated."""
@@ -311,52 +258,13 @@ def random_shift(pictures: jax.Array, key: jax.Array, shift: int) -> jax.Array:
     return jax.vmap(crop)(padded, offsets)
 
 
-def stack(ring: Ring, block: jax.Array, env: jax.Array, args: Args) -> jax.Array:
-    """The pictures up to row `block` [n] of environment `env` [n]: [n, 84, 84, 3 frame_stack].
-
-    All episodes begin and end together, so rows come in blocks of `num_envs`: block 0 of each
-    `episode_length + 1` holds the episodes' first pictures, each other one a step. A stack never
-    reaches beyond the first picture of its episode, which is repeated.
-    """
-    time = block % (args.episode_length + 1)
-    ages = jnp.minimum(jnp.arange(args.frame_stack - 1, -1, -1), time[:, None])
-    slots = ((block[:, None] - ages) * args.num_envs + env[:, None]) % ring.capacity
-    pictures = ring.data.picture[slots]  # [n, frame_stack, 84, 84, 3]
-    return jnp.moveaxis(pictures, 1, -2).reshape(*pictures.shape[:1], *pictures.shape[2:4], -1)
-
-
-@partial(jax.jit, static_argnames="args")
-def newest_stack(ring: Ring, args: Args) -> jax.Array:
-    """What the policy sees now, in all environments: [num_envs, 84, 84, 3 frame_stack]."""
-    newest = ring.total // args.num_envs - 1
-    return stack(ring, jnp.full(args.num_envs, newest), jnp.arange(args.num_envs), args)
-
-
-def sample_batch(ring: Ring, key: jax.Array, args: Args) -> Transition:
-    """Uniform transitions, stacked as they are read and shifted: obs and next_obs uint8
-    [batch, 84, 84, 9]."""
-    transition_key, env_key, shift_key, next_shift_key = jax.random.split(key, 4)
-    length = args.episode_length
-    blocks = ring.total // args.num_envs
-    # The pictures before the oldest blocks have been overwritten.
-    oldest = jnp.maximum(0, blocks - ring.capacity // args.num_envs + args.frame_stack)
-
-    def steps_before(block: jax.Array) -> jax.Array:
-        return block - -(-block // (length + 1))
-
-    number = jax.random.randint(
-        transition_key, (args.batch_size,), steps_before(oldest), steps_before(blocks)
-    )
-    block = number + number // length + 1  # never an episode's first
-    env = jax.random.randint(env_key, (args.batch_size,), 0, args.num_envs)
-    rows = replay.take(ring, (block * args.num_envs + env) % ring.capacity)
-    return Transition(  # XLA drops what is not used of the rows: their pictures
-        obs=random_shift(stack(ring, block - 1, env, args), shift_key, args.shift),
-        action=rows.action,
-        next_obs=random_shift(stack(ring, block, env, args), next_shift_key, args.shift),
-        sparse_reward=rows.sparse_reward,
-        terminated=rows.terminated,
-        embedding=rows.embedding,
+def sample_batch(steps: Ring, key: jax.Array, args: Args) -> Transition:
+    """Uniform transitions, their stacks shifted: obs and next_obs uint8 [batch, 84, 84, 9]."""
+    step_key, env_key, shift_key, next_shift_key = jax.random.split(key, 4)
+    batch = pixels.sample(steps, step_key, env_key, args.batch_size, args.layout)
+    return batch._replace(
+        obs=random_shift(batch.obs, shift_key, args.shift),
+        next_obs=random_shift(batch.next_obs, next_shift_key, args.shift),
     )
 
 
@@ -392,9 +300,7 @@ def actor_loss(
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(
-    log_alpha: jax.Array, entropy: jax.Array, action_dim: int
-) -> tuple[jax.Array, dict]:
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> tuple[jax.Array, dict]:
     """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
     alpha = jnp.exp(log_alpha)
     return alpha * (jax.lax.stop_gradient(entropy) + action_dim / 2), {"alpha": alpha}
@@ -406,9 +312,7 @@ def drq_loss(
 ) -> tuple[jax.Array, dict]:
     """The three losses as one; the encoder is moved by the critics alone."""
     critic_key, actor_key = jax.random.split(key)
-    critic, (features, critic_metrics) = critic_loss(
-        params, agent, batch, reward, critic_key, args
-    )
+    critic, (features, critic_metrics) = critic_loss(params, agent, batch, reward, critic_key, args)
     features = jax.lax.stop_gradient(features)
     actor, actor_metrics = actor_loss(params["actor"], agent, features, actor_key)
     alpha, alpha_metrics = alpha_loss(
@@ -472,10 +376,55 @@ def positives_loss(
     return pos_neg + pos_pos, {"pos_neg_loss": pos_neg, "pos_pos_loss": pos_pos}
 
 
+# ------------------------------------------------------------- positives and negatives
+
+
+@partial(jax.jit, static_argnums=(3, 4), donate_argnums=(0, 1))
+def sort_episodes(
+    positives: Ring, negatives: Ring, steps: Ring, num_envs: int, episode_length: int
+) -> tuple[Ring, Ring]:
+    """Copy the frames of the episodes that have just ended from the replay `steps`.
+
+    An episode with a success gives its frames up to its last success as positives, one without
+    gives all of its frames as negatives.
+    """
+    time = jnp.arange(episode_length)
+
+    def sort(rings: tuple[Ring, Ring], env: jax.Array) -> tuple[tuple[Ring, Ring], None]:
+        rows, number = replay.newest_episode(steps, env, num_envs, episode_length)
+        success = rows.sparse_reward > 0
+        frames = EmbeddedFrame(
+            rows.embedding, trajectory=jnp.full_like(time, number), time=time,
+            before_success=jnp.cumsum(success) - success == 0,
+        )
+        num_positives = jnp.max(jnp.where(success, time + 1, 0))
+        num_negatives = jnp.where(num_positives == 0, episode_length, 0)
+        positives = replay.add(rings[0], frames, num_positives)
+        return (positives, replay.add(rings[1], frames, num_negatives)), None
+
+    return jax.lax.scan(sort, (positives, negatives), jnp.arange(num_envs))[0]
+
+
+def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax.Array]:
+    """The frames `lag` steps before those at `slots` [n] (Eq. 4's pairs), and whether they exist.
+
+    A frame has none in the first `lag` steps of its trajectory, after its first success, nor when
+    that part of the ring has been overwritten.
+    """
+    earlier = (slots - lag) % ring.capacity
+    frames: EmbeddedFrame = ring.data
+    exists = (
+        (frames.trajectory[earlier] == frames.trajectory[slots])
+        & (frames.time[earlier] == frames.time[slots] - lag)
+        & frames.before_success[slots]
+    )
+    return earlier, exists & (slots < ring.size)
+
+
 # ---------------------------------------------------------------------------- updates
 
 
-def descend(loss_fn, params, opt_state, args: Args):
+def adam_step(loss_fn, params, opt_state, args: Args):
     """One Adam step on `loss_fn(params) -> (loss, metrics)`."""
     gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
     updates, opt_state = optax.adam(args.learning_rate).update(gradients, opt_state)
@@ -507,7 +456,7 @@ def update_agent(
     agent: AgentState, batch: Transition, reward: jax.Array, key: jax.Array, args: Args
 ) -> tuple[AgentState, dict]:
     """One DrQ update; all gradients are taken from the networks as they were before it."""
-    params, opt, metrics = descend(
+    params, opt, metrics = adam_step(
         lambda p: drq_loss(p, agent, batch, reward, key, args), agent.params, agent.opt, args
     )
     new = {name: params[name] for name in agent.target}
@@ -525,26 +474,14 @@ def init_state(key: jax.Array, sizes: Sizes, args: Args) -> FuRLState:
 
 
 def init_buffers(sizes: Sizes, args: Args) -> Buffers:
-    scalar, number = np.zeros((), np.float32), np.zeros((), np.int32)
-    picture = np.zeros((PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
-    action = np.zeros(sizes.action, np.float32)
     # Embeddings of a network with random weights differ by less than float16 can tell.
-    embedding = np.zeros(sizes.embedding, np.float16 if args.pretrained else np.float32)
-    frame = Frame(embedding, number, number, np.zeros((), bool))
+    exact = not args.pretrained
+    step, frame = pixels.example_step(sizes, exact), replay.example_frame(sizes, exact)
     return Buffers(
-        replay.init_ring(PixelStep(picture, action, scalar, scalar, embedding), args.buffer_size),
+        replay.init_ring(step, args.buffer_size),
         replay.init_ring(frame, args.embedding_buffer_size),
         replay.init_ring(frame, args.embedding_buffer_size),
     )
-
-
-def store_first(buffers: Buffers, pictures: np.ndarray) -> Buffers:
-    """Write the rows that begin an episode, pictures [num_envs, 84, 84, 3]: no step leads there."""
-    nothing = jax.tree.map(
-        lambda x: np.zeros((len(pictures), *x.shape[1:]), x.dtype), buffers.pixels.data
-    )
-    rows = nothing._replace(picture=pictures)
-    return buffers._replace(pixels=replay.add_rows(buffers.pixels, rows))
 
 
 def update_projection(
@@ -562,14 +499,14 @@ def update_projection(
         loss_fn = partial(negatives_loss, images=negatives, vlm=vlm, args=args)
     else:
         slots = replay.sample_slots(buffers.positives, positives_key, args.batch_size)
-        earlier_slots, earlier_exists = replay.lagged_slots(buffers.positives, slots, args.lag)
+        earlier_slots, earlier_exists = lagged_slots(buffers.positives, slots, args.lag)
         loss_fn = partial(
             positives_loss, positives=images(buffers.positives, slots),
             old_enough=buffers.positives.data.time[slots] >= args.lag,
             earlier=images(buffers.positives, earlier_slots), earlier_exists=earlier_exists,
             negatives=negatives, negatives_exist=buffers.negatives.size > 0, vlm=vlm, args=args,
         )
-    projection, opt, metrics = descend(loss_fn, state.projection, state.projection_opt, args)
+    projection, opt, metrics = adam_step(loss_fn, state.projection, state.projection_opt, args)
     return state._replace(projection=projection, projection_opt=opt), metrics
 
 
@@ -581,10 +518,10 @@ def update_once(
     metrics = {}
     if phase.alignment != "none":
         state, metrics = update_projection(state, buffers, vlm, projection_key, args, phase)
-    batch = sample_batch(buffers.pixels, sample_key, args)
-    fuzzy = vlm_reward(state.projection, batch.embedding.astype(jnp.float32), vlm, args)
+    batch = sample_batch(buffers.steps, sample_key, args)
+    vlm_rewards = vlm_reward(state.projection, batch.embedding.astype(jnp.float32), vlm, args)
     task_reward = batch.sparse_reward - 1  # constant shaping (B.2)
-    shaped_reward = task_reward + args.rho * fuzzy  # Eq. 1
+    shaped_reward = task_reward + args.rho * vlm_rewards  # Eq. 1
     furl, furl_metrics = update_agent(state.furl, batch, shaped_reward, furl_key, args)
     relay, relay_metrics = state.relay, {}
     if phase.relaying:
@@ -592,7 +529,7 @@ def update_once(
     metrics = (
         {f"losses/{name}": value for name, value in (metrics | furl_metrics).items()}
         | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
-        | {"reward/vlm_mean": fuzzy.mean(), "reward/vlm_std": fuzzy.std()}
+        | {"reward/vlm_mean": vlm_rewards.mean(), "reward/vlm_std": vlm_rewards.std()}
         | {"reward/sparse_mean": batch.sparse_reward.mean()}
     )
     return state._replace(furl=furl, relay=relay), metrics
@@ -615,22 +552,16 @@ def update(
 # ------------------------------------------------------------------------------ relay
 
 
-class RelaySchedule(NamedTuple):
-    period: np.ndarray  # [num_envs] int, steps until the agents change
-    relay_first: np.ndarray  # [num_envs] bool
+def relay_acts(episode: int, time: int, args: Args) -> np.ndarray:
+    """Where the relay agent acts at step `time` of episode number `episode`, bool [num_envs].
 
-
-def draw_schedule(episode: int, args: Args) -> RelaySchedule:
-    """Each environment's own T_i and first agent in its episode number `episode`."""
+    In each episode each environment draws its own T_i, after which the agents change, and which of
+    them comes first.
+    """
     rng = np.random.default_rng((args.seed, RELAY_STREAM, episode))
-    return RelaySchedule(
-        rng.choice(args.relay_periods, args.num_envs), rng.random(args.num_envs) < 0.5
-    )
-
-
-def relay_acts(schedule: RelaySchedule, episode_time: int) -> np.ndarray:
-    """Where the relay agent acts at step `episode_time` of the episodes, bool [num_envs]."""
-    return ((episode_time // schedule.period) % 2 == 0) == schedule.relay_first
+    period = rng.choice(args.relay_periods, args.num_envs)
+    relay_first = rng.random(args.num_envs) < 0.5
+    return ((time // period) % 2 == 0) == relay_first
 
 
 def choose_phase(buffers: Buffers, args: Args) -> Phase:
@@ -666,6 +597,16 @@ def act(
     return jnp.where(use_relay[:, None], relay_action, furl_action)
 
 
+def embed_task(vlm: VLM, view: View, camera: Camera, args: Args) -> VLMInputs:
+    """What the reward, and Eq. 5, compare pictures with."""
+    text = vlm.embed_text([prompt_for(args.env_id, args.prompt)])[0]
+    goal = np.zeros_like(text)
+    if args.uses_goal_image:
+        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
+        goal = vlm.embed_images(view.crop(picture[None]))[0]
+    return VLMInputs(jnp.asarray(text), jnp.asarray(goal))
+
+
 # --------------------------------------------- what evaluation and tools use of a script
 
 
@@ -690,121 +631,95 @@ def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array],
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_pixel_args(check_args(args))
-    drawing = {"camera_id": args.camera_id, "quality": args.quality}
-    if args.no_vlm:  # embeddings of one zero, whose similarity is 0
-        vlm, prompt, view, embed_dim, frame_size = None, None, None, 1, PICTURE_SIZE
-        text = goal = np.zeros(1, np.float32)
-    else:
-        prompt = prompt_for(args.env_id, args.prompt)
-        vlm = load_vlm(
-            args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed
-        )
-        view, embed_dim = view_for(vlm), vlm.embed_dim
-        frame_size = view.size
-        text = vlm.embed_text([prompt])[0]
-        goal = np.zeros_like(text)
-    if args.uses_goal_image:
-        picture = goal_image(
-            args.env_id, seed=args.seed, goal=args.goal, size=frame_size, **drawing
-        )
-        goal = vlm.embed_images(view.crop(picture[None]))[0]
-    vlm_inputs = VLMInputs(jnp.asarray(text), jnp.asarray(goal))
-    envs = VecMetaWorld(
-        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, frame_size=frame_size,
-        action_repeat=args.action_repeat, draw_resets=True, **drawing,
+    args = check_pixel_args(check_args(args, metaworld))
+    prompt = prompt_for(args.env_id, args.prompt)
+    vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
+    view = view_for(vlm)
+    camera = Camera(view.size, args.camera_id, args.quality)
+    vlm_inputs = embed_task(vlm, view, camera, args)
+    envs = metaworld.VecMetaWorld(
+        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
+        action_repeat=args.action_repeat, draw_resets=True,
     )
     evaluate = Evaluator(
         args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
-        capture_video=args.capture_video, frame_stack=args.frame_stack, frame_size=frame_size,
-        action_repeat=args.action_repeat, **drawing,
+        camera=camera, capture_video=args.capture_video, frame_stack=args.frame_stack,
+        action_repeat=args.action_repeat,
     )
-    sizes = Sizes(envs.obs_dim, envs.action_dim, embed_dim)
+    sizes = Sizes(envs.obs_dim, envs.action_dim, vlm.embed_dim)
     init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
     state, buffers = init_state(init_key, sizes, args), init_buffers(sizes, args)
-    run = start_run(
-        args, buffers, sizes=sizes, evaluation=evaluate.settings, engine=envs.engine,
-        prompt=prompt, vlm=vlm and vlm.settings, vlm_id=vlm and vlm.id,
-        view=view and view._asdict(), gl=gl_info(),
-    )
-    buffers = store_first(buffers, np.asarray(scale_down(envs.reset()[1])))
-    env_steps, state, buffers, _ = run.begin(state, buffers, envs)
+    run = start_run(args, buffers, sizes, envs, evaluate, vlm=vlm, view=view, prompt=prompt)
+    first = np.asarray(scale_down(envs.reset()[1]))
+    buffers = buffers._replace(steps=pixels.add_first(buffers.steps, first))
+    state, buffers, _ = run.begin(state, buffers, envs)
 
     def store(
-        buffers: Buffers, rows: PixelStep, frames: np.ndarray, first: np.ndarray | None
+        buffers: Buffers, step: PixelStep, frames: np.ndarray, first: np.ndarray | None
     ) -> Buffers:
-        embedding = np.zeros((len(frames), 1)) if vlm is None else vlm.embed_images(
-            view.crop(frames))
-        rows = rows._replace(embedding=embedding)
-        buffers = buffers._replace(pixels=replay.add_rows(buffers.pixels, rows))
-        return buffers if first is None else store_first(buffers, first)
+        """Add a step, and after an episode's last one the first pictures of the next episodes."""
+        step = step._replace(embedding=vlm.embed_images(view.crop(frames)))
+        steps = replay.add_rows(buffers.steps, step)
+        return buffers._replace(steps=steps if first is None else pixels.add_first(steps, first))
 
     phase = choose_phase(buffers, args)
-    obs = np.asarray(newest_stack(buffers.pixels, args))
-    newest = None  # the last step, until its frames are embedded and it is stored
+    obs = np.asarray(pixels.newest_stack(buffers.steps, args.layout))
+    # Environments step while the device learns, so a step is stored and learned from one iteration
+    # later, when the next one is under way. Until then it is `previous`.
+    previous = None
     metrics: dict[str, jax.Array] = {}
-    while env_steps < args.total_timesteps:
+    for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
-        episode, action_number = divmod(
-            env_steps // (args.num_envs * args.action_repeat), envs.episode_length
-        )
+        actions_done = env_steps // (args.num_envs * args.action_repeat)
+        episode, time = divmod(actions_done, envs.episode_length)
         if env_steps < args.learning_starts:
             rng = np.random.default_rng((args.seed, ACTION_STREAM, env_steps))
             action = rng.uniform(-1, 1, (args.num_envs, sizes.action)).astype(np.float32)
         else:
-            use_relay = relay_acts(
-                draw_schedule(episode, args), action_number * args.action_repeat
-            )
+            use_relay = relay_acts(episode, time * args.action_repeat, args)
             action = np.asarray(  # waits for the updates before
                 act(state, obs, use_relay, act_key, env_steps, args, phase.relaying)
             )
-            run.check_finite(env_steps, action, metrics)
+            run.check_finite(action, metrics)
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
-        if newest is not None:
-            buffers = store(buffers, *newest)
-        if action_number == 0 and episode > 0:  # all episodes end together
+        if previous is not None:
+            buffers = store(buffers, *previous)
+        if time == 0 and episode > 0:  # all episodes end together
             # The newest rows are the first pictures of the new episodes.
-            ended = buffers.pixels._replace(total=buffers.pixels.total - args.num_envs)
-            positives, negatives = replay.sort_episodes(
+            ended = buffers.steps._replace(total=buffers.steps.total - args.num_envs)
+            positives, negatives = sort_episodes(
                 buffers.positives, buffers.negatives, ended, args.num_envs, envs.episode_length
             )
             buffers = buffers._replace(positives=positives, negatives=negatives)
             phase = choose_phase(buffers, args)
         if env_steps >= max(args.learning_starts, 1):
-            state, metrics = update(
-                state, buffers, vlm_inputs, update_key, env_steps, args, phase
-            )
+            state, metrics = update(state, buffers, vlm_inputs, update_key, env_steps, args, phase)
 
         step = envs.step_wait()
-        env_steps += args.num_envs * args.action_repeat
-        picture = np.asarray(scale_down(step.frames))
-        terminated = step.terminated.astype(np.float32)
-        rows, first = PixelStep(picture, action, step.sparse_reward, terminated), None
+        picture, first = np.asarray(scale_down(step.frames)), None
         obs = np.concatenate([obs[..., 3:], picture], -1)
-        if step.truncated.all():  # episodes end at the time limit alone, so all end together
+        if step.truncated.all():  # all episodes end together
             first = np.asarray(scale_down(step.reset_frames))
             obs = np.concatenate([first] * args.frame_stack, -1)
-        newest = rows, step.frames, first
+        pixel_step = PixelStep(picture, action, step.sparse_reward, step.terminated)
+        previous = pixel_step, step.frames, first
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)
-        if run.is_due(args.eval_every, env_steps):
-            run.log_evaluation(
-                env_steps, evaluate(partial(policy, state), run.video_path(env_steps))
-            )
-        if run.is_due(args.log_every, env_steps):
-            stage = "drq" if args.no_vlm else phase.name
-            run.log_training(env_steps, stage if metrics else "random", {
+        if run.is_due(args.eval_every):
+            run.log_evaluation(evaluate(partial(policy, state), run.video_path()))
+        if run.is_due(args.log_every):
+            run.log_training(phase.name if metrics else "random", {
                 **metrics, "charts/relaying": phase.relaying,
                 "charts/num_updates": state.furl.opt[0].count,
                 "charts/num_positives": buffers.positives.total,
                 "charts/num_negatives": buffers.negatives.total,
             })
-        if run.must_save(env_steps):
-            buffers, newest = store(buffers, *newest), None
-            run.save(env_steps, state, buffers, envs)
+        if run.must_save():
+            buffers, previous = store(buffers, *previous), None
+            run.save(state, buffers, envs)
 
     for thing in (run, evaluate, envs):
         thing.close()
@@ -812,27 +727,16 @@ def main(args: Args) -> dict[str, float]:
 
 
 def check_pixel_args(args: Args) -> Args:
-    """`args`, with --no-vlm spelt out and room for whole steps of all environments in the replay.
+    """`args`, with room for whole steps of all environments in the replay.
 
     Raises:
         UserError: names the flag whose value cannot work, and what can.
     """
-    if MAX_EPISODE_STEPS % args.action_repeat:
-        raise UserError(f"--action-repeat must divide {MAX_EPISODE_STEPS}, the steps of an "
-                        f"episode, not {args.action_repeat}")
-    check_episodes_fit(args, args.episode_length)
-    whole = -(-args.buffer_size // args.num_envs) * args.num_envs
-    if whole != args.buffer_size:
-        print(f"note: --buffer-size {args.buffer_size} becomes {whole}, whole steps of "
-              f"{args.num_envs} environments")
-    # An episode with its first picture, and stacks that end in its last two.
-    least = args.num_envs * (max(args.episode_length, args.frame_stack) + 2)
-    if whole < least:
-        raise UserError(f"--buffer-size must hold the pictures of an episode of each of "
-                        f"{args.num_envs} environments, {least} or more, not {whole}")
-    if args.no_vlm:
-        args = replace(args, relay=False, align=False)
-    return replace(args, buffer_size=whole)
+    if metaworld.MAX_EPISODE_STEPS % args.action_repeat:
+        raise UserError(f"--action-repeat must divide {metaworld.MAX_EPISODE_STEPS}, the steps of "
+                        f"an episode, not {args.action_repeat}")
+    check_episodes_fit(args, args.layout.episode_length)
+    return replace(args, buffer_size=pixels.whole_blocks(args.buffer_size, args.layout))
 
 
 if __name__ == "__main__":

@@ -11,29 +11,17 @@ with the VLM agent until successes have been found. Fu et al., ICML 2024, arXiv 
 
 docs/furl_sac_state.md explains every metric and shows measured curves with their wall-clock.
 
-Deviations from the paper, whose Table 5 is the default, and choices where it is silent:
- 1. Eight environments, one update per environment step in total. Updates lag one iteration behind
-    the data, so that environments step and draw while the last frames are embedded and learned.
- 2. Each environment draws its own relay period and its own first policy. The authors alternate
-    the first policy from episode to episode.
- 3. Eq. 4 replaces Eq. 5 once an episode has ended that succeeded after its first k steps; relaying
-    ends at 2,500 positives (Figure 5), those of first steps included. Both as the authors do.
- 4. Positives are an episode's frames up to its last success; what follows is in the replay, but is
-    neither positive nor negative. Negatives are the frames of whole failed episodes, also for
-    Eq. 5, which the authors apply to the replay. The ranking losses draw from the latest 100,000
-    frames of either kind (authors: 20,000).
- 5. Lag pairs (Eq. 4) are k steps apart in one trajectory, and end at its first success: later is
-    not better from there on. The authors' mix trajectories where their buffer wraps.
- 6. Eq. 5 is the mean over all pairs of a batch whose distances differ by the margin; the authors
-    take all pairs too, but divide their sum by the batch's size. Its margin is 0.2 (authors: 0.25).
- 7. As in the authors' code, where the paper does not say: 10,000 random steps before learning,
-    noise of 0.2 on the relay agent's actions, no positives from an episode's first k steps.
- 8. The temperature starts at 0.1, DrQ's value (authors: 1; the paper does not say): at 1, 30,000
-    updates pass before the sparse reward counts for more than entropy.
- 9. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv. It
-    sees the part of the picture that the authors keep, as RGB, where they feed it BGR.
-10. The goal image is that of the run's own goal; the authors load one that shows little of it.
-    Prompts have Table 4's capitals and full stop, which the authors' code leaves out.
+Deviations from the paper, whose Table 5 is the default, and choices where it is silent (the page
+has all of them beside the authors' code):
+ 1. Eight environments, one update per environment step in total, one iteration behind the data.
+    Each environment draws its own relay period and its own first policy.
+ 2. Eq. 4 replaces Eq. 5 once an episode has succeeded after its first k steps; relaying ends at
+    2,500 positives (Figure 5). Positives are an episode's frames up to its last success, negatives
+    those of whole failed episodes, also for Eq. 5.
+ 3. Eq. 5 is the mean over all pairs of a batch whose distances differ by the margin.
+ 4. 10,000 random steps before learning and noise of 0.2 on the relay agent's actions, as in the
+    authors' code. The temperature starts at 0.1 (authors: 1).
+ 5. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv.
 """
 
 from collections.abc import Callable
@@ -48,87 +36,56 @@ import numpy as np
 import optax
 from flax import struct
 
-from common import replay
-from common.cli import (
-    Fraction,
-    NotNegativeFloat,
-    NotNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    PositiveInts,
-    check_args,
-    check_episodes_fit,
-    run_script,
-)
-from common.envs import MAX_EPISODE_STEPS, VecMetaWorld, goal_image
+from common import flags, replay
+from common.cli import check_args, check_episodes_fit, run_script
+from common.envs import metaworld
+from common.envs.metaworld_tasks import prompt_for
+from common.envs.rendering import Camera
 from common.evaluate import Evaluator
-from common.rendering import gl_info, view_for
-from common.replay import Frame, Ring, Sizes, Transition
+from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
-from common.tasks import prompt_for
-from common.vlm import VLM, load_vlm
+from common.vlms import VLM, View, load_vlm, view_for
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
 ACTION_STREAM, RELAY_STREAM = 0, 1  # of random numbers on the host, beside the seed
 
 
 @dataclass(frozen=True)
-class Args:
-    # --- run
-    env_id: str = "drawer-open-v3"  # any Meta-World v3 task; v2 names are aliases
-    seed: int = 0  # seed of everything: goals, networks, exploration, sampling
-    total_timesteps: int = 1_000_000  # environment steps, summed over the environments
-    eval_every: int = 10_000  # environment steps between evaluations of the mean action
-    eval_episodes: int = 0  # per evaluation; 0: 1 with a fixed goal (deterministic), else 10
-    checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
-    log_every: int = 1_000  # environment steps between rows of metrics
-    run_dir: str | None = None  # default: runs/<env>__<script>__<seed>__<time>
-    resume: str | None = None  # run folder to continue, with the arguments it was started with
-    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
-    wandb_project: str = "furl"  # project for --track
-    capture_video: bool = False  # a video of each evaluation in <run folder>/videos
-    drop_replay: bool = False  # delete the replay's files when the run has finished
+class Args(flags.RunArgs):
     # --- environment
     goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
-    engine: Literal["metaworld"] = "metaworld"  # the official environments; frames need them
-    num_envs: int = 8  # environments stepped side by side
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
-    camera_id: int = 2  # camera of the VLM's frames
+    camera_id: flags.NotNegativeInt = 2  # camera of the VLM's frames
     # --- SAC
-    learning_starts: int = 10_000  # steps of uniformly random actions before the first update
-    utd: float = 1.0  # updates per environment step
-    buffer_size: int = 1_000_000  # transitions in the replay
-    batch_size: PositiveInt = 256  # samples per update, of the agents and of each ranking loss
-    learning_rate: PositiveFloat = 1e-4  # Adam's, for all networks
-    gamma: Fraction = 0.99  # discount factor
-    tau: Fraction = 0.01  # step of the target critics
-    init_temperature: PositiveFloat = 0.1  # temperature before learning
-    hidden_features: PositiveInts = (256, 256)  # hidden layers of actor and critics
+    learning_starts: flags.NotNegativeInt = 10_000  # random steps before the first update
+    buffer_size: flags.PositiveInt = 1_000_000  # transitions in the replay
+    batch_size: flags.PositiveInt = 256  # per update, of the agents and of each ranking loss
+    learning_rate: flags.PositiveFloat = 1e-4  # Adam's, for all networks
+    gamma: flags.Fraction = 0.99  # discount factor
+    tau: flags.Fraction = 0.01  # step of the target critics
+    init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
+    hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     # --- VLM reward
     vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
     prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
-    rho: NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1)
+    rho: flags.NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1)
     # --- alignment
     align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
     goal_image: bool = True  # --no-goal-image: no Eq. 5, so no alignment before a success
     stage1: bool = True  # --no-stage1: without Eq. 5
     stage2: bool = True  # --no-stage2: Eq. 5 only
-    projection_features: PositiveInts = (256, 64)  # layers of both projection heads
-    lag: PositiveInt = 10  # k of Eq. 4, environment steps
-    reward_margin: NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
-    l2_margin: NotNegativeFloat = 0.2  # margin on the distance to the goal image in Eq. 5
-    embedding_buffer_size: PositiveInt = 100_000  # frames for the ranking losses, of either kind
+    projection_features: flags.PositiveInts = (256, 64)  # layers of both projection heads
+    lag: flags.PositiveInt = 10  # k of Eq. 4, environment steps
+    reward_margin: flags.NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
+    l2_margin: flags.NotNegativeFloat = 0.2  # margin on the distance to the goal image in Eq. 5
+    embedding_buffer_size: flags.PositiveInt = 100_000  # frames for the ranking losses, each kind
     # --- relay
     relay: bool = True  # --no-relay: the VLM agent explores alone
-    relay_periods: PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
-    relay_until: NotNegativeInt = 2_500  # positive samples at which relaying ends (Figure 5)
-    relay_noise: NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
-
-    @property
-    def updates_per_iteration(self) -> int:
-        return round(self.utd * self.num_envs)
+    relay_periods: flags.PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
+    relay_until: flags.NotNegativeInt = 2_500  # positive samples at which relaying ends (Figure 5)
+    relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
 
     @property
     def uses_goal_image(self) -> bool:
@@ -156,8 +113,8 @@ class FuRLState(NamedTuple):
 
 class Buffers(NamedTuple):
     transitions: Ring  # of Transition
-    positives: Ring  # of Frame
-    negatives: Ring  # of Frame
+    positives: Ring  # of EmbeddedFrame
+    negatives: Ring  # of EmbeddedFrame
 
 
 class Phase(NamedTuple):
@@ -270,9 +227,7 @@ def actor_loss(
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(
-    log_alpha: jax.Array, entropy: jax.Array, action_dim: int
-) -> tuple[jax.Array, dict]:
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> tuple[jax.Array, dict]:
     """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
     alpha = jnp.exp(log_alpha)
     return alpha * (jax.lax.stop_gradient(entropy) + action_dim / 2), {"alpha": alpha}
@@ -284,9 +239,7 @@ def sac_loss(
 ) -> tuple[jax.Array, dict]:
     """The three losses as one: each moves its own parameters and sees the others fixed."""
     critic_key, actor_key = jax.random.split(key)
-    critic, critic_metrics = critic_loss(
-        params["critic"], agent, batch, reward, critic_key, args
-    )
+    critic, critic_metrics = critic_loss(params["critic"], agent, batch, reward, critic_key, args)
     actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
     alpha, alpha_metrics = alpha_loss(
         params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1]
@@ -349,10 +302,55 @@ def positives_loss(
     return pos_neg + pos_pos, {"pos_neg_loss": pos_neg, "pos_pos_loss": pos_pos}
 
 
+# ------------------------------------------------------------- positives and negatives
+
+
+@partial(jax.jit, static_argnums=(3, 4), donate_argnums=(0, 1))
+def sort_episodes(
+    positives: Ring, negatives: Ring, steps: Ring, num_envs: int, episode_length: int
+) -> tuple[Ring, Ring]:
+    """Copy the frames of the episodes that have just ended from the replay `steps`.
+
+    An episode with a success gives its frames up to its last success as positives, one without
+    gives all of its frames as negatives.
+    """
+    time = jnp.arange(episode_length)
+
+    def sort(rings: tuple[Ring, Ring], env: jax.Array) -> tuple[tuple[Ring, Ring], None]:
+        rows, number = replay.newest_episode(steps, env, num_envs, episode_length)
+        success = rows.sparse_reward > 0
+        frames = EmbeddedFrame(
+            rows.embedding, trajectory=jnp.full_like(time, number), time=time,
+            before_success=jnp.cumsum(success) - success == 0,
+        )
+        num_positives = jnp.max(jnp.where(success, time + 1, 0))
+        num_negatives = jnp.where(num_positives == 0, episode_length, 0)
+        positives = replay.add(rings[0], frames, num_positives)
+        return (positives, replay.add(rings[1], frames, num_negatives)), None
+
+    return jax.lax.scan(sort, (positives, negatives), jnp.arange(num_envs))[0]
+
+
+def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax.Array]:
+    """The frames `lag` steps before those at `slots` [n] (Eq. 4's pairs), and whether they exist.
+
+    A frame has none in the first `lag` steps of its trajectory, after its first success, nor when
+    that part of the ring has been overwritten.
+    """
+    earlier = (slots - lag) % ring.capacity
+    frames: EmbeddedFrame = ring.data
+    exists = (
+        (frames.trajectory[earlier] == frames.trajectory[slots])
+        & (frames.time[earlier] == frames.time[slots] - lag)
+        & frames.before_success[slots]
+    )
+    return earlier, exists & (slots < ring.size)
+
+
 # ---------------------------------------------------------------------------- updates
 
 
-def descend(loss_fn, params, opt_state, args: Args):
+def adam_step(loss_fn, params, opt_state, args: Args):
     """One Adam step on `loss_fn(params) -> (loss, metrics)`."""
     gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
     updates, opt_state = optax.adam(args.learning_rate).update(gradients, opt_state)
@@ -380,7 +378,7 @@ def update_agent(
     agent: AgentState, batch: Transition, reward: jax.Array, key: jax.Array, args: Args
 ) -> tuple[AgentState, dict]:
     """One SAC update; all gradients are taken from the networks as they were before it."""
-    params, opt, metrics = descend(
+    params, opt, metrics = adam_step(
         lambda p: sac_loss(p, agent, batch, reward, key, args), agent.params, agent.opt, args
     )
     target = optax.incremental_update(params["critic"], agent.target_critic, args.tau)
@@ -397,12 +395,9 @@ def init_state(key: jax.Array, sizes: Sizes, args: Args) -> FuRLState:
 
 
 def init_buffers(sizes: Sizes, args: Args) -> Buffers:
-    scalar, number = np.zeros((), np.float32), np.zeros((), np.int32)
-    obs, action = np.zeros(sizes.obs, np.float32), np.zeros(sizes.action, np.float32)
     # Embeddings of a network with random weights differ by less than float16 can tell.
-    embedding = np.zeros(sizes.embedding, np.float16 if args.pretrained else np.float32)
-    transition = Transition(obs, action, obs, scalar, scalar, embedding)
-    frame = Frame(embedding, number, number, np.zeros((), bool))
+    exact = not args.pretrained
+    transition, frame = replay.example_transition(sizes, exact), replay.example_frame(sizes, exact)
     return Buffers(
         replay.init_ring(transition, args.buffer_size),
         replay.init_ring(frame, args.embedding_buffer_size),
@@ -425,14 +420,14 @@ def update_projection(
         loss_fn = partial(negatives_loss, images=negatives, vlm=vlm, args=args)
     else:
         slots = replay.sample_slots(buffers.positives, positives_key, args.batch_size)
-        earlier_slots, earlier_exists = replay.lagged_slots(buffers.positives, slots, args.lag)
+        earlier_slots, earlier_exists = lagged_slots(buffers.positives, slots, args.lag)
         loss_fn = partial(
             positives_loss, positives=images(buffers.positives, slots),
             old_enough=buffers.positives.data.time[slots] >= args.lag,
             earlier=images(buffers.positives, earlier_slots), earlier_exists=earlier_exists,
             negatives=negatives, negatives_exist=buffers.negatives.size > 0, vlm=vlm, args=args,
         )
-    projection, opt, metrics = descend(loss_fn, state.projection, state.projection_opt, args)
+    projection, opt, metrics = adam_step(loss_fn, state.projection, state.projection_opt, args)
     return state._replace(projection=projection, projection_opt=opt), metrics
 
 
@@ -446,9 +441,9 @@ def update_once(
         state, metrics = update_projection(state, buffers, vlm, projection_key, args, phase)
     slots = replay.sample_slots(buffers.transitions, sample_key, args.batch_size)
     batch: Transition = replay.take(buffers.transitions, slots)
-    fuzzy = vlm_reward(state.projection, batch.embedding.astype(jnp.float32), vlm, args)
+    vlm_rewards = vlm_reward(state.projection, batch.embedding.astype(jnp.float32), vlm, args)
     task_reward = batch.sparse_reward - 1  # constant shaping (B.2)
-    shaped_reward = task_reward + args.rho * fuzzy  # Eq. 1
+    shaped_reward = task_reward + args.rho * vlm_rewards  # Eq. 1
     furl, furl_metrics = update_agent(state.furl, batch, shaped_reward, furl_key, args)
     relay, relay_metrics = state.relay, {}
     if phase.relaying:
@@ -456,7 +451,7 @@ def update_once(
     metrics = (
         {f"losses/{name}": value for name, value in (metrics | furl_metrics).items()}
         | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
-        | {"reward/vlm_mean": fuzzy.mean(), "reward/vlm_std": fuzzy.std()}
+        | {"reward/vlm_mean": vlm_rewards.mean(), "reward/vlm_std": vlm_rewards.std()}
         | {"reward/sparse_mean": batch.sparse_reward.mean()}
     )
     return state._replace(furl=furl, relay=relay), metrics
@@ -479,22 +474,16 @@ def update(
 # ------------------------------------------------------------------------------ relay
 
 
-class RelaySchedule(NamedTuple):
-    period: np.ndarray  # [num_envs] int, steps until the agents change
-    relay_first: np.ndarray  # [num_envs] bool
+def relay_acts(episode: int, time: int, args: Args) -> np.ndarray:
+    """Where the relay agent acts at step `time` of episode number `episode`, bool [num_envs].
 
-
-def draw_schedule(episode: int, args: Args) -> RelaySchedule:
-    """Each environment's own T_i and first agent in its episode number `episode`."""
+    In each episode each environment draws its own T_i, after which the agents change, and which of
+    them comes first.
+    """
     rng = np.random.default_rng((args.seed, RELAY_STREAM, episode))
-    return RelaySchedule(
-        rng.choice(args.relay_periods, args.num_envs), rng.random(args.num_envs) < 0.5
-    )
-
-
-def relay_acts(schedule: RelaySchedule, episode_time: int) -> np.ndarray:
-    """Where the relay agent acts at step `episode_time` of the episodes, bool [num_envs]."""
-    return ((episode_time // schedule.period) % 2 == 0) == schedule.relay_first
+    period = rng.choice(args.relay_periods, args.num_envs)
+    relay_first = rng.random(args.num_envs) < 0.5
+    return ((time // period) % 2 == 0) == relay_first
 
 
 def choose_phase(buffers: Buffers, args: Args) -> Phase:
@@ -524,6 +513,16 @@ def act(
     return jnp.where(use_relay[:, None], relay_action, furl_action)
 
 
+def embed_task(vlm: VLM, view: View, camera: Camera, args: Args) -> VLMInputs:
+    """What the reward, and Eq. 5, compare pictures with."""
+    text = vlm.embed_text([prompt_for(args.env_id, args.prompt)])[0]
+    goal = np.zeros_like(text)
+    if args.uses_goal_image:
+        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
+        goal = vlm.embed_images(view.crop(picture[None]))[0]
+    return VLMInputs(jnp.asarray(text), jnp.asarray(goal))
+
+
 # --------------------------------------------- what evaluation and tools use of a script
 
 
@@ -546,95 +545,81 @@ def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array],
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_args(args)
-    check_episodes_fit(args, MAX_EPISODE_STEPS)
+    args = check_args(args, metaworld)
+    check_episodes_fit(args, metaworld.MAX_EPISODE_STEPS)
     prompt = prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm)
-    drawing = {"camera_id": args.camera_id, "quality": args.quality}
-    text = vlm.embed_text([prompt])[0]
-    goal = np.zeros_like(text)
-    if args.uses_goal_image:
-        picture = goal_image(
-            args.env_id, seed=args.seed, goal=args.goal, size=view.size, **drawing
-        )
-        goal = vlm.embed_images(view.crop(picture[None]))[0]
-    vlm_inputs = VLMInputs(jnp.asarray(text), jnp.asarray(goal))
-    envs = VecMetaWorld(
-        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, frame_size=view.size, **drawing
+    camera = Camera(view.size, args.camera_id, args.quality)
+    vlm_inputs = embed_task(vlm, view, camera, args)
+    envs = metaworld.VecMetaWorld(
+        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera
     )
     evaluate = Evaluator(
         args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
-        capture_video=args.capture_video, **drawing,
+        camera=camera, capture_video=args.capture_video,
     )
     sizes = Sizes(envs.obs_dim, envs.action_dim, vlm.embed_dim)
     init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
     state, buffers = init_state(init_key, sizes, args), init_buffers(sizes, args)
-    run = start_run(
-        args, buffers, sizes=sizes, evaluation=evaluate.settings, engine=envs.engine,
-        prompt=prompt, vlm=vlm.settings, vlm_id=vlm.id, view=view._asdict(), gl=gl_info(),
-    )
+    run = start_run(args, buffers, sizes, envs, evaluate, vlm=vlm, view=view, prompt=prompt)
     envs.reset()
-    env_steps, state, buffers, obs = run.begin(state, buffers, envs)
+    state, buffers, obs = run.begin(state, buffers, envs)
 
     def store(buffers: Buffers, transition: Transition, frames: np.ndarray) -> Buffers:
         transition = transition._replace(embedding=vlm.embed_images(view.crop(frames)))
         return buffers._replace(transitions=replay.add_rows(buffers.transitions, transition))
 
     phase = choose_phase(buffers, args)
-    newest = None  # the last step, until its frames are embedded and it is stored
+    # Environments step while the device learns, so a step is stored and learned from one iteration
+    # later, when the next one is under way. Until then it is `previous`.
+    previous = None
     metrics: dict[str, jax.Array] = {}
-    while env_steps < args.total_timesteps:
+    for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
         episode, time = divmod(env_steps // args.num_envs, envs.episode_length)
         if env_steps < args.learning_starts:
             rng = np.random.default_rng((args.seed, ACTION_STREAM, env_steps))
             action = rng.uniform(-1, 1, (args.num_envs, sizes.action)).astype(np.float32)
         else:
-            use_relay = relay_acts(draw_schedule(episode, args), time)
+            use_relay = relay_acts(episode, time, args)
             action = np.asarray(  # waits for the updates before
                 act(state, obs, use_relay, act_key, env_steps, args, phase.relaying)
             )
-            run.check_finite(env_steps, action, metrics)
+            run.check_finite(action, metrics)
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
-        if newest is not None:
-            buffers = store(buffers, *newest)
+        if previous is not None:
+            buffers = store(buffers, *previous)
         if time == 0 and episode > 0:  # all episodes end together
-            positives, negatives = replay.sort_episodes(
+            positives, negatives = sort_episodes(
                 buffers.positives, buffers.negatives, buffers.transitions, args.num_envs,
                 envs.episode_length,
             )
             buffers = buffers._replace(positives=positives, negatives=negatives)
             phase = choose_phase(buffers, args)
         if env_steps >= max(args.learning_starts, 1):
-            state, metrics = update(
-                state, buffers, vlm_inputs, update_key, env_steps, args, phase
-            )
+            state, metrics = update(state, buffers, vlm_inputs, update_key, env_steps, args, phase)
 
         step = envs.step_wait()
-        env_steps += args.num_envs
-        terminated = step.terminated.astype(np.float32)
-        transition = Transition(obs, action, step.final_obs, step.sparse_reward, terminated)
-        newest, obs = (transition, step.frames), step.obs
+        transition = Transition(obs, action, step.final_obs, step.sparse_reward, step.terminated)
+        previous, obs = (transition, step.frames), step.obs
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)
-        if run.is_due(args.eval_every, env_steps):
-            run.log_evaluation(
-                env_steps, evaluate(partial(policy, state), run.video_path(env_steps))
-            )
-        if run.is_due(args.log_every, env_steps):
-            run.log_training(env_steps, phase.name if metrics else "random", {
+        if run.is_due(args.eval_every):
+            run.log_evaluation(evaluate(partial(policy, state), run.video_path()))
+        if run.is_due(args.log_every):
+            run.log_training(phase.name if metrics else "random", {
                 **metrics, "charts/relaying": phase.relaying,
                 "charts/num_updates": state.furl.opt[0].count,
                 "charts/num_positives": buffers.positives.total,
                 "charts/num_negatives": buffers.negatives.total,
             })
-        if run.must_save(env_steps):
-            buffers, newest = store(buffers, *newest), None
-            run.save(env_steps, state, buffers, envs)
+        if run.must_save():
+            buffers, previous = store(buffers, *previous), None
+            run.save(state, buffers, envs)
 
     for thing in (run, evaluate, envs):
         thing.close()

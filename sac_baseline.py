@@ -27,60 +27,33 @@ import numpy as np
 import optax
 from flax import struct
 
-from common import replay
-from common.cli import (
-    Fraction,
-    PositiveFloat,
-    PositiveInt,
-    PositiveInts,
-    check_args,
-    run_script,
-)
-from common.envpool_envs import EnvPoolMetaWorld
-from common.envs import VecMetaWorld
+from common import flags, replay
+from common.cli import check_args, run_script
+from common.envs import metaworld
+from common.envs.metaworld_envpool import EnvPoolMetaWorld
 from common.evaluate import Evaluator
 from common.replay import Ring, Sizes, Transition
 from common.run import start_run
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
 ACTION_STREAM = 0  # of random numbers on the host, beside the seed
-ENGINES = {"metaworld": VecMetaWorld, "envpool": EnvPoolMetaWorld}
+ENGINES = {"metaworld": metaworld.VecMetaWorld, "envpool": EnvPoolMetaWorld}
 
 
 @dataclass(frozen=True)
-class Args:
-    # --- run
-    env_id: str = "drawer-open-v3"  # any Meta-World v3 task; v2 names are aliases
-    seed: int = 0  # seed of everything: goals, networks, exploration, sampling
-    total_timesteps: int = 1_000_000  # environment steps, summed over the environments
-    eval_every: int = 10_000  # environment steps between evaluations of the mean action
-    eval_episodes: int = 0  # per evaluation; 0: 1 with a fixed goal (deterministic), else 10
-    checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
-    log_every: int = 1_000  # environment steps between rows of metrics
-    run_dir: str | None = None  # default: runs/<env>__<script>__<seed>__<time>
-    resume: str | None = None  # run folder to continue, with the arguments it was started with
-    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
-    wandb_project: str = "furl"  # project for --track
-    capture_video: bool = False  # a video of each evaluation in <run folder>/videos
-    drop_replay: bool = False  # delete the replay's files when the run has finished
+class Args(flags.RunArgs):
     # --- environment
     goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
     engine: Literal["metaworld", "envpool"] = "metaworld"  # envpool: faster, random goals only
-    num_envs: int = 8  # environments stepped side by side
     # --- SAC
-    learning_starts: int = 10_000  # steps of uniformly random actions before the first update
-    utd: float = 1.0  # updates per environment step
-    buffer_size: int = 1_000_000  # transitions in the replay
-    batch_size: PositiveInt = 256  # samples per update
-    learning_rate: PositiveFloat = 1e-4  # Adam's, for all networks
-    gamma: Fraction = 0.99  # discount factor
-    tau: Fraction = 0.01  # step of the target critics
-    init_temperature: PositiveFloat = 0.1  # temperature before learning
-    hidden_features: PositiveInts = (256, 256)  # hidden layers of actor and critics
-
-    @property
-    def updates_per_iteration(self) -> int:
-        return round(self.utd * self.num_envs)
+    learning_starts: flags.NotNegativeInt = 10_000  # random steps before the first update
+    buffer_size: flags.PositiveInt = 1_000_000  # transitions in the replay
+    batch_size: flags.PositiveInt = 256  # samples per update
+    learning_rate: flags.PositiveFloat = 1e-4  # Adam's, for all networks
+    gamma: flags.Fraction = 0.99  # discount factor
+    tau: flags.Fraction = 0.01  # step of the target critics
+    init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
+    hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
 
 
 # ------------------------------------------------------------------------------ state
@@ -181,9 +154,7 @@ def actor_loss(
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(
-    log_alpha: jax.Array, entropy: jax.Array, action_dim: int
-) -> tuple[jax.Array, dict]:
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> tuple[jax.Array, dict]:
     """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
     alpha = jnp.exp(log_alpha)
     return alpha * (jax.lax.stop_gradient(entropy) + action_dim / 2), {"alpha": alpha}
@@ -195,9 +166,7 @@ def sac_loss(
 ) -> tuple[jax.Array, dict]:
     """The three losses as one: each moves its own parameters and sees the others fixed."""
     critic_key, actor_key = jax.random.split(key)
-    critic, critic_metrics = critic_loss(
-        params["critic"], agent, batch, reward, critic_key, args
-    )
+    critic, critic_metrics = critic_loss(params["critic"], agent, batch, reward, critic_key, args)
     actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
     alpha, alpha_metrics = alpha_loss(
         params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1]
@@ -208,7 +177,7 @@ def sac_loss(
 # ---------------------------------------------------------------------------- updates
 
 
-def descend(loss_fn, params, opt_state, args: Args):
+def adam_step(loss_fn, params, opt_state, args: Args):
     """One Adam step on `loss_fn(params) -> (loss, metrics)`."""
     gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
     updates, opt_state = optax.adam(args.learning_rate).update(gradients, opt_state)
@@ -236,7 +205,7 @@ def update_agent(
     agent: AgentState, batch: Transition, reward: jax.Array, key: jax.Array, args: Args
 ) -> tuple[AgentState, dict]:
     """One SAC update; all gradients are taken from the networks as they were before it."""
-    params, opt, metrics = descend(
+    params, opt, metrics = adam_step(
         lambda p: sac_loss(p, agent, batch, reward, key, args), agent.params, agent.opt, args
     )
     target = optax.incremental_update(params["critic"], agent.target_critic, args.tau)
@@ -244,10 +213,7 @@ def update_agent(
 
 
 def init_buffers(sizes: Sizes, args: Args) -> Buffers:
-    scalar = np.zeros((), np.float32)
-    obs, action = np.zeros(sizes.obs, np.float32), np.zeros(sizes.action, np.float32)
-    transition = Transition(obs, action, obs, scalar, scalar)
-    return Buffers(replay.init_ring(transition, args.buffer_size))
+    return Buffers(replay.init_ring(replay.example_transition(sizes), args.buffer_size))
 
 
 def update_once(
@@ -300,7 +266,7 @@ def policy(agent: AgentState, obs: jax.Array) -> jax.Array:
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_args(args)
+    args = check_args(args, metaworld)
     envs = ENGINES[args.engine](args.env_id, args.num_envs, seed=args.seed, goal=args.goal)
     evaluate = Evaluator(
         args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
@@ -309,49 +275,45 @@ def main(args: Args) -> dict[str, float]:
     sizes = Sizes(envs.obs_dim, envs.action_dim)
     init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
     agent, buffers = init_agent(init_key, sizes, args), init_buffers(sizes, args)
-    run = start_run(
-        args, buffers, sizes=sizes, evaluation=evaluate.settings, engine=envs.engine
-    )
+    run = start_run(args, buffers, sizes, envs, evaluate)
     envs.reset()
-    env_steps, agent, buffers, obs = run.begin(agent, buffers, envs)
+    agent, buffers, obs = run.begin(agent, buffers, envs)
 
-    newest = None  # the last step, until it is stored
+    # Environments step while the device learns, so a step is stored and learned from one iteration
+    # later, when the next one is under way. Until then it is `previous`.
+    previous = None
     metrics: dict[str, jax.Array] = {}
-    while env_steps < args.total_timesteps:
+    for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step ...
         if env_steps < args.learning_starts:
             rng = np.random.default_rng((args.seed, ACTION_STREAM, env_steps))
             action = rng.uniform(-1, 1, (args.num_envs, sizes.action)).astype(np.float32)
         else:
             action = np.asarray(act(agent, obs, act_key, env_steps))  # waits for the updates before
-            run.check_finite(env_steps, action, metrics)
+            run.check_finite(action, metrics)
         envs.step_async(action)
 
         # ... while the step before is stored and learned from.
-        if newest is not None:
-            buffers = Buffers(replay.add_rows(buffers.transitions, newest))
+        if previous is not None:
+            buffers = Buffers(replay.add_rows(buffers.transitions, previous))
         if env_steps >= max(args.learning_starts, 1):
             agent, metrics = update(agent, buffers, update_key, env_steps, args)
 
         step = envs.step_wait()
-        env_steps += args.num_envs
-        terminated = step.terminated.astype(np.float32)
-        newest = Transition(obs, action, step.final_obs, step.sparse_reward, terminated)
+        previous = Transition(obs, action, step.final_obs, step.sparse_reward, step.terminated)
         obs = step.obs
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)
-        if run.is_due(args.eval_every, env_steps):
-            run.log_evaluation(
-                env_steps, evaluate(partial(policy, agent), run.video_path(env_steps))
-            )
-        if run.is_due(args.log_every, env_steps):
-            run.log_training(env_steps, "sac" if metrics else "random", {
+        if run.is_due(args.eval_every):
+            run.log_evaluation(evaluate(partial(policy, agent), run.video_path()))
+        if run.is_due(args.log_every):
+            run.log_training("sac" if metrics else "random", {
                 **metrics, "charts/num_updates": agent.opt[0].count,
             })
-        if run.must_save(env_steps):
-            buffers, newest = Buffers(replay.add_rows(buffers.transitions, newest)), None
-            run.save(env_steps, agent, buffers, envs)
+        if run.must_save():
+            buffers, previous = Buffers(replay.add_rows(buffers.transitions, previous)), None
+            run.save(agent, buffers, envs)
 
     for thing in (run, evaluate, envs):
         thing.close()

@@ -8,8 +8,11 @@ import os
 import platform
 import tempfile
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+
+import numpy as np
 
 MAX_BYTES = 2 * 2**30  # of compiled programs
 
@@ -24,6 +27,27 @@ def cache_dir() -> Path:
         return Path(home or Path.home() / ".cache") / "furl"
     except RuntimeError:  # a user without a home folder, as in some containers
         return Path(tempfile.gettempdir()) / f"furl-{os.getuid()}"
+
+
+def cached_arrays(
+    kind: str, key: str, compute: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """`compute()`, a dict of arrays, kept on disk under `kind/key` when the disk allows."""
+    path = cache_dir() / kind / f"{key}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except Exception:  # missing or damaged: a cache is only ever recomputed
+        pass
+    arrays = compute()
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(temporary, **arrays)
+        temporary.replace(path)
+    except OSError:  # a read-only home is no reason to stop
+        pass
+    return arrays
 
 
 def compilation_cache_dir() -> Path:

@@ -1,49 +1,29 @@
-"""The command line that all scripts share: flags from a dataclass, their ranges, and --resume.
-
-A script writes the range of a flag as its type, for example `rho: NotNegativeFloat = 0.05`. Flags
-of plain types (`int`, `float`, `str`, `bool`, tuples of them) may have any value.
-"""
+"""The command line that all scripts share: its parsing, its checks, --resume and errors."""
 
 import dataclasses
 import errno
 import inspect
-import math
 import sys
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import ModuleType
+from typing import Any, TypeVar
 
 import tyro
-from annotated_types import Ge, Gt, Le, MinLen
 
 from common.cache import keep_compiled_programs
 from common.cores import share_cores
-from common.envs import WorkerError
+from common.envs.workers import WorkerError
 from common.errors import UserError
+from common.flags import LARGEST, check_range
 from common.logger import check_run_dir, read_config
-from common.rendering import CAMERAS
-from common.tasks import resolve_env_id
 
 ArgsT = TypeVar("ArgsT")
-
-PositiveInt = Annotated[int, Ge(1)]
-NotNegativeInt = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0)]
-NotNegativeFloat = Annotated[float, Ge(0)]
-Fraction = Annotated[float, Gt(0), Le(1)]
-Share = Annotated[float, Ge(0), Le(1)]
-PositiveInts = Annotated[tuple[PositiveInt, ...], MinLen(1)]
 
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE = {"resume", "total_timesteps", "eval_every", "checkpoint_every", "log_every", "track",
               "wandb_project", "capture_video", "drop_replay"}
-# The smallest values of the flags that shared code reads, whatever script they belong to.
-LEAST = {"seed": 0, "total_timesteps": 1, "eval_every": 1, "eval_episodes": 0, "log_every": 1,
-         "checkpoint_every": 0, "num_envs": 1, "action_repeat": 1, "camera_id": 0,
-         "buffer_size": 1, "learning_starts": 0}
-LARGEST = 2**31 - 1  # counters on the device are int32
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
@@ -67,7 +47,6 @@ def parse_args(args_type: type[ArgsT], argv: list[str]) -> ArgsT:
     default = stored_args(config["args"], args_type, f"--resume {folder}")
     names = {f.name for f in dataclasses.fields(args_type)}
     args = tyro.cli(args_type, args=argv, default=default)
-    args = dataclasses.replace(args, env_id=resolve_env_id(args.env_id))
     for name in sorted(names - MAY_CHANGE):
         if getattr(args, name) != getattr(default, name):
             raise UserError(f"{flag_of(name)} cannot change in a resumed run: it is "
@@ -112,24 +91,25 @@ def stored_args(stored: dict[str, Any], args_type: type[ArgsT], name: str) -> Ar
                         for n, v in stored.items() if n in fields})
 
 
-def check_args(args: ArgsT) -> ArgsT:
+def check_args(args: ArgsT, suite: ModuleType) -> ArgsT:
     """`args` with the task's full name and as many steps as whole iterations take.
 
     Checks what shared code needs, and the ranges that the script gives its flags as their types.
+
+    Args:
+        args: the script's.
+        suite: the module of the environments, with `resolve_env_id` and `CAMERAS`.
 
     Raises:
         UserError: names the first flag whose value cannot work, and what can.
     """
     kinds = typing.get_type_hints(type(args), include_extras=True)
     for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        check_range(value, kinds[field.name], flag_of(field.name))
-        if field.name in LEAST:
-            check_range(value, Annotated[int, Ge(LEAST[field.name])], flag_of(field.name))
-    if getattr(args, "camera_id", 0) >= len(CAMERAS):
-        listed = ", ".join(f"{i} ({name})" for i, name in enumerate(CAMERAS))
+        check_range(getattr(args, field.name), kinds[field.name], flag_of(field.name))
+    if getattr(args, "camera_id", 0) >= len(suite.CAMERAS):
+        listed = ", ".join(f"{i} ({name})" for i, name in enumerate(suite.CAMERAS))
         raise UserError(f"unknown camera {args.camera_id}; this task has {listed}")
-    args = dataclasses.replace(args, env_id=resolve_env_id(args.env_id))
+    args = dataclasses.replace(args, env_id=suite.resolve_env_id(args.env_id))
     updates = args.utd * args.num_envs
     if not 1 <= updates <= LARGEST or abs(updates - round(updates)) > 1e-6:
         raise UserError(f"--utd {args.utd:g} x --num-envs {args.num_envs} gives {updates:g} "
@@ -147,41 +127,6 @@ def check_args(args: ArgsT) -> ArgsT:
         print(f"note: --total-timesteps {args.total_timesteps} becomes {whole}, whole iterations "
               f"of {iteration} steps")
     return dataclasses.replace(args, total_timesteps=whole)
-
-
-def check_range(value: Any, kind: Any, flag: str) -> None:
-    """Raises:
-        UserError: `value` is outside the range that the type `kind` of `flag` gives.
-    """
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):  # such as PositiveInt | None
-        for member in typing.get_args(kind):
-            check_range(value, member, flag)
-        return
-    limits: tuple[Any, ...] = ()
-    if origin is Annotated:
-        kind, *limits = typing.get_args(kind)
-    if isinstance(value, tuple):
-        if not value and any(isinstance(limit, MinLen) for limit in limits):
-            raise UserError(f"{flag} must not be empty")
-        for element in value:
-            check_range(element, (typing.get_args(kind) or (None,))[0], flag)
-        return
-    limits = [limit for limit in limits if isinstance(limit, Ge | Gt | Le)]
-    if not limits or not isinstance(value, int | float):
-        return
-    for limit in limits:
-        match limit:
-            case Ge(ge=least) if not value >= least:
-                raise UserError(f"{flag} must be {least} or more, not {value}")
-            case Gt(gt=bound) if not value > bound:
-                raise UserError(f"{flag} must be above {bound}, not {value}")
-            case Le(le=most) if not value <= most:
-                raise UserError(f"{flag} must be at most {most}, not {value}")
-    if isinstance(value, int) and value > LARGEST:
-        raise UserError(f"{flag} must be at most {LARGEST}, not {value}")
-    if not math.isfinite(value):
-        raise UserError(f"{flag} must be a finite number, not {value}")
 
 
 def check_episodes_fit(args: Any, episode_length: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,22 @@ def on_cpu() -> bool:  # asked when a function is traced: --help need not start 
     return jax.default_backend() == "cpu"
 
 
-@partial(jax.checkpoint, static_argnums=2)  # windows are cut again rather than kept
-def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Convolution of [n, height, width, c] by [3, 3, c, features], without padding.
+def convolve(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: str, **others: Any
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated` for flax's `nn.Conv`: [n, height, width, c] by [3, 3, c,
+    features], equal strides, padding "VALID".
 
     On a CPU as matrix products: XLA's gradient of a convolution takes far longer there
     (docs/furl_drq_pixels.md).
     """
-    if not on_cpu():
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), "VALID", dimension_numbers=dimensions
-        )
+    if on_cpu():
+        return _matrix_products(x, kernel, strides[0])
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **others)
+
+
+@partial(jax.checkpoint, static_argnums=2)  # windows are cut again rather than kept
+def _matrix_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     rows, columns = ((size - 3) // stride + 1 for size in x.shape[-3:-1])
 
     def every(x: jax.Array, axis: int, start: int, count: int) -> jax.Array:

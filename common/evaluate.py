@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.envs import VecMetaWorld
+from common.envs.metaworld import VecMetaWorld
+from common.envs.rendering import Camera
 from common.errors import UserError
 
 # Evaluation goals of random-goal runs come from another seed than the goals of training.
 EVAL_SEED_OFFSET = 1_000_003
-VIDEO_SIZE = 256
+VIDEO_CAMERA = Camera(size=256)
 VIDEO_FPS = 40  # half of Meta-World's 80 steps a second of simulated time: fast, yet readable
 
 
@@ -21,12 +22,12 @@ class Evaluator:
     A fixed goal is that of the run's seed; random goals are drawn once, unseen in training.
 
     Args:
-        env_id, seed, goal, quality: as for training.
+        env_id, seed, goal: as for training.
         num_episodes: played side by side, one environment each; 0: 1 with a fixed goal, where
             episodes of the mean action are all the same, else 10 (B.2).
+        camera: what draws the frames; a video of a policy that sees states has its own size.
         capture_video: draw, so that the first episode can be written as a video.
         frame_stack: 0: the policy sees states; K: the last K frames, the newest last.
-        frame_size, camera_id: of those frames.
         action_repeat: physics steps per action.
         num_workers: worker processes; default: chosen from the number of cores.
 
@@ -41,29 +42,27 @@ class Evaluator:
         seed: int,
         goal: str,
         num_episodes: int,
-        quality: str = "fast",
+        camera: Camera = VIDEO_CAMERA,
         capture_video: bool = False,
         frame_stack: int = 0,
-        frame_size: int = VIDEO_SIZE,
-        camera_id: int | str = 2,
         action_repeat: int = 1,
         num_workers: int | None = None,
     ):
+        if not frame_stack:
+            camera = camera._replace(size=VIDEO_CAMERA.size)
         self.envs = VecMetaWorld(
             env_id,
             num_episodes or (1 if goal == "fixed" else 10),
             seed=seed if goal == "fixed" else seed + EVAL_SEED_OFFSET,
             goal=goal,
-            frame_size=frame_size if capture_video or frame_stack else 0,
-            camera_id=camera_id,
-            quality=quality,
+            camera=camera if capture_video or frame_stack else None,
             action_repeat=action_repeat,
             num_workers=num_workers,
         )
         self._start = self.envs.get_state()
         self.settings = {
-            "frame_stack": frame_stack, "frame_size": frame_size if frame_stack else 0,
-            "camera_id": camera_id, "quality": quality, "action_repeat": action_repeat,
+            "frame_stack": frame_stack, "frame_size": camera.size if frame_stack else 0,
+            "camera_id": camera.id, "quality": camera.quality, "action_repeat": action_repeat,
         }
         self._frame_stack, self._action_repeat = frame_stack, action_repeat
 
@@ -73,8 +72,8 @@ class Evaluator:
         """Play one episode in each environment.
 
         Args:
-            policy: mean action, observations [n, 39] -> [n, 4], or with a frame stack pictures
-                uint8 [n, size, size, 3 K] -> [n, 4].
+            policy: mean action [n, action_dim] for observations [n, obs_dim], or with a frame
+                stack for pictures uint8 [n, size, size, 3 K].
             video_path: where to write the first episode (.mp4), if frames are drawn.
 
         Returns:
@@ -122,7 +121,7 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
     # JAX warns of every fork; the encoder's is followed by exec at once.
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
     try:
-        with imageio.get_writer(path, fps=VIDEO_FPS, macro_block_size=8) as writer:
+        with imageio.get_writer(path, fps=VIDEO_FPS, macro_block_size=4) as writer:
             for frame in frames:
                 writer.append_data(frame)
     except (OSError, RuntimeError) as error:

@@ -4,7 +4,6 @@ A ring is a pytree of arrays with a counter. `add` is meant to be jitted with th
 that a row is written in place whatever the capacity; rows are read inside the jitted update.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -48,8 +47,8 @@ class Transition(NamedTuple):
     embedding: jax.Array | None = None  # [n, embed_dim]; None where no VLM is used
 
 
-class Frame(NamedTuple):
-    """One frame of a finished trajectory in an embedding buffer; leaves have a leading axis [n]."""
+class EmbeddedFrame(NamedTuple):
+    """A frame of a finished trajectory, as its embedding; leaves have a leading axis [n]."""
 
     embedding: jax.Array  # [n, embed_dim], as in the replay
     trajectory: jax.Array  # [n] int32, a number that no other trajectory of the ring has
@@ -63,6 +62,19 @@ class Sizes(NamedTuple):
     obs: int
     action: int
     embedding: int = 0  # 0: there is no VLM
+
+
+def example_transition(sizes: Sizes, exact: bool = False) -> Transition:
+    """A row of a replay; its embedding, if there is a VLM, in float16, or `exact` in float32."""
+    obs, action, number = (np.zeros(n, np.float32) for n in (sizes.obs, sizes.action, ()))
+    embedding = np.zeros(sizes.embedding, np.float32 if exact else np.float16)
+    return Transition(obs, action, obs, number, number, embedding if sizes.embedding else None)
+
+
+def example_frame(sizes: Sizes, exact: bool = False) -> EmbeddedFrame:
+    """A row of an embedding buffer; `exact` as for `example_transition`."""
+    embedding = np.zeros(sizes.embedding, np.float32 if exact else np.float16)
+    return EmbeddedFrame(embedding, np.int32(0), np.int32(0), np.bool_(False))
 
 
 def init_ring(example_row: Rows, capacity: int) -> Ring:
@@ -108,29 +120,6 @@ def sample_slots(ring: Ring, key: jax.Array, batch_size: int) -> jax.Array:
     return jax.random.randint(key, (batch_size,), 0, jnp.maximum(ring.size, 1))
 
 
-def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax.Array]:
-    """The frames `lag` steps before those at `slots` in the same trajectory.
-
-    Args:
-        ring: a ring of `Frame`s, trajectories written one after another.
-        slots: [n] int.
-        lag: k of Eq. 4.
-
-    Returns:
-        (slots of the earlier frames [n], whether they exist [n] bool). A frame has none in the
-        first `lag` steps of its trajectory, after its first success, nor when that part has been
-        overwritten.
-    """
-    earlier = (slots - lag) % ring.capacity
-    frames: Frame = ring.data
-    exists = (
-        (frames.trajectory[earlier] == frames.trajectory[slots])
-        & (frames.time[earlier] == frames.time[slots] - lag)
-        & frames.before_success[slots]
-    )
-    return earlier, exists & (slots < ring.size)
-
-
 def read_rows(ring: Ring, start: int, stop: int) -> Rows:
     """Rows number `start` to `stop` (counted from the first ever written), as numpy arrays."""
     slots = np.arange(start, stop) % ring.capacity
@@ -140,56 +129,25 @@ def read_rows(ring: Ring, start: int, stop: int) -> Rows:
 add_rows = jax.jit(add, donate_argnums=0)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def count_positives(steps: Ring, num_envs: int, episode_length: int) -> jax.Array:
-    """How many positives `sort_episodes` would find, int32 []; arguments as there."""
-    if steps.capacity < num_envs * episode_length:
-        raise ValueError(f"the ring must hold {num_envs * episode_length} steps")
-    first = steps.total - num_envs * episode_length
-    slots = (first + jnp.arange(num_envs * episode_length)) % steps.capacity
-    success = steps.data.sparse_reward[slots].reshape(episode_length, num_envs) > 0
-    time = jnp.arange(episode_length)[:, None]
-    return jnp.where(success, time + 1, 0).max(0).sum()
-
-
-@partial(jax.jit, static_argnums=(3, 4), donate_argnums=(0, 1))
-def sort_episodes(
-    positives: Ring, negatives: Ring, steps: Ring, num_envs: int, episode_length: int
-) -> tuple[Ring, Ring]:
-    """Copy the frames of the episodes that have just ended from the replay, as FuRL ranks them.
-
-    An episode with a success gives its frames up to its last success as positives, one without
-    gives all of its frames as negatives.
+def newest_episode(
+    steps: Ring, env: jax.Array, num_envs: int, episode_length: int
+) -> tuple[Rows, jax.Array]:
+    """One environment's rows of the episode that has just ended.
 
     Args:
-        positives, negatives: rings of `Frame`s (donated).
-        steps: rows with `embedding` and `sparse_reward`, one for each environment and step; the
-            newest are of the episodes' last step.
+        steps: one row for each environment and step; the newest are of the episodes' last step.
+        env: number of the environment, int [].
         num_envs, episode_length: of the episodes, which have all ended in that step.
 
     Returns:
-        (positives, negatives).
+        (rows, leaves [episode_length, ...]; the number of the first of them, counted from the
+        first row ever written).
 
     Raises:
-        ValueError: a ring is too small for whole episodes; `common.cli.check_episodes_fit` says so
+        ValueError: the ring cannot hold the episodes; `common.cli.check_episodes_fit` says so
             before a run begins.
     """
-    least = num_envs * episode_length
-    if steps.capacity < least or min(positives.capacity, negatives.capacity) < episode_length:
-        raise ValueError(f"the rings must hold {least} steps and {episode_length} frames")
-    time = jnp.arange(episode_length)
-
-    def sort(rings: tuple[Ring, Ring], env: jax.Array) -> tuple[tuple[Ring, Ring], None]:
-        first = steps.total - num_envs * episode_length + env  # number of the episode's first row
-        rows = take(steps, (first + num_envs * time) % steps.capacity)
-        success = rows.sparse_reward > 0
-        frames = Frame(
-            rows.embedding, trajectory=jnp.full_like(time, first), time=time,
-            before_success=jnp.cumsum(success) - success == 0,
-        )
-        num_positives = jnp.max(jnp.where(success, time + 1, 0))
-        num_negatives = jnp.where(num_positives == 0, episode_length, 0)
-        return (add(rings[0], frames, num_positives), add(rings[1], frames, num_negatives)), None
-
-    rings, _ = jax.lax.scan(sort, (positives, negatives), jnp.arange(num_envs))
-    return rings
+    if steps.capacity < num_envs * episode_length:
+        raise ValueError(f"the ring must hold {num_envs * episode_length} steps")
+    first = steps.total - num_envs * episode_length + env
+    return take(steps, (first + num_envs * jnp.arange(episode_length)) % steps.capacity), first

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import numpy as np
 
 from common import checkpoint
 from common.cli import script_name, source_file, steps_per_iteration
-from common.envs import STOP_SIGNALS
+from common.envs.rendering import gl_info
+from common.envs.workers import STOP_SIGNALS
 from common.errors import UserError
+from common.evaluate import Evaluator
 from common.logger import (
     Logger,
     create_run_dir,
@@ -27,6 +30,7 @@ from common.logger import (
     write_config,
 )
 from common.replay import Sizes
+from common.vlms import VLM, View
 
 
 class Run:
@@ -35,6 +39,7 @@ class Run:
     def __init__(self, args: Any, run_dir: Path, config: dict[str, Any]):
         self.args, self.dir, self.config = args, run_dir, config
         self._logger: Logger | None = None
+        self.env_steps = 0  # done when the current iteration ends
         self._succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
         self._finished: list[bool] = []  # success_once of the episodes since the last row
         self.evaluation: dict[str, float] = {}  # the last one
@@ -72,7 +77,7 @@ class Run:
             total_timesteps=self.args.total_timesteps, resume_from=resume_from,
         )
 
-    def begin(self, state: Any, buffers: Any, envs: Any) -> tuple[int, Any, Any, np.ndarray]:
+    def begin(self, state: Any, buffers: Any, envs: Any) -> tuple[Any, Any, np.ndarray]:
         """Where the run is to go on: at its first step, or with --resume at its newest checkpoint.
 
         Args:
@@ -81,13 +86,11 @@ class Run:
             envs: its environments; episodes of a new run have been started by the caller.
 
         Returns:
-            (environment steps done, state, buffers, observations to act on). The arrays are
-            committed to the device, as embeddings are: else all would compile again after the
-            first step.
+            (state, buffers, observations to act on). The arrays are committed to the device, as
+            embeddings are: else all would compile again after the first step.
         """
-        env_steps, obs = 0, None
         if self.args.resume:
-            env_steps, state, rings, host = checkpoint.load_newest(
+            self.env_steps, state, rings, host = checkpoint.load_newest(
                 self.dir, state, buffers._asdict()
             )
             buffers = type(buffers)(**rings)
@@ -96,20 +99,26 @@ class Run:
             obs = envs.set_state(host["envs"])
             if not envs.resumes_episodes:
                 self._succeeded[:] = False
-            self._logger = self._open_logger(resume_from=env_steps)
-            self._logger.say(f"resumed at {env_steps:,} steps")
+            self._logger = self._open_logger(resume_from=self.env_steps)
+            self._logger.say(f"resumed at {self.env_steps:,} steps")
         else:
             obs = envs.observations()
-            self.save(0, state, buffers, envs)  # so that a run that dies early can be resumed too
+            self.save(state, buffers, envs)  # so that a run that dies early can be resumed too
         state, buffers = jax.device_put((state, buffers), jax.devices()[0])
-        return env_steps, state, buffers, obs
+        return state, buffers, obs
 
-    def save(self, env_steps: int, state: Any, buffers: Any, envs: Any) -> None:
+    def iterations(self) -> Iterator[int]:
+        """The environment steps done before each iteration, up to the run's end."""
+        iteration = steps_per_iteration(self.args)
+        for env_steps in range(self.env_steps, self.args.total_timesteps, iteration):
+            self.env_steps = env_steps + iteration
+            yield env_steps
+
+    def save(self, state: Any, buffers: Any, envs: Any) -> None:
         """Write a checkpoint; see `common.checkpoint.save`. A run that was told to stop ends here.
 
         Args:
-            env_steps: environment steps done; all of them are in `buffers`.
-            state, buffers, envs: as for `begin`.
+            state, buffers, envs: as for `begin`; all steps of this iteration are in `buffers`.
 
         Raises:
             UserError: a network is not finite; the checkpoint before stays the newest.
@@ -118,29 +127,31 @@ class Run:
         for path, leaf in jax.tree.leaves_with_path(state):
             if not np.isfinite(leaf).all():
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise self._diverged(name, "not finite", env_steps)
+                raise self._diverged(name, "not finite")
         mine = {"succeeded": self._succeeded, "finished": self._finished,
                 "evaluation": self.evaluation}
         host = {"envs": envs.get_state(), "run": mine}
-        checkpoint.save(self.dir, env_steps, state, buffers._asdict(), host)
-        if self._stopped_by is not None and env_steps < self.args.total_timesteps:
-            self.logger.say(f"saved at {env_steps:,} steps; continue with --resume {self.dir}")
+        checkpoint.save(self.dir, self.env_steps, state, buffers._asdict(), host)
+        if self._stopped_by is not None and self.env_steps < self.args.total_timesteps:
+            self.logger.say(f"saved at {self.env_steps:,} steps; continue with --resume {self.dir}")
             self.close(finished=False)
             raise SystemExit(128 + self._stopped_by)
 
-    def must_save(self, env_steps: int) -> bool:
+    def must_save(self) -> bool:
         """True when a checkpoint is due, and when the run has been told to stop."""
-        return self._stopped_by is not None or self.is_due(self.args.checkpoint_every, env_steps)
+        return self._stopped_by is not None or self.is_due(self.args.checkpoint_every)
 
-    def is_due(self, every: int, env_steps: int) -> bool:
-        """True when `env_steps` has just passed a multiple of `every`, and at the run's end."""
-        if env_steps == self.args.total_timesteps:
+    def is_due(self, every: int) -> bool:
+        """True when this iteration has passed a multiple of `every`, and at the run's end."""
+        if self.env_steps == self.args.total_timesteps:
             return True
-        iteration = steps_per_iteration(self.args)
-        return every > 0 and env_steps // every > (env_steps - iteration) // every
+        before = self.env_steps - steps_per_iteration(self.args)
+        return every > 0 and self.env_steps // every > before // every
 
-    def video_path(self, env_steps: int) -> Path | None:
-        return self.dir / "videos" / f"{env_steps:08d}.mp4" if self.args.capture_video else None
+    def video_path(self) -> Path | None:
+        """Where to write the video of an evaluation now; None without --capture-video."""
+        path = self.dir / "videos" / f"{self.env_steps:08d}.mp4"
+        return path if self.args.capture_video else None
 
     def count_episodes(self, success: np.ndarray, truncated: np.ndarray) -> None:
         """Note one step's success and truncation, both [num_envs] bool."""
@@ -148,11 +159,11 @@ class Run:
         self._finished += self._succeeded[truncated].tolist()
         self._succeeded = self._succeeded & ~truncated
 
-    def log_evaluation(self, env_steps: int, evaluation: dict[str, float]) -> None:
+    def log_evaluation(self, evaluation: dict[str, float]) -> None:
         self.evaluation = {key: float(value) for key, value in evaluation.items()}
-        self.logger.log(env_steps, self.evaluation)
+        self.logger.log(self.env_steps, self.evaluation)
 
-    def log_training(self, env_steps: int, stage: str, metrics: dict[str, Any]) -> None:
+    def log_training(self, phase: str, metrics: dict[str, Any]) -> None:
         """Write a row of metrics and refresh the live line.
 
         Raises:
@@ -161,27 +172,26 @@ class Run:
         row = {key: float(value) for key, value in jax.device_get(metrics).items()}
         bad = first_not_finite(row)
         if bad is not None:
-            raise self._diverged(bad, row[bad], env_steps)
+            raise self._diverged(bad, row[bad])
         train = "-"
         if self._finished:
             row["charts/success_once"] = float(np.mean(self._finished))
             train = f"{row['charts/success_once']:.0%}"
-        row["time/steps_per_second"] = self.logger.speed(env_steps)
+        row["time/steps_per_second"] = self.logger.speed(self.env_steps)
         self._finished = []
-        self.logger.log(env_steps, row)
+        self.logger.log(self.env_steps, row)
         evaluated = self.evaluation.get("eval/success_once")
-        self.logger.live(env_steps, **{
+        self.logger.live(self.env_steps, **{
             "steps/s": f"{row['time/steps_per_second']:.0f}",
             "success: train": train,
             "eval": "-" if evaluated is None else f"{evaluated:.0%}",
-            "phase": stage,
+            "phase": phase,
         })
 
-    def check_finite(self, env_steps: int, action: np.ndarray, metrics: dict[str, Any]) -> None:
+    def check_finite(self, action: np.ndarray, metrics: dict[str, Any]) -> None:
         """Stop a diverged run before environments get its actions; costs no look at the device.
 
         Args:
-            env_steps: environment steps done.
             action: [num_envs, action_dim], on the host.
             metrics: of the last updates, which then tell what has diverged.
 
@@ -192,12 +202,12 @@ class Run:
             return
         values = jax.device_get(metrics)
         bad = first_not_finite(values)
-        raise self._diverged(bad or "an action", values.get(bad, "not finite"), env_steps)
+        raise self._diverged(bad or "an action", values.get(bad, "not finite"))
 
-    def _diverged(self, what: str, value: Any, env_steps: int) -> UserError:
+    def _diverged(self, what: str, value: Any) -> UserError:
         self.close(finished=False)
-        return UserError(f"{what} is {value} at step {env_steps}: the run has diverged; its last "
-                         f"checkpoint before that is in {self.dir}")
+        return UserError(f"{what} is {value} at step {self.env_steps}: the run has diverged; its "
+                         f"last checkpoint before that is in {self.dir}")
 
     def close(self, finished: bool = True) -> None:
         """End the records; `finished`: the last evaluation is that of the final policy."""
@@ -216,7 +226,8 @@ class Run:
 
 
 def start_run(
-    args: Any, buffers: Any, *, sizes: Sizes, evaluation: dict[str, Any], **facts: Any
+    args: Any, buffers: Any, sizes: Sizes, envs: Any, evaluate: Evaluator, *,
+    vlm: VLM | None = None, view: View | None = None, **facts: Any,
 ) -> Run:
     """Claim a run folder and write its config.json; with --resume, open the existing one.
 
@@ -226,8 +237,9 @@ def start_run(
         args: the script's arguments.
         buffers: its rings, a NamedTuple, for the check that the disk can hold their checkpoints.
         sizes: what its networks are made for.
-        evaluation: the `settings` of its Evaluator.
-        facts: what else belongs into config.json, e.g. the VLM's id.
+        envs, evaluate: its environments and its Evaluator.
+        vlm, view: its VLM, if any, and what that is shown of a scene.
+        facts: what else belongs into config.json, e.g. the prompt.
     """
     source = source_file(type(args))
     if args.resume:
@@ -241,10 +253,17 @@ def start_run(
         Path(args.run_dir or "runs"), buffers._asdict(), args.total_timesteps
     )
     script = script_name(type(args))
+    facts = {"engine": envs.engine, **facts}
+    if vlm is not None:
+        facts |= {"vlm": vlm.settings, "vlm_id": vlm.id}
+    if view is not None:
+        facts["view"] = view._asdict()
+    if envs.draws:
+        facts["gl"] = gl_info()
     facts["jax_devices"] = [str(device) for device in jax.devices()]
     run_dir = create_run_dir(args.run_dir, args.env_id, script, args.seed)
     config = write_config(
-        run_dir, args, script=script, sizes=sizes._asdict(), evaluation=evaluation, **facts
+        run_dir, args, script=script, sizes=sizes._asdict(), evaluation=evaluate.settings, **facts
     )
     if source:
         shutil.copy(source, run_dir / source.name)

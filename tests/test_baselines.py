@@ -17,10 +17,10 @@ import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
 from common import replay
 from common.cli import run_script
-from common.envs import VecMetaWorld
+from common.envs.metaworld import VecMetaWorld
+from common.envs.metaworld_tasks import MT10, baseline_prompt_for, prompt_for
 from common.errors import UserError
 from common.replay import Sizes, Transition
-from common.tasks import MT10, baseline_prompt_for, prompt_for
 
 SMALL = {"num_envs": 3, "batch_size": 16, "buffer_size": 64, "hidden_features": (16,)}
 EMBED_DIM = 3

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -470,7 +471,7 @@ def test_dropping_nothing_is_no_error(tmp_path):
 class NoEnvs:
     """What a run asks of its environments."""
 
-    resumes_episodes = True
+    resumes_episodes, draws, engine = True, False, "none"
 
     def observations(self) -> np.ndarray:
         return np.zeros((2, 39), np.float32)
@@ -487,7 +488,7 @@ def begin_run(args: sac.Args) -> tuple[Run, tuple]:
     """A run with tiny networks and no environments: (run, what its `begin` returns)."""
     sizes = Sizes(39, 4)
     buffers = sac.init_buffers(sizes, args)
-    run = start_run(args, buffers, sizes=sizes, evaluation={}, engine="none")
+    run = start_run(args, buffers, sizes, NoEnvs(), SimpleNamespace(settings={}))
     try:
         return run, run.begin(sac.init_state(jax.random.key(0), sizes, args), buffers, NoEnvs())
     except UserError:
@@ -500,17 +501,19 @@ def test_a_finished_run_drops_its_replay_only_when_asked(tmp_path, drop):
     folder = tmp_path / "run"
     args = sac.Args(run_dir=str(folder), num_envs=2, total_timesteps=4, buffer_size=8,
                     hidden_features=(4,), drop_replay=drop)
-    run, (env_steps, state, buffers, obs) = begin_run(args)
-    assert env_steps == 0 and obs.shape == (2, 39)
+    run, (state, buffers, obs) = begin_run(args)
+    assert run.env_steps == 0 and obs.shape == (2, 39)
     rows = jax.tree.map(lambda x: np.ones((2, *x.shape[1:]), x.dtype), buffers.transitions.data)
-    run.save(2, state, sac.Buffers(replay.add_rows(buffers.transitions, rows)), NoEnvs())
+    run.env_steps = 2
+    run.save(state, sac.Buffers(replay.add_rows(buffers.transitions, rows)), NoEnvs())
     run.close(finished=False)  # as when it is interrupted
 
     resumed = replace(args, resume=str(folder))
-    run, (env_steps, state, buffers, _) = begin_run(resumed)
-    assert env_steps == 2 and int(buffers.transitions.total) == 2
+    run, (state, buffers, _) = begin_run(resumed)
+    assert run.env_steps == 2 and int(buffers.transitions.total) == 2
     np.testing.assert_array_equal(buffers.transitions.data.obs[:2], rows.obs)
-    run.save(4, state, sac.Buffers(replay.add_rows(buffers.transitions, rows)), NoEnvs())
+    run.env_steps = 4
+    run.save(state, sac.Buffers(replay.add_rows(buffers.transitions, rows)), NoEnvs())
     run.close()
 
     assert (folder / "checkpoints" / "rings").exists() != drop
@@ -518,8 +521,8 @@ def test_a_finished_run_drops_its_replay_only_when_asked(tmp_path, drop):
         with pytest.raises(UserError, match="its replay was deleted when it finished"):
             begin_run(resumed)
     else:
-        run, (env_steps, _, buffers, _) = begin_run(resumed)
-        assert env_steps == 4 and int(buffers.transitions.total) == 4
+        run, (_, buffers, _) = begin_run(resumed)
+        assert run.env_steps == 4 and int(buffers.transitions.total) == 4
         run.close()
     leaves = checkpoint.read_newest(folder)[1]
     for ours, theirs in zip(checkpoint.unflatten(leaves, state).params["actor"]["params"].values(),

@@ -21,8 +21,9 @@ import pytest
 
 import common.run
 import furl_sac_state
-from common import checkpoint, cli, logger, replay
-from common.envs import WorkerError
+from common import checkpoint, cli, flags, logger, replay
+from common.envs import metaworld
+from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.logger import Logger
 from common.replay import Sizes
@@ -93,7 +94,7 @@ def rows_of(run_dir: Path) -> list[list[str]]:
 ])
 def test_a_value_that_cannot_work_is_named(change, flag):
     with pytest.raises(UserError, match=rf"{flag}(\s|$)") as caught:
-        cli.check_args(replace(GOOD, **change))
+        cli.check_args(replace(GOOD, **change), metaworld)
     assert "\n" not in str(caught.value)
 
 
@@ -106,7 +107,7 @@ def test_a_value_that_cannot_work_is_named(change, flag):
     {"num_envs": 10, "utd": 0.3},  # 3 updates, though not in binary
 ])
 def test_values_at_their_limits_work(change):
-    assert cli.check_args(replace(GOOD, **change)) == replace(GOOD, **change)
+    assert cli.check_args(replace(GOOD, **change), metaworld) == replace(GOOD, **change)
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ class MyArgs(Args):
     numbers: tuple[int, ...] = (1,)
     reals: tuple[float, ...] = (1.0,)
     words: tuple[str, ...] = ("x",)
-    share: cli.Share = 0.5
-    widths: cli.PositiveInts = (1,)
+    share: flags.Share = 0.5
+    widths: flags.PositiveInts = (1,)
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -131,7 +132,7 @@ class MyArgs(Args):
     ("words", ()), ("words", ("",)),
 ])
 def test_a_users_own_flag_of_a_plain_type_is_never_refused(name, value):
-    checked = cli.check_args(MyArgs(num_envs=4, **{name: value}))
+    checked = cli.check_args(MyArgs(num_envs=4, **{name: value}), metaworld)
     assert getattr(checked, name) is value
 
 
@@ -140,7 +141,7 @@ def test_a_users_own_flag_of_a_plain_type_is_never_refused(name, value):
 ])
 def test_a_users_own_flag_has_the_range_of_its_type(name, value):
     with pytest.raises(UserError, match=f"^--{name} must"):
-        cli.check_args(MyArgs(num_envs=4, **{name: value}))
+        cli.check_args(MyArgs(num_envs=4, **{name: value}), metaworld)
 
 
 def test_a_users_own_flags_on_the_command_line():
@@ -171,12 +172,12 @@ class RepeatingArgs(Args):
     (RepeatingArgs(num_envs=4, total_timesteps=404), 408, 8),
 ])
 def test_steps_are_rounded_up_to_whole_iterations(args, whole, iteration, capsys):
-    assert cli.check_args(args) == replace(args, total_timesteps=whole)
+    assert cli.check_args(args, metaworld) == replace(args, total_timesteps=whole)
     assert capsys.readouterr().out == (
         f"note: --total-timesteps {args.total_timesteps} becomes {whole}, whole iterations of "
         f"{iteration} steps\n"
     )
-    assert cli.check_args(replace(args, total_timesteps=whole)).total_timesteps == whole
+    assert cli.check_args(replace(args, total_timesteps=whole), metaworld).total_timesteps == whole
     assert capsys.readouterr().out == "", "nothing is rounded, so nothing is said"
 
 
@@ -204,8 +205,10 @@ def test_what_cannot_work_is_refused_before_anything_is_built(
     def build(*args, **kwargs):
         raise AssertionError("something is built")
 
-    for name in ("load_vlm", "goal_image", "VecMetaWorld", "Evaluator", "start_run"):
+    for name in ("load_vlm", "Evaluator", "start_run"):
         monkeypatch.setattr(furl_sac_state, name, build)
+    for name in ("goal_image", "VecMetaWorld"):
+        monkeypatch.setattr(metaworld, name, build)
     refused(furl_sac_state, flags, message)
     assert content == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     with pytest.raises(AssertionError, match="something is built"):  # what would be next
@@ -219,15 +222,15 @@ def test_a_default_run_folder_that_cannot_be_written(tmp_path, monkeypatch, code
 
     monkeypatch.setattr(logger.tempfile, "TemporaryFile", refuse)
     with pytest.raises(UserError, match=f"folder runs: {os.strerror(code)}.*--run-dir"):
-        cli.check_args(GOOD)
-    cli.check_args(replace(GOOD, resume="its own folder"))
+        cli.check_args(GOOD, metaworld)
+    cli.check_args(replace(GOOD, resume="its own folder"), metaworld)
 
 
 def test_the_task_gets_its_full_name():
     for name in ("drawer-open", "drawer-open-v2", "drawer-open-v3"):
-        assert cli.check_args(replace(GOOD, env_id=name)).env_id == "drawer-open-v3"
+        assert cli.check_args(replace(GOOD, env_id=name), metaworld).env_id == "drawer-open-v3"
     with pytest.raises(UserError, match="drawer-open-v3"):
-        cli.check_args(replace(GOOD, env_id="drawer-opne-v3"))
+        cli.check_args(replace(GOOD, env_id="drawer-opne-v3"), metaworld)
 
 
 def test_flags_become_arguments():
@@ -448,7 +451,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(monkeypatch):
 def test_networks_that_are_not_finite_are_not_saved(tmp_path, value):
     run = start(tmp_path)
     with pytest.raises(UserError, match=r"actor/w is not finite at step 100.*has diverged"):
-        run.save(100, {"actor": {"w": jnp.array([1.0, value])}}, Rings(small_ring()), Envs())
+        save(run, 100, {"actor": {"w": jnp.array([1.0, value])}}, Rings(small_ring()))
     assert not (run.dir / "checkpoints").exists()
 
 
@@ -632,6 +635,8 @@ class Rings(NamedTuple):
 class Envs:
     """What a Run needs of environments: their observations, and a state to save and go on from."""
 
+    engine, draws = "an engine", False
+
     def __init__(self, resumes_episodes: bool = True):
         self.resumes_episodes = resumes_episodes
         self.time = np.arange(4.0)
@@ -651,9 +656,8 @@ SETTINGS = {"camera_id": 2, "quality": "fast"}
 
 
 def start_with(args: Args) -> Run:
-    return start_run(
-        args, Rings(small_ring()), sizes=Sizes(39, 4, 8), evaluation=SETTINGS, vlm_id="mini-1"
-    )
+    evaluate = types.SimpleNamespace(settings=SETTINGS)
+    return start_run(args, Rings(small_ring()), Sizes(39, 4, 8), Envs(), evaluate, prompt="Go.")
 
 
 def start(tmp_path: Path, **changes) -> Run:
@@ -669,16 +673,27 @@ def begin(run: Run, envs: Envs | None = None):
     return run.begin({"w": jnp.zeros(2)}, Rings(small_ring()), envs or Envs())
 
 
+def at(run: Run, env_steps: int) -> Run:
+    """The run at the end of the iteration that ends there."""
+    run.env_steps = env_steps
+    return run
+
+
+def save(run: Run, env_steps: int, state, buffers, envs: Envs | None = None) -> None:
+    at(run, env_steps).save(state, buffers, envs or Envs())
+
+
 def test_start_run_writes_config_and_says_where(tmp_path, capsys):
     run = start(tmp_path)
-    run.log_evaluation(100, {"eval/success_once": 0.0, "eval/success_at_end": 0.0})
+    at(run, 100).log_evaluation({"eval/success_once": 0.0, "eval/success_at_end": 0.0})
     run.close()
     out = capsys.readouterr().out
-    assert f"run folder: {tmp_path / 'run'}" in out and "vlm_id: mini-1" in out
+    assert f"run folder: {tmp_path / 'run'}" in out and "prompt: Go." in out
     config = logger.read_config(tmp_path / "run")
     assert config["script"] == "furl_sac_state" and config["jax_devices"]
     assert config["sizes"] == {"obs": 39, "action": 4, "embedding": 8}
-    assert config["evaluation"] == SETTINGS and config["vlm_id"] == "mini-1"
+    assert config["evaluation"] == SETTINGS
+    assert config["prompt"] == "Go." and config["engine"] == "an engine"
     script = Path(furl_sac_state.__file__)
     assert (tmp_path / "run" / script.name).read_bytes() == script.read_bytes()
     with pytest.raises(UserError, match="already holds a run"):
@@ -763,8 +778,16 @@ def test_a_run_refused_for_want_of_space_leaves_its_folder_free(tmp_path, monkey
 ])
 def test_is_due_after_each_multiple_and_at_the_end(tmp_path, every, due):
     run = Run(GOOD, tmp_path, {})
-    steps = range(4, 401, 4)
-    assert [s for s in steps if run.is_due(every, s) and (every != 6 or s < 28)] == due
+    steps = [run.env_steps for _ in run.iterations() if run.is_due(every)]
+    assert [s for s in steps if every != 6 or s < 28] == due
+
+
+def test_iterations_are_those_that_are_left(tmp_path):
+    run = Run(GOOD, tmp_path, {})
+    assert [(before, run.env_steps) for before in run.iterations()][:2] == [(0, 4), (4, 8)]
+    assert run.env_steps == 400 and not list(run.iterations())
+    at(run, 392)
+    assert list(run.iterations()) == [392, 396]
 
 
 def test_training_rows_and_success_of_finished_episodes(tmp_path, capsys):
@@ -772,9 +795,9 @@ def test_training_rows_and_success_of_finished_episodes(tmp_path, capsys):
     yes, no = True, False
     run.count_episodes(np.array([yes, no, no, no]), np.array([no, no, no, no]))
     run.count_episodes(np.array([no, no, no, yes]), np.array([yes, yes, no, yes]))  # 2 of 3
-    run.log_evaluation(100, {"eval/success_once": jnp.float32(1), "eval/success_at_end": 0.5})
-    run.log_training(100, "relay", {"losses/q": jnp.array(0.25), "charts/relaying": True})
-    run.log_training(200, "aligned", {"losses/q": jnp.array(0.5)})  # no episode has ended since
+    at(run, 100).log_evaluation({"eval/success_once": jnp.float32(1), "eval/success_at_end": 0.5})
+    at(run, 100).log_training("relay", {"losses/q": jnp.array(0.25), "charts/relaying": True})
+    at(run, 200).log_training("aligned", {"losses/q": jnp.array(0.5)})  # no episode has ended since
     run.close()
     rows = {(int(step), key): float(value) for step, key, value in rows_of(run.dir)[1:]}
     assert rows[100, "charts/success_once"] == pytest.approx(2 / 3)
@@ -794,7 +817,7 @@ def test_training_rows_and_success_of_finished_episodes(tmp_path, capsys):
 def test_a_diverged_run_ends_with_the_metrics_name(tmp_path, value):
     run = start(tmp_path)
     with pytest.raises(UserError, match=r"losses/q is (nan|inf) at step 100: the run has diverged"):
-        run.log_training(100, "relay", {"losses/alpha": 1.0, "losses/q": value})
+        at(run, 100).log_training("relay", {"losses/alpha": 1.0, "losses/q": value})
     run.close()
     assert len(rows_of(run.dir)) <= 1, "nothing of that row is written"
 
@@ -802,9 +825,9 @@ def test_a_diverged_run_ends_with_the_metrics_name(tmp_path, value):
 def test_a_run_begins_with_a_checkpoint(tmp_path):
     """One that dies before the next can be resumed; its arrays are committed to the device."""
     run = start(tmp_path)
-    env_steps, state, buffers, obs = begin(run)
+    state, buffers, obs = begin(run)
     run.close()
-    assert env_steps == 0
+    assert run.env_steps == 0
     np.testing.assert_array_equal(obs, np.arange(4.0))
     assert state["w"].committed and buffers.replay.data["id"].committed
     assert [x.name for x in (run.dir / "checkpoints").glob("step_*")] == ["step_0000000000"]
@@ -816,17 +839,17 @@ def test_a_run_is_resumed_with_its_counts(tmp_path, capsys, resumes_episodes, su
     ring = replay.add_rows(small_ring(), {"id": np.arange(3, dtype=np.int32)})
     run.count_episodes(np.array([True, False, False, False]), np.zeros(4, bool))
     run.count_episodes(np.zeros(4, bool), np.array([False, True, False, False]))
-    run.log_evaluation(100, {"eval/success_once": 1.0, "eval/success_at_end": 1.0})
+    at(run, 100).log_evaluation({"eval/success_once": 1.0, "eval/success_at_end": 1.0})
     envs = Envs()
     envs.time = np.arange(4.0) + 7
-    run.save(100, {"w": jnp.ones(2)}, Rings(ring), envs)
-    run.log_evaluation(200, {"eval/success_once": 0.0, "eval/success_at_end": 0.0})
+    save(run, 100, {"w": jnp.ones(2)}, Rings(ring), envs)
+    at(run, 200).log_evaluation({"eval/success_once": 0.0, "eval/success_at_end": 0.0})
     run.close()
 
     resumed = resume(run.dir)
     assert resumed.dir == run.dir
-    env_steps, state, buffers, obs = begin(resumed, Envs(resumes_episodes))
-    assert env_steps == 100
+    state, buffers, obs = begin(resumed, Envs(resumes_episodes))
+    assert resumed.env_steps == 100
     np.testing.assert_array_equal(state["w"], 1)
     np.testing.assert_array_equal(buffers.replay.data["id"], [0, 1, 2, 0, 0, 0, 0, 0])
     assert state["w"].committed and buffers.replay.data["id"].committed
@@ -836,7 +859,7 @@ def test_a_run_is_resumed_with_its_counts(tmp_path, capsys, resumes_episodes, su
     # The first environment has succeeded before the checkpoint and is cut off now: 1 of 2, unless
     # its episode could not go on.
     resumed.count_episodes(np.zeros(4, bool), np.array([True, False, False, False]))
-    resumed.log_training(200, "relay", {})
+    at(resumed, 200).log_training("relay", {})
     resumed.close()
     rows = {(int(step), key): float(value) for step, key, value in rows_of(run.dir)[1:]}
     assert rows[200, "charts/success_once"] == success_once
@@ -865,12 +888,12 @@ def test_a_signal_lets_the_iteration_end_and_saves(tmp_path, harmless, capfd, na
     number = getattr(signal, name)
     unhandled = harmless(number)
     run = start(tmp_path, checkpoint_every=0)
-    _, state, buffers, _ = begin(run)
-    assert not run.must_save(4)
+    state, buffers, _ = begin(run)
+    assert not at(run, 4).must_save()
     os.kill(os.getpid(), number)
-    assert run.must_save(4) and not unhandled
+    assert at(run, 4).must_save() and not unhandled
     with pytest.raises(SystemExit) as stop:
-        run.save(4, state, buffers, Envs())
+        save(run, 4, state, buffers)
     assert stop.value.code == status
     out, errors = capfd.readouterr()
     assert f"saved at 4 steps; continue with --resume {run.dir}" in out
@@ -879,16 +902,17 @@ def test_a_signal_lets_the_iteration_end_and_saves(tmp_path, harmless, capfd, na
     os.kill(os.getpid(), number)
     assert unhandled == [number], "the handler of before is back"
     resumed = resume(run.dir)
-    assert begin(resumed)[0] == 4
+    begin(resumed)
+    assert resumed.env_steps == 4
     resumed.close()
 
 
 def test_a_signal_after_the_last_step_changes_nothing(tmp_path, harmless):
     harmless(signal.SIGUSR1)
     run = start(tmp_path)
-    _, state, buffers, _ = begin(run)
+    state, buffers, _ = begin(run)
     os.kill(os.getpid(), signal.SIGUSR1)
-    run.save(GOOD.total_timesteps, state, buffers, Envs())
+    save(run, GOOD.total_timesteps, state, buffers)
     run.close()
 
 
@@ -916,15 +940,15 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, harmless, monkeypatch):
 
 def test_a_finished_run_may_drop_its_replay(tmp_path):
     run = start(tmp_path, drop_replay=True)
-    _, state, _, _ = begin(run)
+    state, _, _ = begin(run)
     ring = replay.add_rows(small_ring(), {"id": np.arange(3, dtype=np.int32)})
-    run.save(200, state, Rings(ring), Envs())
+    save(run, 200, state, Rings(ring))
     run.close(finished=False)
     rings = run.dir / "checkpoints/rings"
     assert list(rings.glob("*.npz")), "it is needed until the run has finished"
     run = resume(run.dir)
-    _, state, buffers, _ = begin(run)
-    run.save(400, {"w": jnp.ones(2)}, buffers, Envs())
+    state, buffers, _ = begin(run)
+    save(run, 400, {"w": jnp.ones(2)}, buffers)
     run.close()
     assert not rings.exists()
     assert [x.name for x in (run.dir / "checkpoints").iterdir()] == ["step_0000000400"]
@@ -938,23 +962,24 @@ def test_a_finished_run_may_drop_its_replay(tmp_path):
 
 
 def test_video_paths(tmp_path):
-    assert Run(GOOD, tmp_path, {}).video_path(5000) is None
+    assert Run(GOOD, tmp_path, {}).video_path() is None
     run = Run(replace(GOOD, capture_video=True), tmp_path, {})
-    assert run.video_path(5000) == tmp_path / "videos/00005000.mp4"
+    assert at(run, 5000).video_path() == tmp_path / "videos/00005000.mp4"
 
 
 def test_ranges_of_composed_types():
     """Options, aliases and tuples of ranges; what is no range refuses nothing."""
     alias = Annotated[str, "any note"]
     for value, kind in [
-        (None, cli.PositiveInt | None), (3, cli.PositiveInt | None), ("x", alias), (-1, int),
+        (None, flags.PositiveInt | None), (3, flags.PositiveInt | None), ("x", alias), (-1, int),
         ((), tuple[int, ...]), ((), Annotated[tuple[str, ...], "any note"]), (math.nan, float),
-        ((1, 2), tuple[cli.PositiveInt, ...]), (None, Annotated[int | None, "any note"]),
+        ((1, 2), tuple[flags.PositiveInt, ...]), (None, Annotated[int | None, "any note"]),
     ]:
-        cli.check_range(value, kind, "--x")
+        flags.check_range(value, kind, "--x")
     for value, kind in [
-        (0, cli.PositiveInt | None), ((), cli.PositiveInts), ((1, 0), tuple[cli.PositiveInt, ...]),
-        (math.nan, cli.Share), (2**31, cli.PositiveInt),
+        (0, flags.PositiveInt | None), ((), flags.PositiveInts),
+        ((1, 0), tuple[flags.PositiveInt, ...]), (math.nan, flags.Share),
+        (2**31, flags.PositiveInt),
     ]:
         with pytest.raises(UserError, match=r"^--x must"):
-            cli.check_range(value, kind, "--x")
+            flags.check_range(value, kind, "--x")

@@ -119,9 +119,9 @@ def test_a_copy_with_a_new_loss_is_as_good_as_the_script(checkout):
 
 
 def test_a_new_vlm(checkout):
-    apply(checkout, "common/vlm.py")
+    apply(checkout, "common/vlms/colour.py")
     out = run(checkout, "-c", (
-        "from common.vlm import load_vlm; import numpy as np\n"
+        "from common.vlms import load_vlm; import numpy as np\n"
         "vlm = load_vlm('colour')\n"
         "green = np.zeros((2, 112, 112, 3), np.uint8); green[..., 1] = 200\n"
         "print(vlm.embed_images(green).shape, vlm.embed_text(['The green drawer.']))"

@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import envs, mini, rendering, tasks
+from common.envs import metaworld, metaworld_tasks, rendering
+from common.vlms import mini
 from tools import doctor, golden
 from tools.doctor import Args, Finding
 
@@ -106,7 +107,7 @@ def test_long_findings_are_wrapped_on_a_terminal_alone():
 
 
 def test_a_failed_worker_is_reported_by_the_end_of_its_traceback():
-    error = envs.WorkerError("an environment worker failed:\nTraceback ...\nKeyError: 'arm'\n")
+    error = metaworld.WorkerError("an environment worker failed:\nTraceback ...\nKeyError: 'arm'\n")
     assert doctor.one_line(error) == "WorkerError: an environment worker failed: KeyError: 'arm'"
 
 
@@ -195,13 +196,15 @@ def test_other_golden_frames_are_red(monkeypatch, tmp_path):
 
 
 def test_an_expert_that_fails_is_red(monkeypatch):
-    monkeypatch.setattr(tasks, "MT10", ("reach-v3",))
-    monkeypatch.setattr(tasks, "expert_action", lambda policy, obs: np.zeros(4, np.float32))
+    monkeypatch.setattr(metaworld_tasks, "MT10", ("reach-v3",))
+    monkeypatch.setattr(
+        metaworld_tasks, "expert_action", lambda policy, obs: np.zeros(4, np.float32)
+    )
     line = run("experts")
     assert line.status == "FAIL" and line.finding == "1 of 1 experts fail: reach-v3"
 
 
-class Faulty(envs.VecMetaWorld):
+class Faulty(metaworld.VecMetaWorld):
     """The seed has no effect, and the second environment drifts by one bit."""
 
     def __init__(self, *arguments, seed, **options):
@@ -215,7 +218,7 @@ class Faulty(envs.VecMetaWorld):
 
 def test_seeds_without_effect_and_one_bit_of_drift_are_red(monkeypatch):
     monkeypatch.setattr(doctor, "probe_gl", lambda: {})
-    monkeypatch.setattr(envs, "VecMetaWorld", Faulty)
+    monkeypatch.setattr(metaworld, "VecMetaWorld", Faulty)
     line = run("determinism")
     assert line.status == "FAIL" and line.finding.split("; ") == [
         "goals of two seeds are the same", "trajectories of one seed differ",

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from common.envpool_envs import EnvPoolMetaWorld, envpool_id
-from common.envs import VecMetaWorld, make_env
+from common.envs.metaworld import VecMetaWorld, make_env
+from common.envs.metaworld_envpool import EnvPoolMetaWorld, envpool_id
+from common.envs.metaworld_tasks import ENV_IDS, MT10, expert_action, expert_policy
 from common.errors import UserError
-from common.tasks import ENV_IDS, MT10, expert_action, expert_policy
 
 pytest.importorskip("envpool")
 

@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.envs import (
-    STOP_SIGNALS,
+from common.envs.metaworld import (
     VecMetaWorld,
-    WorkerError,
     get_env_state,
     goal_image,
     make_env,
     set_env_state,
 )
+from common.envs.metaworld_tasks import MT10, expert_action, expert_policy
+from common.envs.rendering import Camera
+from common.envs.workers import STOP_SIGNALS, WorkerError
 from common.errors import UserError
-from common.tasks import MT10, expert_action, expert_policy
 
 
 def actions(num_steps: int, num_envs: int, seed: int = 0) -> np.ndarray:
@@ -98,7 +98,7 @@ def test_random_goals_differ_and_are_seen_unless_hidden():
 
 @pytest.mark.parametrize("goal", ["fixed", "random"])
 def test_a_state_continues_exactly_with_other_workers_and_across_episodes(goal):
-    options = {"goal": goal, "max_episode_steps": 12, "frame_size": 32}
+    options = {"goal": goal, "max_episode_steps": 12, "camera": Camera(32)}
     envs = make(num_workers=2, **options)
     envs.reset()
     play(envs, actions(7, 3))
@@ -155,7 +155,7 @@ def test_what_scripts_need_to_know(options, length):
 
 
 def test_frames_show_the_state_reached_and_reset_frames_the_new_episode():
-    envs = make(2, frame_size=48, max_episode_steps=4, draw_resets=True)
+    envs = make(2, camera=Camera(48), max_episode_steps=4, draw_resets=True)
     _, first = envs.reset()
     step = play(envs, np.ones((4, 2, 4), np.float32))[-1]
     assert step.frames.shape == (2, 48, 48, 3) and step.frames.dtype == np.uint8
@@ -182,23 +182,23 @@ def test_scripted_experts_succeed_through_these_environments(task):
 
 def test_a_goal_image_shows_another_scene_than_the_start_and_is_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("FURL_CACHE_DIR", str(tmp_path))
-    picture = goal_image("drawer-close-v3", seed=0, goal="fixed", size=64)
-    envs = VecMetaWorld("drawer-close-v3", 1, seed=0, frame_size=64)
+    picture = goal_image("drawer-close-v3", seed=0, goal="fixed", camera=Camera(64))
+    envs = VecMetaWorld("drawer-close-v3", 1, seed=0, camera=Camera(64))
     start = envs.reset()[1][0]
     assert np.abs(picture.astype(int) - start).mean() > 0.5
     files = list(tmp_path.rglob("goal_images/*.npz"))
     assert len(files) == 1
     files[0].write_bytes(b"damaged")
     np.testing.assert_array_equal(
-        goal_image("drawer-close-v3", seed=0, goal="fixed", size=64), picture
+        goal_image("drawer-close-v3", seed=0, goal="fixed", camera=Camera(64)), picture
     )
 
 
 def test_a_goal_image_says_what_is_wrong():
     with pytest.raises(UserError, match="did you mean drawer-close-v3"):
-        goal_image("drawer-closed", seed=0, goal="fixed", size=64)
+        goal_image("drawer-closed", seed=0, goal="fixed", camera=Camera(64))
     with pytest.raises(UserError, match="unknown goal mode"):
-        goal_image("drawer-close-v3", seed=0, goal="moving", size=64)
+        goal_image("drawer-close-v3", seed=0, goal="moving", camera=Camera(64))
 
 
 def test_a_killed_worker_is_an_error_and_no_hang():
@@ -233,14 +233,14 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     program = tmp_path / "parent.py"
     program.write_text(
         "import os, signal\n"
-        "from common.envs import VecMetaWorld\n"
+        "from common.envs.metaworld import VecMetaWorld\n"
         "envs = VecMetaWorld('reach-v3', 2, seed=0, num_workers=2)\n"
         "print(*[process.pid for process, _ in envs._workers], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     # Started where another package has the name of ours.
     (tmp_path / "common").mkdir()
-    (tmp_path / "common" / "envs.py").write_text("raise RuntimeError('the wrong module')")
+    (tmp_path / "common" / "cores.py").write_text("raise RuntimeError('the wrong module')")
     root = Path(__file__).resolve().parent.parent
     result = subprocess.run(
         [sys.executable, "-P", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)},
@@ -270,7 +270,7 @@ def test_actions_of_the_wrong_shape_are_refused():
 
 
 def test_steps_go_on_while_the_caller_does_something_else():
-    envs = make(2, frame_size=32)
+    envs = make(2, camera=Camera(32))
     envs.reset()
     envs.step(np.zeros((2, 4), np.float32))
     before = envs._arrays["obs"].copy()
@@ -296,12 +296,12 @@ def test_nothing_else_may_happen_between_step_async_and_step_wait():
     [
         ({"env_id": "drawer-opn-v3"}, "did you mean drawer-open-v3"),
         ({"goal": "moving"}, "allowed: fixed, random, random-hidden"),
-        ({"quality": "best"}, "allowed: fast, paper"),
+        ({"camera": Camera(32, quality="best")}, "allowed: fast, paper"),
         ({"num_envs": 0}, "must be positive"),
-        ({"seed": -1}, "not negative"),
+        ({"seed": -1}, "must not be negative"),
         ({"num_workers": 0}, "num_workers must be positive"),
         ({"max_episode_steps": 501}, "1 to 500"),
-        ({"frame_size": 32, "camera_id": 77}, "unknown camera 77"),
+        ({"camera": Camera(32, 77)}, "unknown camera 77"),
     ],
 )
 def test_bad_arguments_say_what_is_allowed(options, message):

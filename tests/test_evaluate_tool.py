@@ -20,11 +20,12 @@ import relay_baseline as relay
 import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
 from common import checkpoint
-from common.envs import VecMetaWorld
+from common.envs.metaworld import VecMetaWorld
+from common.envs.metaworld_tasks import expert_action, expert_policy
+from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.replay import Sizes
-from common.tasks import expert_action, expert_policy
 from tools import evaluate
 from tools.measures import auc, epic_distance, spearman, standard_error, wilson_interval
 from tools.trained import open_run
@@ -352,7 +353,7 @@ def test_the_expert_succeeds_and_its_video_shows_the_same_episodes(monkeypatch):
     assert len(np.unique(goals, axis=0)) == 5
     frames = evaluate.draw_again(
         expert("drawer-close-v3"), episodes.actions[:40, :1], 64, **where)
-    envs = VecMetaWorld(**where, num_envs=2, frame_size=64)
+    envs = VecMetaWorld(**where, num_envs=2, camera=Camera(64))
     envs.reset()
     for t in range(40):
         step = envs.step(episodes.actions[t, :2])

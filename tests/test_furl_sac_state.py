@@ -12,7 +12,7 @@ import pytest
 import furl_sac_state as script
 from common import replay
 from common.replay import Sizes, Transition
-from furl_sac_state import AgentState, Args, Phase, RelaySchedule, VLMInputs
+from furl_sac_state import AgentState, Args, Phase, VLMInputs
 
 SMALL = Args(
     num_envs=3, batch_size=16, buffer_size=64, embedding_buffer_size=40, hidden_features=(16,),
@@ -63,7 +63,7 @@ def buffers() -> script.Buffers:
     def trajectory(length):
         time = np.arange(length, dtype=np.int32)
         images = rng.normal(size=(length, EMBED_DIM)).astype(np.float16)
-        return replay.Frame(images, np.full_like(time, length), time, np.full(length, True))
+        return replay.EmbeddedFrame(images, np.full_like(time, length), time, np.full(length, True))
 
     return script.Buffers(
         replay.add_rows(buffers.transitions, random_batch(1, 50)),
@@ -400,7 +400,7 @@ def test_first_adam_step_is_the_learning_rate(agent):
     args = replace(SMALL, learning_rate=0.01)
     params = {"x": jnp.array([3.0, -2.0])}
     opt = script.optax.adam(args.learning_rate).init(params)
-    after, _, metrics = script.descend(
+    after, _, metrics = script.adam_step(
         lambda p: ((p["x"] ** 2).sum(), {"sum": p["x"].sum()}), params, opt, args
     )
     assert_close(after["x"], [2.99, -1.99])
@@ -581,47 +581,42 @@ def test_alignment_ranks_the_frames(buffers, alignment):
 # --------------------------------------------------------------------------------- relay
 
 
-def test_relay_schedule_table():
-    schedule = RelaySchedule(np.array([50, 50, 200]), np.array([True, False, True]))
-    for time, expected in [
-        (0, [True, False, True]),
-        (49, [True, False, True]),
-        (50, [False, True, True]),
-        (99, [False, True, True]),
-        (100, [True, False, True]),
-        (199, [False, True, True]),
-        (200, [True, False, False]),
-        (399, [False, True, False]),
-        (400, [True, False, True]),
-    ]:
-        np.testing.assert_array_equal(script.relay_acts(schedule, np.full(3, time)), expected)
-
-
-def test_environments_keep_their_own_time():
-    schedule = RelaySchedule(np.array([50, 50]), np.array([True, True]))
-    acts = script.relay_acts(schedule, np.array([10, 60]))
-    np.testing.assert_array_equal(acts, [True, False])
-
-
-def test_each_environment_draws_its_own_schedule():
+def test_agents_change_after_each_environments_own_period():
+    """Read off what acts: T_i is the first change, and the agents go on changing after as long."""
     many = replace(SMALL, num_envs=4000)
-    schedule = script.draw_schedule(3, many)
-    values, counts = np.unique(schedule.period, return_counts=True)
+
+    def acts(episode: int, args: Args = many) -> np.ndarray:  # [times, num_envs]
+        return np.stack([script.relay_acts(episode, time, args) for time in range(0, 500, 10)])
+
+    def periods(table: np.ndarray) -> np.ndarray:
+        return 10 * (table != table[0]).argmax(0)
+
+    table = acts(3)
+    values, counts = np.unique(periods(table), return_counts=True)
     np.testing.assert_array_equal(values, SMALL.relay_periods)
     assert np.abs(counts / 4000 - 0.25).max() < 0.04
-    assert abs(schedule.relay_first.mean() - 0.5) < 0.04
-    again, next_one = script.draw_schedule(3, many), script.draw_schedule(4, many)
-    np.testing.assert_array_equal(schedule.period, again.period)
-    assert abs((schedule.period == next_one.period).mean() - 0.25) < 0.04, "anew in each episode"
-    other_seed = script.draw_schedule(3, replace(many, seed=1))
-    assert abs((schedule.period == other_seed.period).mean() - 0.25) < 0.04
+    assert abs(table[0].mean() - 0.5) < 0.04, "the relay agent is the first in half of them"
+    for time in range(0, 500, 10):
+        turn = time // periods(table)
+        np.testing.assert_array_equal(table[time // 10], table[0] ^ (turn % 2 == 1))
+    np.testing.assert_array_equal(acts(3), table)
+    for other in (acts(4), acts(3, replace(many, seed=1))):
+        assert abs((periods(other) == periods(table)).mean() - 0.25) < 0.04, "drawn anew"
+        assert abs((other[0] == table[0]).mean() - 0.5) < 0.04
+
+
+def test_the_agents_change_at_the_period():
+    for time, changed_since in [(0, False), (49, False), (50, True), (99, True), (100, False)]:
+        args = replace(SMALL, relay_periods=(50,))
+        acts, first = (script.relay_acts(0, t, args) for t in (time, 0))
+        np.testing.assert_array_equal(acts, first ^ changed_since)
 
 
 def frames(num: int, first_time: int = 0) -> replay.Ring:
     """A ring with `num` frames of one trajectory, from `first_time` on."""
     ring = script.init_buffers(SIZES, SMALL).positives
     time = np.arange(first_time, first_time + num, dtype=np.int32)
-    rows = replay.Frame(np.zeros((num, EMBED_DIM)), time * 0, time, np.full(num, True))
+    rows = replay.EmbeddedFrame(np.zeros((num, EMBED_DIM)), time * 0, time, np.full(num, True))
     return replay.add_rows(ring, rows)._replace(total=jnp.int32(num)) if num else ring
 
 

@@ -10,9 +10,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
-from common.envs import make_env
+from common.envs.metaworld import make_env
+from common.envs.metaworld_tasks import (
+    ENV_IDS,
+    MT10,
+    MT10_INSTRUCTIONS,
+    expert_action,
+    expert_policy,
+)
+from common.envs.rendering import Renderer
 from common.errors import UserError
-from common.mini import (
+from common.vlms.mini import (
     EMBED_DIM,
     WEIGHTS,
     Mini,
@@ -22,8 +30,6 @@ from common.mini import (
     save_mini,
     word_pieces,
 )
-from common.rendering import Renderer
-from common.tasks import ENV_IDS, MT10, MT10_INSTRUCTIONS, expert_action, expert_policy
 from tools.mini_sentences import MT10_PARAPHRASES, TRAINING_SENTENCES, overlap
 from tools.pretrain_mini import (
     HELD_OUT,

@@ -16,8 +16,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common.envs.metaworld import CAMERAS  # noqa: E402
+from common.envs.rendering import Camera, Renderer, gl_info  # noqa: E402
 from common.errors import UserError  # noqa: E402
-from common.rendering import CAMERAS, Renderer, View, gl_info, view_for  # noqa: E402
+from common.vlms import View, view_for  # noqa: E402
 from tools import golden  # noqa: E402
 from tools.golden import SIZE, TASKS, difference, draw, scene  # noqa: E402
 
@@ -53,7 +55,7 @@ def test_the_simulated_model_is_not_touched():
     env = scene("drawer-open-v3")
     before = {name: getattr(env.model, name).copy()
               for name in ("mesh_vert", "mesh_face", "mesh_facenum", "mesh_graphadr")}
-    renderer = Renderer(env.model, 32, 2, "fast")
+    renderer = Renderer(env.model, Camera(32))
     renderer.render(env.model, env.data)
     for name, value in before.items():
         np.testing.assert_array_equal(getattr(env.model, name), value)
@@ -62,7 +64,7 @@ def test_the_simulated_model_is_not_touched():
 
 def test_one_renderer_draws_all_environments_of_a_task():
     env, other = scene("drawer-open-v3"), scene("drawer-open-v3")
-    renderer = Renderer(env.model, SIZE, 2, "fast")
+    renderer = Renderer(env.model, Camera(SIZE))
     first = renderer.render(env.model, env.data)
     np.testing.assert_array_equal(renderer.render(other.model, other.data), first)
     other.step(np.array([1, 1, 1, 1], np.float32))
@@ -72,7 +74,7 @@ def test_one_renderer_draws_all_environments_of_a_task():
 
 def test_renderers_do_not_draw_into_each_other():
     env = scene("drawer-open-v3")
-    renderers = [Renderer(env.model, size, 2, "fast") for size in (SIZE, SIZE, 32)]
+    renderers = [Renderer(env.model, Camera(size)) for size in (SIZE, SIZE, 32)]
     for _ in range(2):
         first, second, small = (r.render(env.model, env.data) for r in renderers)
         np.testing.assert_array_equal(first, second)
@@ -109,7 +111,7 @@ def test_the_view_has_the_size_that_the_vlm_needs(vlm, view):
 
 
 def test_mini_has_the_view_of_a_vlm_that_crops_itself():
-    from common.vlm import load_vlm
+    from common.vlms import load_vlm
 
     assert view_for(load_vlm("mini", device="cpu")) == View(112, 0)
 
@@ -161,8 +163,8 @@ def test_the_view_is_that_of_the_authors(task, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"camera_id": 9}, r"unknown camera 9; this task has 0 \(topview\)"),
-        ({"camera_id": "front"}, "unknown camera front"),
+        ({"id": 9}, r"unknown camera 9; this task has 0 \(topview\)"),
+        ({"id": "front"}, "unknown camera front"),
         ({"quality": "best"}, "allowed: fast, paper"),
         ({"size": 0}, "must be positive"),
     ],
@@ -170,7 +172,7 @@ def test_the_view_is_that_of_the_authors(task, tmp_path):
 def test_bad_arguments_say_what_is_allowed(options, message):
     env = scene("drawer-open-v3")
     with pytest.raises(UserError, match=message):
-        Renderer(env.model, **({"size": 32} | options))
+        Renderer(env.model, Camera(**({"size": 32} | options)))
 
 
 def test_the_renderer_in_use_is_known():
@@ -181,14 +183,14 @@ def test_the_renderer_in_use_is_known():
 
 def test_torch_can_load_its_compiler_after_drawing():
     # Mesa's LLVM and that of torch's compiler in one process: a crash in the wrong order.
-    code = "from common.rendering import gl_info; gl_info(); import torchvision"
+    code = "from common.envs.rendering import gl_info; gl_info(); import torchvision"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                             timeout=300)
     assert result.returncode == 0, result.stderr
 
 
 def test_without_egl_the_error_names_the_command():
-    code = "from common.rendering import gl_info; gl_info()"
+    code = "from common.envs.rendering import gl_info; gl_info()"
     environment = os.environ | {"__EGL_VENDOR_LIBRARY_FILENAMES": "/nowhere.json"}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
                             capture_output=True, text=True, timeout=120)

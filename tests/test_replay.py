@@ -9,7 +9,9 @@ import pytest
 
 from common import replay
 from common.errors import UserError
-from common.replay import Frame, Transition
+from common.replay import EmbeddedFrame, Transition
+from furl_sac_state import lagged_slots, sort_episodes
+from relay_baseline import count_positives
 
 
 def transitions(ids) -> Transition:
@@ -31,7 +33,7 @@ def empty_transitions(capacity: int) -> replay.Ring:
 
 def empty_frames(capacity: int, embed_dim: int = 2) -> replay.Ring:
     number = np.zeros((), np.int32)
-    frame = Frame(np.zeros(embed_dim, np.float16), number, number, np.zeros((), bool))
+    frame = EmbeddedFrame(np.zeros(embed_dim, np.float16), number, number, np.zeros((), bool))
     return replay.init_ring(frame, capacity)
 
 
@@ -125,7 +127,8 @@ def add_frames(
     """Write a whole trajectory; `first_success` is a time, None if there is no success."""
     time = np.arange(length, dtype=np.int32)
     before_success = np.full(length, True) if first_success is None else time <= first_success
-    rows = Frame(frames_of(number, length), np.full_like(time, number), time, before_success)
+    numbers = np.full_like(time, number)
+    rows = EmbeddedFrame(frames_of(number, length), numbers, time, before_success)
     return replay.add_rows(ring, rows)
 
 
@@ -174,7 +177,7 @@ def expected_frames(successes: Successes) -> tuple[list, list]:
 
 def rows_of(ring: replay.Ring, num_rows: int) -> list[tuple]:
     """The newest rows as `expected_frames` gives them, after a check of the trajectories."""
-    rows: Frame = replay.read_rows(ring, int(ring.total) - num_rows, int(ring.total))
+    rows: EmbeddedFrame = replay.read_rows(ring, int(ring.total) - num_rows, int(ring.total))
     seen = {}
     for embedding, number in zip(rows.embedding, rows.trajectory, strict=True):
         seen.setdefault(int(number), set()).add((int(embedding[0]), int(embedding[1]) // EPISODE))
@@ -197,9 +200,9 @@ def test_episodes_are_sorted_by_their_last_success(successes, capacity):
     before = 6  # rows that the positives' ring has already
     positives, negatives = add_frames(empty_frames(100), 777, before), empty_frames(100)
     for number, steps in enumerate(play(successes, capacity)):
-        counted = replay.count_positives(steps, 3, EPISODE)
+        counted = count_positives(steps, 3, EPISODE)
         total = int(positives.total)
-        positives, negatives = replay.sort_episodes(positives, negatives, steps, 3, EPISODE)
+        positives, negatives = sort_episodes(positives, negatives, steps, 3, EPISODE)
         expected = expected_frames(successes[: number + 1])
         assert int(positives.total) - before == len(expected[0])
         assert int(negatives.total) == len(expected[1])
@@ -214,14 +217,14 @@ def test_episodes_are_sorted_by_their_last_success(successes, capacity):
 def test_what_the_first_episodes_by_hand_give():
     """The same, spelt out for BY_HAND's first episodes."""
     steps = next(play(BY_HAND, 12))
-    positives, negatives = replay.sort_episodes(
+    positives, negatives = sort_episodes(
         empty_frames(20), empty_frames(20), steps, 3, EPISODE)
     assert rows_of(positives, int(positives.total)) == [
         (0, 0, 0, True), (0, 1, 1, True),  # up to the only success, at time 1
         (2, 0, 0, True), (2, 1, 1, False), (2, 2, 2, False),  # successes at 0 and at 2
     ]
     assert rows_of(negatives, int(negatives.total)) == [(1, t, t, True) for t in range(4)]
-    assert int(replay.count_positives(steps, 3, EPISODE)) == 5
+    assert int(count_positives(steps, 3, EPISODE)) == 5
 
 
 def test_sorted_episodes_wrap_around_small_rings():
@@ -229,19 +232,17 @@ def test_sorted_episodes_wrap_around_small_rings():
     successes = random_successes(2)
     positives, negatives = empty_frames(EPISODE), empty_frames(5)
     for steps in play(successes, 12):
-        positives, negatives = replay.sort_episodes(positives, negatives, steps, 3, EPISODE)
+        positives, negatives = sort_episodes(positives, negatives, steps, 3, EPISODE)
     expected = expected_frames(successes)
     assert min(map(len, expected)) > 5
     assert rows_of(positives, EPISODE) == expected[0][-EPISODE:]
     assert rows_of(negatives, 5) == expected[1][-5:]
 
 
-@pytest.mark.parametrize(("steps", "positives", "negatives"), [(11, 4, 4), (12, 3, 4), (12, 4, 3)])
-def test_rings_too_small_for_an_episode_are_refused(steps, positives, negatives):
-    [replay_ring] = list(play([[set()] * 3], steps))
-    with pytest.raises(ValueError, match="the rings must hold 12 steps and 4 frames"):
-        replay.sort_episodes(
-            empty_frames(positives), empty_frames(negatives), replay_ring, 3, EPISODE)
+def test_a_replay_too_small_for_an_episode_is_refused():
+    [steps] = list(play([[set()] * 3], 11))
+    with pytest.raises(ValueError, match="the ring must hold 12 steps"):
+        sort_episodes(empty_frames(4), empty_frames(4), steps, 3, EPISODE)
 
 
 # --------------------------------------------------------------------------- lag pairs
@@ -251,7 +252,7 @@ def test_lag_pairs_end_with_the_first_success():
     ring = add_frames(empty_frames(20), 0, 10, first_success=6)
     exists = check_lagged(ring, lag=2)
     np.testing.assert_array_equal(np.flatnonzero(exists), [2, 3, 4, 5, 6])
-    earlier, _ = replay.lagged_slots(ring, np.arange(2, 7), 2)
+    earlier, _ = lagged_slots(ring, np.arange(2, 7), 2)
     np.testing.assert_array_equal(earlier, [0, 1, 2, 3, 4])
 
 
@@ -278,7 +279,7 @@ def test_sorted_episodes_give_no_false_pairs_in_a_buffer_of_one_episode():
     time = np.arange(500)
     reward = ((time == 300) | (time == 499)).astype(np.float32)
     steps = replay.add_rows(steps, Step(frames_of(0, 500), reward))
-    ring, _ = replay.sort_episodes(empty_frames(500), empty_frames(500), steps, 1, 500)
+    ring, _ = sort_episodes(empty_frames(500), empty_frames(500), steps, 1, 500)
     np.testing.assert_array_equal(ring.data.time, time)
     exists = check_lagged(ring, 10)
     np.testing.assert_array_equal(np.flatnonzero(exists), np.arange(10, 301))
@@ -287,7 +288,7 @@ def test_sorted_episodes_give_no_false_pairs_in_a_buffer_of_one_episode():
 def check_lagged(ring: replay.Ring, lag: int) -> np.ndarray:
     """Compare with a search through the whole ring; returns where a pair exists."""
     slots = np.arange(ring.capacity)
-    earlier, exists = (np.asarray(x) for x in replay.lagged_slots(ring, slots, lag))
+    earlier, exists = (np.asarray(x) for x in lagged_slots(ring, slots, lag))
     number, time = np.asarray(ring.data.trajectory), np.asarray(ring.data.time)
     before_success, written = np.asarray(ring.data.before_success), slots < int(ring.size)
     for slot in slots:
@@ -308,7 +309,7 @@ def test_lagged_slots_stay_in_their_trajectory():
     exists = check_lagged(ring, lag=3)
     # trajectory 0: times 3, 4, 5; trajectory 1 is too short; trajectory 2: times 3, 4.
     np.testing.assert_array_equal(np.flatnonzero(exists), [3, 4, 5, 12, 13])
-    earlier, _ = replay.lagged_slots(ring, np.array([5, 13]), 3)
+    earlier, _ = lagged_slots(ring, np.array([5, 13]), 3)
     np.testing.assert_array_equal(earlier, [2, 10])
 
 
@@ -328,7 +329,7 @@ def test_lagged_slots_of_an_overwritten_start():
 
 
 def test_an_empty_ring_has_no_pairs():
-    _, exists = replay.lagged_slots(empty_frames(6), np.arange(6), 1)
+    _, exists = lagged_slots(empty_frames(6), np.arange(6), 1)
     assert not exists.any()
     # Not even with a lag of the whole ring, where unwritten slots would be their own partners.
-    assert not replay.lagged_slots(empty_frames(6), np.arange(6), 6)[1].any()
+    assert not lagged_slots(empty_frames(6), np.arange(6), 6)[1].any()

@@ -13,7 +13,7 @@ import pytest
 import furl_sac_state as furl
 import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
-from common.envs import make_env
+from common.envs.metaworld import make_env
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from tools import reward_report as report

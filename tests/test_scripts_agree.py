@@ -18,9 +18,9 @@ SCRIPTS = paper_scripts()
 
 # Definitions that are not the same in all scripts that have them: in how many versions, and why.
 DEFINITIONS = {
-    "Args": (5, "each script has flags of its own; shared ones are compared below"),
+    "Args": (6, "each script has flags of its own; shared ones are compared below"),
     "AgentState": (2, "on pixels the encoder is part of it, and has a target too"),
-    "Buffers": (3, "FuRL keeps positives and negatives as well, on pixels beside pictures"),
+    "Buffers": (4, "FuRL keeps positives and negatives as well, on pixels pictures"),
     "VLMInputs": (2, "FuRL compares with a goal image, VLM-RM with a baseline prompt"),
     "Actor": (2, "on pixels there is a neck between the encoder's features and the MLP"),
     "CriticPair": (2, "as Actor"),
@@ -30,29 +30,28 @@ DEFINITIONS = {
     "init_agent": (2, "on pixels with the encoder"),
     "update_agent": (2, "on pixels with the encoder"),
     "init_state": (3, "two agents and heads, two agents, one agent"),
-    "init_buffers": (4, "as Buffers, and SAC stores no embeddings"),
-    "update_once": (5, "the method"),
+    "init_buffers": (5, "as Buffers, and SAC and DrQ store no embeddings"),
+    "update_once": (6, "the method"),
     "update": (4, "it hands on what update_once needs"),
-    "act": (4, "one agent or two that relay, whose state has its own type; on pixels stacks"),
-    "policy": (4, "as act"),
+    "act": (5, "one agent or two that relay, whose state has its own type; on pixels stacks"),
+    "policy": (5, "as act"),
+    "embed_task": (2, "as VLMInputs"),
     "load_reward": (3, "learned heads, Eq. 2, or the rewards of VLM-RM"),
-    "main": (5, "the method"),
+    "main": (6, "the method"),
 }
 # The same for the lines and properties of Args.
 FIELDS = {
-    "engine": (2, "only what draws nothing can run on EnvPool"),
     "camera_id": (2, "on pixels the policy sees the frames as well"),
-    "utd": (2, "on pixels an action is repeated"),
     "buffer_size": (2, "on pixels 2e5 pictures, Table 5"),
     "batch_size": (2, "FuRL's ranking losses sample as many"),
     "hidden_features": (2, "on pixels three layers, Table 5"),
     "rho": (2, "VLM-RM has no task reward beside it by default"),
-    "lag": (2, "as utd"),
+    "lag": (2, "on pixels an action is repeated"),
 }
 # What every script has, by whatever method it learns: the agent, and what tools look for.
 EVERYWHERE = {
     "Args", "AgentState", "Buffers", "MLP", "Actor", "CriticPair", "sample_action", "critic_loss",
-    "actor_loss", "alpha_loss", "descend", "init_agent", "update_agent", "init_state",
+    "actor_loss", "alpha_loss", "adam_step", "init_agent", "update_agent", "init_state",
     "init_buffers", "update_once", "update", "act", "policy", "main", "LOG_STD_MIN", "LOG_STD_MAX",
 }
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from common.errors import UserError
-from common.tasks import (
+from common.envs.metaworld_tasks import (
     ENV_IDS,
     INSTRUCTIONS,
     MT10,
@@ -14,6 +13,7 @@ from common.tasks import (
     prompt_for,
     resolve_env_id,
 )
+from common.errors import UserError
 
 
 def test_all_fifty_tasks_of_metaworld_have_an_instruction():

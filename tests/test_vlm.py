@@ -18,9 +18,11 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
 
-from common import mini, vlm
+from common import vlms
 from common.errors import UserError
-from common.vlm import load_vlm, read_state_dict
+from common.vlms import interface, load_vlm, mini
+from common.vlms import open_clip as our_open_clip
+from common.vlms.open_clip import read_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["open the drawer", "Push the GREEN button!"]
@@ -103,15 +105,15 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, bf16: bool = False) -
     np.testing.assert_allclose(actual / scale, expected / scale, atol=5e-2 if bf16 else 1e-4)
 
 
-def assert_same_function(model: vlm.VLM, source: torch.nn.Module) -> None:
+def assert_same_function(model: vlms.VLM, source: torch.nn.Module) -> None:
     frames = make_frames(3, model.frame_size)
-    bf16 = vlm.cpu_multiplies_bf16()
+    bf16 = our_open_clip.cpu_multiplies_bf16()
     assert_close(model.embed_images(frames), expected_images(source, frames), bf16)
     assert_close(model.embed_text(PROMPTS), expected_text(source, PROMPTS))
     assert model.embed_dim == expected_text(source, PROMPTS).shape[1]
 
 
-def on_cpu(name: str, **arguments) -> vlm.VLM:
+def on_cpu(name: str, **arguments) -> vlms.VLM:
     return load_vlm(name, device="cpu", **arguments)
 
 
@@ -135,11 +137,11 @@ def test_liv_checkpoint_of_the_real_shape(tmp_path):
 
 def test_names_of_openai_weights_mean_quick_gelu():
     for name in ("clip", "RN50/openai"):
-        architecture, config = vlm._look_up(name, tag_needed=True)
+        architecture, config = our_open_clip._look_up(name, tag_needed=True)
         assert architecture == "RN50" and config["quick_gelu"]
-    assert vlm._look_up("liv", tag_needed=True)[0] == "RN50-quickgelu"
+    assert our_open_clip._look_up("liv", tag_needed=True)[0] == "RN50-quickgelu"
     assert open_clip.get_model_config("RN50-quickgelu")["quick_gelu"]
-    architecture, config = vlm._look_up("ViT-bigG-14/laion2b_s39b_b160k", tag_needed=True)
+    architecture, config = our_open_clip._look_up("ViT-bigG-14/laion2b_s39b_b160k", tag_needed=True)
     assert architecture == "ViT-bigG-14" and not config.get("quick_gelu", False)
 
 
@@ -192,7 +194,7 @@ def test_mini_is_the_shipped_network(tmp_path):
     frames = make_frames(4, mini.FRAME_SIZE)
     with torch.inference_mode():
         assert_close(model.embed_images(frames),
-                     vlm.MINI_SCALE * network.encode_images(torch.from_numpy(frames)).numpy())
+                     mini.EMBEDDING_SCALE * network.encode_images(torch.from_numpy(frames)).numpy())
         assert_close(model.embed_text(PROMPTS), network.encode_text(PROMPTS).numpy())
     assert (model.frame_size, model.embed_dim) == (mini.FRAME_SIZE, mini.EMBED_DIM)
     shutil.copy(mini.WEIGHTS, tmp_path / "other.safetensors")
@@ -236,13 +238,13 @@ def test_red_is_the_first_channel(checkpoint):
 
 
 def test_batches_do_not_change_an_embedding(checkpoint):
-    tolerance = 5e-2 if vlm.cpu_multiplies_bf16() else 1e-4
+    tolerance = 5e-2 if our_open_clip.cpu_multiplies_bf16() else 1e-4
     for model in (on_cpu("tiny-resnet", weights=checkpoint), on_cpu("mini")):
-        frames = make_frames(vlm.MAX_BATCH + 5, model.frame_size)
+        frames = make_frames(interface.MAX_BATCH + 5, model.frame_size)
         together = model.embed_images(frames)
-        assert together.shape == (vlm.MAX_BATCH + 5, model.embed_dim)
+        assert together.shape == (interface.MAX_BATCH + 5, model.embed_dim)
         scale = np.abs(together).max()
-        for i in (0, 15, vlm.MAX_BATCH + 4):
+        for i in (0, 15, interface.MAX_BATCH + 4):
             alone = model.embed_images(frames[i : i + 1])[0]
             np.testing.assert_allclose(alone / scale, together[i] / scale, atol=tolerance)
         assert np.abs(together[0] - together[1]).max() > 10 * tolerance * scale
@@ -253,9 +255,9 @@ def test_batches_do_not_change_an_embedding(checkpoint):
 def test_bf16_where_the_machine_has_it(source, checkpoint, monkeypatch):
     frames = make_frames(3, 64)
     for has in (False, True):
-        monkeypatch.setattr(vlm, "cpu_multiplies_bf16", lambda has=has: has)
-        assert vlm.fast_precision(torch.device("cpu")) == ("bfloat16" if has else None)
-        assert vlm.fast_precision(torch.device("cuda")) == "float16"
+        monkeypatch.setattr(our_open_clip, "cpu_multiplies_bf16", lambda has=has: has)
+        assert our_open_clip.fast_precision(torch.device("cpu")) == ("bfloat16" if has else None)
+        assert our_open_clip.fast_precision(torch.device("cuda")) == "float16"
         model = on_cpu("tiny-resnet", weights=checkpoint)
         assert_close(model.embed_images(frames), expected_images(source, frames), bf16=has)
         assert_close(model.embed_text(PROMPTS), expected_text(source, PROMPTS))
@@ -265,7 +267,7 @@ def test_bf16_where_the_machine_has_it(source, checkpoint, monkeypatch):
 @pytest.mark.parametrize("has", [False, True])
 def test_random_weights_are_always_computed_in_float32(has, monkeypatch):
     """Rounding would be most of what their embeddings differ by (Figure 9)."""
-    monkeypatch.setattr(vlm, "cpu_multiplies_bf16", lambda: has)
+    monkeypatch.setattr(our_open_clip, "cpu_multiplies_bf16", lambda: has)
     model = on_cpu("tiny-resnet", pretrained=False, seed=3)
     assert model.id.endswith("-fp32")
     with torch.random.fork_rng(devices=[]):
@@ -481,7 +483,7 @@ def test_without_network_one_line_says_what_helps(name, tmp_path):
     code = (
         "import sys, time\n"
         "from common.errors import UserError\n"
-        "from common.vlm import load_vlm\n"
+        "from common.vlms import load_vlm\n"
         "assert 'torch' not in sys.modules\n"
         "import open_clip\n"
         "start = time.time()\n"
@@ -543,7 +545,7 @@ def test_embeddings_go_to_jax_without_a_copy():
 
     with torch.inference_mode():
         tensor = torch.rand(8, 16, device="cuda" if jax.default_backend() == "gpu" else "cpu")
-    array = vlm.to_jax(tensor)
+    array = interface.to_jax(tensor)
     assert isinstance(array, jax.Array) and array.dtype == np.float32
     assert array.unsafe_buffer_pointer() == tensor.data_ptr()
     np.testing.assert_array_equal(array, tensor.cpu().numpy())
@@ -551,7 +553,7 @@ def test_embeddings_go_to_jax_without_a_copy():
 
 def test_embeddings_of_another_device_are_copied(monkeypatch):
     tensor = torch.rand(8, 16)
-    monkeypatch.setattr(vlm.jax, "default_backend", lambda: "gpu")  # and torch on the CPU
-    array = vlm.to_jax(tensor)
+    monkeypatch.setattr(interface.jax, "default_backend", lambda: "gpu")  # and torch on the CPU
+    array = interface.to_jax(tensor)
     assert array.unsafe_buffer_pointer() != tensor.data_ptr()
     np.testing.assert_array_equal(array, tensor.numpy())

@@ -31,15 +31,15 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-import furl_drq_pixels as drq
+import drq_baseline as drq
 import furl_sac_state as furl
 from common import checkpoint, convolution, replay
 from common.cores import num_cores, share_cores
-from common.envs import ACTION_DIM, OBS_DIM, VecMetaWorld
+from common.envs.metaworld import ACTION_DIM, OBS_DIM, VecMetaWorld
+from common.envs.rendering import Camera, Renderer, gl_info
 from common.errors import UserError
-from common.rendering import Renderer, gl_info
 from common.replay import Sizes
-from common.vlm import load_vlm
+from common.vlms import load_vlm
 from tools.peer_sac import PACKAGES
 
 Part = Literal["environments", "frames", "embeddings", "updates", "scaling", "checkpoints",
@@ -103,12 +103,12 @@ def measure_environments(rounds: int) -> Iterator[Row]:
 
 def measure_frames(rounds: int) -> Iterator[Row]:
     """Milliseconds per frame on one core."""
-    from common.envs import make_env
+    from common.envs.metaworld import make_env
 
     env = make_env(TASK, seed=0, index=0, goal="fixed", show_goal=False)
     for quality in ("fast", "paper"):
         for size in (84, 112, 224):
-            renderer = Renderer(env.model, size, 2, quality)
+            renderer = Renderer(env.model, Camera(size, quality=quality))
             count = 20 if quality == "fast" else 3
 
             def draw(renderer=renderer, count=count) -> None:
@@ -186,7 +186,7 @@ def filled_buffers(embed_dim: int, num_rows: int, args: furl.Args) -> furl.Buffe
     time = np.arange(500, dtype=np.int32)
     for number in range(4):
         images = rng.normal(size=(500, embed_dim)).astype(np.float16)
-        frames = replay.Frame(images, np.full_like(time, number), time, np.full(500, True))
+        frames = replay.EmbeddedFrame(images, np.full_like(time, number), time, np.full(500, True))
         buffers = buffers._replace(
             positives=replay.add_rows(buffers.positives, frames),
             negatives=replay.add_rows(buffers.negatives, frames._replace(embedding=images[::-1])),
@@ -351,7 +351,7 @@ def drq_flops(args: drq.Args) -> float:
 
 def measure_pixels(rounds: int) -> Iterator[Row]:
     """One DrQ agent's update, with XLA's convolutions in turns on a CPU, and real runs."""
-    args = drq.Args(no_vlm=True, align=False, relay=False)
+    args = drq.Args()
     n, zeros = args.batch_size, jnp.zeros(args.batch_size)
     shape = (n, drq.PICTURE_SIZE, drq.PICTURE_SIZE, 3 * args.frame_stack)
     pictures = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
@@ -380,10 +380,13 @@ def measure_pixels(rounds: int) -> Iterator[Row]:
     for name, total in seconds.items():
         yield (f"update, {name}, batch {n}", f"{total / 2 * 1e3:,.0f} ms",
                f"{floor / (total / 2):.0%} of it is the convolutions at the floor's speed")
-    for name, flags in (("no VLM", ["--no-vlm"]), ("mini, relaying", ["--relay-until", ALWAYS])):
+    for script, name, flags in (
+        ("drq_baseline.py", "no VLM", []),
+        ("furl_drq_pixels.py", "mini, relaying", ["--relay-until", ALWAYS]),
+    ):
         yield run_script(
-            "furl_drq_pixels.py", name,
-            [*flags, "--learning-starts", "160", "--log-every", "80"], 400, warm_up=240,
+            script, name, [*flags, "--learning-starts", "160", "--log-every", "80"], 400,
+            warm_up=240,
         )
 
 

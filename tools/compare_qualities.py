@@ -6,18 +6,16 @@ Three kinds: `paper`; `fast` with all faces of the meshes, which tells the light
 simplification's; and `fast`.
 """
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import tyro
 from PIL import Image
 
-from common import rendering
-from common.envs import make_env, place_goal_marker
-from common.tasks import ENV_IDS, MT10, expert_action, expert_policy
+from common.envs import rendering
+from common.envs.metaworld import make_env, place_goal_marker
+from common.envs.metaworld_tasks import ENV_IDS, MT10, expert_action, expert_policy
 from tools.golden import difference
 
 KINDS = ("paper", "fast, all faces", "fast")
@@ -36,11 +34,11 @@ def draw_task(env_id: str, size: int) -> np.ndarray:
     """The same moments of one expert episode in each kind, uint8 [kinds, times, size, size, 3]."""
     env = make_env(env_id, seed=0, index=0, goal="fixed", show_goal=True)
     policy = expert_policy(env_id)
-    keep_faces = mock.patch.object(rendering, "_simplify_mesh", lambda model, mesh: None)
-    renderers = []
+    renderers, min_faces = [], rendering.MIN_FACES
     for kind in KINDS:
-        with keep_faces if kind == "fast, all faces" else contextlib.nullcontext():
-            renderers.append(rendering.Renderer(env.model, size, 2, kind.split(",")[0]))
+        rendering.MIN_FACES = 10**9 if kind == "fast, all faces" else min_faces
+        camera = rendering.Camera(size, quality=kind.split(",")[0])
+        renderers.append(rendering.Renderer(env.model, camera))
     obs, _ = env.reset()
     place_goal_marker(env)
     pictures = []

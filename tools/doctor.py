@@ -120,7 +120,7 @@ def probe_gl() -> dict[str, str | bool]:
     Raises:
         UserError: it has crashed, or cannot draw.
     """
-    code = "import json; from common.rendering import gl_info; print(json.dumps(gl_info()))"
+    code = "import json; from common.envs.rendering import gl_info; print(json.dumps(gl_info()))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -134,14 +134,14 @@ def probe_gl() -> dict[str, str | bool]:
 def check_drawing(_args: Args) -> Finding:
     """Who draws, and milliseconds a frame on one core."""
     info = probe_gl()
-    from common.rendering import Renderer
+    from common.envs.rendering import Camera, Renderer
     from tools import golden
 
     env = golden.scene(golden.TASKS[0])
     ms = {}
     for quality in ("fast", "paper"):
         for size in (112, 224):
-            renderer = Renderer(env.model, size, quality=quality)
+            renderer = Renderer(env.model, Camera(size, quality=quality))
             ms[quality, size] = 1e3 * median_seconds(
                 partial(renderer.render, env.model, env.data), 15 if quality == "fast" else 3
             )
@@ -179,8 +179,8 @@ def check_golden_frames(_args: Args) -> Finding:
     if wrong:
         return Finding(
             "FAIL", f"{len(wrong)} of {2 * len(golden.TASKS)} frames: {'; '.join(wrong)} (allowed "
-            f"{golden.TOLERANCE:g} of 255)", "git status tests/golden common/rendering.py; with "
-            "both unchanged the GL driver is at fault: update it, or set LIBGL_ALWAYS_SOFTWARE=1")
+            f"{golden.TOLERANCE:g} of 255)", "git status tests/golden common/envs; with both "
+            "unchanged the GL driver is at fault: update it, or set LIBGL_ALWAYS_SOFTWARE=1")
     return Finding("ok", f"{2 * len(golden.TASKS)} frames as stored, so upright and RGB; mean "
                    f"difference at most {worst:.2f} of 255 (allowed {golden.TOLERANCE:g})")
 
@@ -190,8 +190,8 @@ def check_golden_frames(_args: Args) -> Finding:
 
 def steps_to_success(env_id: str) -> int | None:
     """Steps that the scripted expert needs in `VecMetaWorld`; None: it has failed."""
-    from common import tasks
-    from common.envs import MAX_EPISODE_STEPS, VecMetaWorld
+    from common.envs import metaworld_tasks as tasks
+    from common.envs.metaworld import MAX_EPISODE_STEPS, VecMetaWorld
 
     envs = VecMetaWorld(env_id, 1, seed=0, show_goal=True)
     policy = tasks.expert_policy(env_id)
@@ -209,7 +209,7 @@ def steps_to_success(env_id: str) -> int | None:
 
 def check_experts(_args: Args) -> Finding:
     """Every scripted expert of MT10 succeeds."""
-    from common.tasks import MT10
+    from common.envs.metaworld_tasks import MT10
 
     with ThreadPoolExecutor(num_cores()) as pool:  # each waits for a worker process of its own
         steps = dict(zip(MT10, pool.map(steps_to_success, MT10), strict=True))
@@ -226,13 +226,14 @@ def check_determinism(_args: Args) -> Finding:
     probe_gl()
     import numpy as np
 
-    from common.envs import VecMetaWorld
+    from common.envs.metaworld import VecMetaWorld
+    from common.envs.rendering import Camera
 
     actions = np.random.default_rng(0).uniform(-1, 1, (20, 4)).astype(np.float32)
     goals, trajectories, frames = [], [], []
     for seed in SEEDS:
         envs = VecMetaWorld(
-            "pick-place-v3", 2, seed=seed, frame_size=64, num_workers=2, show_goal=True
+            "pick-place-v3", 2, seed=seed, camera=Camera(64), num_workers=2, show_goal=True
         )
         obs, pictures = envs.reset()
         for action in actions:
@@ -262,7 +263,7 @@ def check_determinism(_args: Args) -> Finding:
 
 @cache
 def loaded_vlm(args: Args):
-    from common.vlm import load_vlm
+    from common.vlms import load_vlm
 
     return load_vlm(args.vlm, weights=args.vlm_weights)
 
@@ -271,7 +272,7 @@ def check_vlm(args: Args) -> Finding:
     """The VLM loads and embeds; for mini, as recorded."""
     import numpy as np
 
-    from common.tasks import MT10_INSTRUCTIONS
+    from common.envs.metaworld_tasks import MT10_INSTRUCTIONS
     from tools import golden
 
     vlm = loaded_vlm(args)
@@ -303,7 +304,7 @@ def check_vlm(args: Args) -> Finding:
 
 
 def prompts_folder() -> Path:
-    from common.rendering import cache_dir
+    from common.cache import cache_dir
 
     return cache_dir() / "prompts"
 
@@ -314,7 +315,7 @@ def check_devices(_args: Args) -> Finding:
     import jax.numpy as jnp
     import torch
 
-    from common.rendering import gpu_present
+    from common.envs.rendering import gpu_present
     from tools.detect_gpu import problem
 
     torch_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -382,15 +383,12 @@ STEPS, FRAMES = 1_000_000, 100_000  # a default run's replay and each of its emb
 def replay_shapes(embed_dim: int) -> dict[str, Any]:
     """Shapes and dtypes of a default run's rings; nothing is allocated."""
     import jax
-    import numpy as np
 
-    from common.envs import ACTION_DIM, OBS_DIM
-    from common.replay import Frame, Transition, init_ring
+    from common.envs.metaworld import ACTION_DIM, OBS_DIM
+    from common.replay import Sizes, example_frame, example_transition, init_ring
 
-    scalar, number = np.zeros((), np.float32), np.zeros((), np.int32)
-    obs, embedding = np.zeros(OBS_DIM, np.float32), np.zeros(embed_dim, np.float16)
-    step = Transition(obs, np.zeros(ACTION_DIM, np.float32), obs, scalar, scalar, embedding)
-    frame = Frame(embedding, number, number, np.zeros((), bool))
+    sizes = Sizes(OBS_DIM, ACTION_DIM, embed_dim)
+    step, frame = example_transition(sizes), example_frame(sizes)
     rows = {"transitions": (step, STEPS), "positives": (frame, FRAMES),
             "negatives": (frame, FRAMES)}
     return {name: jax.eval_shape(partial(init_ring, row, capacity))

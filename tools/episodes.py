@@ -7,9 +7,9 @@ import mujoco
 import numpy as np
 
 from common.cores import ONE_THREAD
-from common.envs import PHYSICS, make_env
-from common.rendering import Renderer
-from common.tasks import expert_action, expert_policy
+from common.envs.metaworld import PHYSICS, make_env
+from common.envs.metaworld_tasks import expert_action, expert_policy
+from common.envs.rendering import Camera, Renderer
 
 MAX_STEPS = 400
 KINDS = ("expert", "sub-optimal", "random")
@@ -80,9 +80,7 @@ class Scene(NamedTuple):
     seed: int
     num_steps: int  # of each episode
     every: int  # steps from one picture to the next
-    frame_size: int
-    camera_id: int = 2
-    quality: str = "fast"
+    camera: Camera
 
 
 class Drawn(NamedTuple):
@@ -107,7 +105,7 @@ class Data(NamedTuple):
 @cache
 def _open_scene(scene: Scene):
     env = make_env(scene.env_id, seed=scene.seed, index=0, goal=scene.goal, show_goal=True)
-    return env, Renderer(env.model, scene.frame_size, scene.camera_id, scene.quality)
+    return env, Renderer(env.model, scene.camera)
 
 
 def draw_episodes(scene: Scene, number: int) -> Drawn:

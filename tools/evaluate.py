@@ -20,11 +20,12 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 from common.cli import run_script
-from common.envs import VecMetaWorld
+from common.envs.metaworld import VecMetaWorld
+from common.envs.metaworld_tasks import prompt_for, resolve_env_id
+from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, write_video
 from common.logger import git_commit, versions
-from common.tasks import prompt_for, resolve_env_id
 from tools.measures import standard_error, wilson_interval
 from tools.trained import Trained, new_folder, open_run
 
@@ -69,9 +70,9 @@ def environments(trained: Trained, num_envs: int, *, env_id: str, goal: str, see
                  frame_size: int = 0) -> VecMetaWorld:
     """Environments as the run's script makes them for its evaluations."""
     settings = trained.evaluation
+    camera = Camera(frame_size, settings["camera_id"], settings["quality"])
     return VecMetaWorld(
-        env_id, num_envs, seed=seed, goal=goal, frame_size=frame_size,
-        camera_id=settings["camera_id"], quality=settings["quality"],
+        env_id, num_envs, seed=seed, goal=goal, camera=camera if frame_size else None,
         action_repeat=settings["action_repeat"],
     )
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.envs import make_env, place_goal_marker
-from common.rendering import Renderer
+from common.envs.metaworld import make_env, place_goal_marker
+from common.envs.rendering import Camera, Renderer
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden"
 TASKS = ("drawer-open-v3", "window-close-v3", "pick-place-v3")
@@ -32,7 +32,7 @@ def scene(task: str):
 def draw(task: str, quality: str, size: int = SIZE, camera: int | str = 2) -> np.ndarray:
     """The picture of the task's scene, uint8 [size, size, 3]."""
     env = scene(task)
-    renderer = Renderer(env.model, size, camera, quality)
+    renderer = Renderer(env.model, Camera(size, camera, quality))
     picture = renderer.render(env.model, env.data)
     renderer.close()
     return picture

@@ -16,7 +16,7 @@ import torch
 import tyro
 from gymnasium.wrappers import TimeLimit
 
-from common.envs import MAX_EPISODE_STEPS, make_env
+from common.envs.metaworld import MAX_EPISODE_STEPS, make_env
 
 PACKAGES = ("stable_baselines3", "sbx")
 

@@ -25,8 +25,10 @@ import tyro
 from scipy.stats import spearmanr
 from torch.nn import functional as F
 
-from common.envs import PHYSICS, make_env
-from common.mini import (
+from common.envs.metaworld import PHYSICS, make_env
+from common.envs.metaworld_tasks import ENV_IDS, INSTRUCTIONS, MT10
+from common.envs.rendering import Camera, Renderer
+from common.vlms.mini import (
     CROP_SIZE,
     FRAME_SIZE,
     TOKEN_DIM,
@@ -37,8 +39,6 @@ from common.mini import (
     quantise,
     save_mini,
 )
-from common.rendering import Renderer
-from common.tasks import ENV_IDS, INSTRUCTIONS, MT10
 from tools.episodes import play_episode
 from tools.measures import auc
 from tools.mini_sentences import MT10_PARAPHRASES, TRAINING_SENTENCES
@@ -85,7 +85,7 @@ def collect_task(task: str, episodes: int, seed: int) -> Path:
         return path
     rng = np.random.default_rng((seed, ENV_IDS.index(task)))
     env = make_env(task, seed=seed, index=ENV_IDS.index(task), goal="random", show_goal=True)
-    renderer = Renderer(env.model, FRAME_SIZE, 2, "fast")
+    renderer = Renderer(env.model, Camera(FRAME_SIZE))
     joints = [env.model.joint(i) for i in range(env.model.njnt)]
     robot = np.zeros(env.model.nq, bool)
     for joint in joints:

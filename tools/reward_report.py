@@ -19,25 +19,24 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import numpy as np
 
 from common.cli import run_script
 from common.cores import num_cores
-from common.envs import MAX_EPISODE_STEPS, goal_image, make_env
-from common.errors import UserError
-from common.evaluate import EVAL_SEED_OFFSET
-from common.logger import git_commit, versions
-from common.rendering import view_for
-from common.tasks import (
+from common.envs.metaworld import MAX_EPISODE_STEPS, goal_image, make_env
+from common.envs.metaworld_tasks import (
     baseline_prompt_for,
     expert_action,
     expert_policy,
     prompt_for,
     resolve_env_id,
 )
-from common.vlm import VLM, load_vlm
+from common.envs.rendering import Camera
+from common.errors import UserError
+from common.evaluate import EVAL_SEED_OFFSET
+from common.logger import git_commit, versions
+from common.vlms import VLM, load_vlm, view_for
 from tools import evaluate
 from tools.episodes import (
     EXPERT,
@@ -118,8 +117,11 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
         goal_pixels, goal_embedding = pixels(goal)[0], np.asarray(vlm.embed_images(goal))[0]
     embeddings, pixel_distance, success, first_success, first = [], [], [], [], None
     jobs = [(scene, number) for number in range(episodes)]
-    with mock.patch.dict(os.environ, WORKER_ENVIRONMENT):  # which processes get as they start
-        pool = multiprocessing.get_context("spawn").Pool(workers)
+    before = dict(os.environ)
+    os.environ.update(WORKER_ENVIRONMENT)  # which processes get as they start
+    pool = multiprocessing.get_context("spawn").Pool(workers)
+    os.environ.clear()
+    os.environ.update(before)
     with pool:
         for drawn in pool.imap(_draw, jobs):
             frames = view.crop(drawn.frames)
@@ -293,13 +295,13 @@ def open_checkpoints(args: Args, env_id: str) -> list[Trained]:
     return runs
 
 
-def goal_picture(env_id: str, goal: str, seed: int, **drawing: Any) -> np.ndarray | None:
+def goal_picture(env_id: str, goal: str, seed: int, camera: Camera) -> np.ndarray | None:
     """The expert's success: with the fixed goal, or with a random one that is not played here; None
     where the expert fails, with the fifth random goal too."""
     seeds = [seed] if goal == "fixed" else [seed + EVAL_SEED_OFFSET + i for i in range(5)]
     for picture_seed in seeds:
         try:
-            return goal_image(env_id, seed=picture_seed, goal=goal, **drawing)
+            return goal_image(env_id, seed=picture_seed, goal=goal, camera=camera)
         except UserError as error:
             if "expert fails" not in str(error):
                 raise
@@ -347,12 +349,12 @@ def main(args: Args) -> dict[str, Any]:
             if run.view != view:
                 raise UserError(f"{run.folder} was trained on another part of the picture "
                                 f"({run.view}) than a report shows ({view})")
-    drawing = {"camera_id": args.camera_id, "quality": args.quality}
+    camera = Camera(view.size, args.camera_id, args.quality)
     notes = []
-    picture = goal_picture(env_id, goal, seed, size=view.size, **drawing)
+    picture = goal_picture(env_id, goal, seed, camera)
     if picture is None:
         notes.append("Without a goal picture: the scripted expert fails on that goal.")
-    scene = Scene(env_id, goal, seed, args.steps, args.every, view.size, **drawing)
+    scene = Scene(env_id, goal, seed, args.steps, args.every, camera)
     workers = min(args.workers or num_cores(), args.episodes)
     data = collect(scene, args.episodes, workers, vlm, picture)
     texts = dict(zip(prompts, vlm.embed_text(prompts), strict=True))

@@ -26,8 +26,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from common import envs, rendering, replay
+from common import replay
 from common.cores import num_cores, share_cores
+from common.envs import metaworld, rendering, workers
 from common.errors import UserError
 from tools.trained import load_script
 
@@ -77,10 +78,10 @@ class Recorder:
 
 
 def work(socket_fd: int, memory_fd: int) -> None:
-    """An environment worker that keeps its events; see `common.envs._main`."""
+    """An environment worker that keeps its events; see `common.envs.workers`."""
     recorder, pid = Recorder(), os.getpid()
     recorder.wrap(rendering.Renderer, "render", "draw", pid)
-    make_env, serve = envs.make_env, envs._work
+    make_env, serve = metaworld.make_env, workers._work
 
     def make_traced_env(*args, **kwargs):
         env = make_env(*args, **kwargs)
@@ -94,26 +95,27 @@ def work(socket_fd: int, memory_fd: int) -> None:
             path = Path(os.environ[FOLDER]) / f"{pid}.json"
             path.write_text(json.dumps(recorder.events))
 
-    envs.make_env, envs._work = make_traced_env, serve_and_write
-    envs._main(socket_fd, memory_fd)
+    metaworld.make_env, workers._work = make_traced_env, serve_and_write
+    workers._main(socket_fd, memory_fd)
 
 
 def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
     """Trace what a script's main calls; the thread that waits for the updates' results."""
     import jax
 
-    from common.envpool_envs import EnvPoolMetaWorld
+    from common.envs.metaworld_envpool import EnvPoolMetaWorld
     from common.evaluate import Evaluator
     from common.run import Run
-    from common.vlm import VLM
+    from common.vlms import VLM
 
-    for engine in (envs.VecMetaWorld, EnvPoolMetaWorld):
+    for engine in (workers.VecEnv, EnvPoolMetaWorld):
         recorder.wrap(engine, "step_async", "send actions")
         recorder.wrap(engine, "step_wait", "wait for workers")
     recorder.wrap(VLM, "embed_images", "embed")
     recorder.wrap(replay, "add_rows", "store")
-    recorder.wrap(replay, "sort_episodes", "sort episodes")
-    recorder.wrap(replay, "count_positives", "sort episodes")
+    for name in ("sort_episodes", "count_positives"):  # of scripts that look at whole episodes
+        if hasattr(script, name):
+            recorder.wrap(script, name, "sort episodes")
     recorder.wrap(Evaluator, "__call__", "evaluate")
     recorder.wrap(Run, "save", "checkpoint")
     recorder.wrap(Run, "log_training", "log")
@@ -218,7 +220,7 @@ def main(args: Args, flags: list[str]) -> None:
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         os.environ[FOLDER] = folder
-        envs.WORKER_MODULE = "tools.trace"
+        workers.WORKER_MODULE = "tools.trace"
         script_args = parse_args(script.Args, [*flags, "--run-dir", f"{folder}/run"])
         iteration = steps_per_iteration(script_args)
         # Then a few iterations for what is compiled.

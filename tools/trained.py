@@ -22,9 +22,8 @@ from common import checkpoint
 from common.cli import stored_args
 from common.errors import UserError
 from common.logger import read_config
-from common.rendering import View
 from common.replay import Sizes
-from common.vlm import VLM, load_vlm
+from common.vlms import VLM, View, load_vlm
 
 ROOT = Path(__file__).resolve().parent.parent
 Reward = Callable[[np.ndarray], np.ndarray]  # image embeddings [n, D] -> r_VLM [n]

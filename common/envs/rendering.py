@@ -1,4 +1,4 @@
-"""Pictures of Meta-World: headless EGL, upright RGB, in two qualities.
+"""Pictures of MuJoCo's scenes: headless EGL, upright RGB, in two qualities.
 
 `paper` is MuJoCo's default. `fast` leaves out the 4096 px shadow map, multisampling and
 reflections, and draws meshes with 5 % of their faces: nearly all faces belong to the Sawyer arm's
@@ -13,19 +13,15 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mujoco
 import numpy as np
 
-from common.cache import cache_dir
+from common.cache import cached_arrays
 from common.errors import UserError
 
-if TYPE_CHECKING:
-    from common.vlm import VLM
-
 QUALITIES = ("fast", "paper")
-CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
 # Meta-World mounts these upside down, so that OpenGL's bottom-up rows are the upright picture.
 UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
 KEPT_FACES = 0.05
@@ -88,29 +84,12 @@ def gl_info() -> dict[str, str | bool]:
             "gpu_present": gpu_present()}
 
 
-class View(NamedTuple):
-    """What a VLM sees of Meta-World: pictures of `size` px, of which `margin` px are cut off."""
+class Camera(NamedTuple):
+    """What draws a picture, and how."""
 
-    size: int  # width and height as drawn, pixels
-    margin: int  # cut off at each side, pixels
-
-    def crop(self, frames: np.ndarray) -> np.ndarray:
-        """[..., size, size, 3] -> [..., size - 2 margin, size - 2 margin, 3]."""
-        kept = slice(self.margin, self.size - self.margin)
-        return frames[..., kept, kept, :]
-
-
-def view_for(vlm: "VLM") -> View:
-    """The view that a VLM is given.
-
-    FuRL's authors draw 256 px and keep rows and columns 32 to 224, which their CLIP resizes to its
-    224 px (fuyw/FuRL, `crop_center`): the same share of the picture here for models of any input
-    size. `mini` was trained on whole pictures and cuts off their border itself.
-    """
-    if vlm.crops_itself:
-        return View(vlm.frame_size, 0)
-    size = 256 * vlm.frame_size // 224
-    return View(size, size // 8)
+    size: int  # width and height of the picture, pixels
+    id: int | str = 2  # number or name
+    quality: str = "fast"  # or "paper"
 
 
 def camera_number(model: mujoco.MjModel, camera: int | str) -> int:
@@ -133,17 +112,14 @@ class Renderer:
 
     Args:
         model: the task's model.
-        size: width and height of the picture, pixels.
-        camera_id: id or name of the camera.
-        quality: `fast` or `paper`.
+        camera: size, number and quality of the pictures.
 
     Raises:
         UserError: unknown camera or quality, a size below 1, or no EGL.
     """
 
-    def __init__(
-        self, model: mujoco.MjModel, size: int, camera_id: int | str = 2, quality: str = "fast"
-    ):
+    def __init__(self, model: mujoco.MjModel, camera: Camera):
+        size, camera_id, quality = camera
         if quality not in QUALITIES:
             raise UserError(f"unknown quality {quality!r}; allowed: {', '.join(QUALITIES)}")
         if size < 1:
@@ -222,23 +198,9 @@ def _simplify_mesh(model: mujoco.MjModel, mesh: int) -> None:
     model.mesh_graphadr[mesh] = -1  # its convex hull is not drawn
 
 
-def cached_arrays(kind: str, key: str, compute) -> dict[str, np.ndarray]:
-    """`compute()`, a dict of arrays, kept on disk under `kind/key` when the disk allows."""
-    path = cache_dir() / kind / f"{key}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
-    except Exception:  # missing or damaged: a cache is only ever recomputed
-        pass
-    arrays = compute()
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **arrays)
-        temporary.replace(path)
-    except OSError:  # a read-only home is no reason to stop
-        pass
-    return arrays
+def mesh_settings(quality: str) -> tuple[float, ...]:
+    """What the pictures' meshes depend on."""
+    return (KEPT_FACES, WELD, MIN_FACES) if quality == "fast" else ()
 
 
 def _simplified(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""EnvPool's native Meta-World behind the interface of `common.envs`: states alone, random goals.
+"""EnvPool's native Meta-World, with the methods of `VecMetaWorld`: states alone, random goals.
 
 What differs from the official environments: the bundled MuJoCo is newer, a goal is drawn at every
 reset and cannot be fixed, there are no pictures, and the state of an episode cannot be saved.
@@ -10,9 +10,10 @@ from importlib import metadata
 import numpy as np
 
 from common.cores import num_cores
-from common.envs import ACTION_DIM, MAX_EPISODE_STEPS, OBS_DIM, Step
+from common.envs.metaworld import ACTION_DIM, MAX_EPISODE_STEPS, OBS_DIM
+from common.envs.metaworld_tasks import resolve_env_id
+from common.envs.workers import Step
 from common.errors import UserError
-from common.tasks import resolve_env_id
 
 BUNDLED_MUJOCO = {"1.2.0": "3.6.0"}  # by EnvPool's version, which does not tell
 
@@ -27,7 +28,7 @@ class EnvPoolMetaWorld:
     """N environments of one task in EnvPool's threads, with the methods of `VecMetaWorld`.
 
     Args:
-        env_id: a task of `common.tasks`.
+        env_id: a task of `common.envs.metaworld_tasks`.
         num_envs: N.
         seed: decides the sequences of goals.
         goal: `random`: new in every episode and observed, or `random-hidden`.
@@ -43,6 +44,7 @@ class EnvPoolMetaWorld:
 
     obs_dim, action_dim = OBS_DIM, ACTION_DIM
     resumes_episodes = False
+    draws = False
 
     def __init__(
         self,

@@ -1,12 +1,4 @@
-"""Frozen vision-language models behind one small interface.
-
-`load_vlm` gives an object with `embed_images` and `embed_text`; scripts know nothing else of it.
-Embeddings are returned as the model gives them, not normalised: Eq. 5's distance is measured in
-that space. Prompt embeddings are computed once and cached on disk.
-
-torch and open_clip are imported when a model is loaded, not with this module: they cost seconds
-that `--help` and a misspelt argument need not wait for.
-"""
+"""LIV, CLIP and every other model of open_clip, with weights from the hub or a local file."""
 
 from __future__ import annotations
 
@@ -21,12 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from common.errors import UserError
-from common.rendering import cached_arrays
+from common.vlms.interface import VLM, state_digest
 
 if TYPE_CHECKING:
     import torch
@@ -37,102 +25,8 @@ LIV_ARCHITECTURE = "RN50-quickgelu"  # CLIP's RN50, and CLIP uses the quick GELU
 OPEN_CLIP_FILES = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
 ALIASES = {"clip": "RN50/openai"}
 ALLOWED = "mini, liv, clip, or an open_clip pair such as ViT-B-32/laion2b_s34b_b79k"
-MAX_BATCH = 32  # frames per forward pass: RN50 needs some 50 MB each
 TIMEOUT = 5  # seconds until a hub that does not answer counts as unreachable
-# mini's unit vectors are stretched so that Table 5's margin of 0.2 on the distance to the goal
-# image (Eq. 5) is a small step: an episode's start is about 0.45 x 4 away from its goal.
-MINI_SCALE = 4.0
 SHORT_NAMES = {"float16": "fp16", "bfloat16": "bf16", None: "fp32"}  # of precisions, for ids
-
-
-class VLM:
-    """A frozen model.
-
-    Attributes:
-        name: as asked for.
-        id: model, hash of the weights and preprocessing: what a cached embedding depends on.
-        embed_dim: D.
-        frame_size: width and height of its input, pixels; other sizes are resized.
-        crops_itself: whether it cuts off the border of what it is given.
-        settings: arguments of `load_vlm` that give the same model again.
-    """
-
-    name: str
-    id: str
-    embed_dim: int
-    frame_size: int
-    crops_itself: bool = False
-    settings: dict[str, Any]
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def embed_images(self, frames: np.ndarray) -> jax.Array:
-        """RGB uint8 [B, H, W, 3] -> float32 [B, D], on JAX's device.
-
-        Raises:
-            ValueError: another shape or dtype.
-        """
-        import torch
-
-        frames = np.asarray(frames)
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-            raise ValueError(
-                f"frames must be uint8 [B, H, W, 3], not {frames.dtype} {list(frames.shape)}"
-            )
-        embeddings = [torch.zeros((0, self.embed_dim), device=self.device)]
-        with torch.inference_mode():
-            for start in range(0, len(frames), MAX_BATCH):
-                part = np.require(frames[start : start + MAX_BATCH], requirements=["C", "W"])
-                batch = torch.from_numpy(part).to(self.device)
-                embeddings.append(self._encode_images(batch).float())
-            return to_jax(torch.cat(embeddings))
-
-    def embed_text(self, prompts: list[str]) -> np.ndarray:
-        """N prompts -> float32 [N, D], from the disk's cache where it has them."""
-        if isinstance(prompts, str):
-            raise TypeError("prompts must be a list of strings")
-        empty = np.zeros((0, self.embed_dim), np.float32)
-        return np.concatenate([empty, *(self._embed_prompt(p)[None] for p in prompts)])
-
-    def _embed_prompt(self, prompt: str) -> np.ndarray:
-        import torch
-
-        def compute() -> dict[str, np.ndarray]:
-            with torch.inference_mode():
-                return {"embedding": self._encode_text([prompt]).float().cpu().numpy()[0]}
-
-        key = hashlib.sha256(f"{self.id}\n{prompt}".encode()).hexdigest()[:32]
-        return cached_arrays("prompts", key, compute)["embedding"]
-
-    def _encode_images(self, frames: torch.Tensor) -> torch.Tensor:
-        raise TypeError("use a subclass")
-
-    def _encode_text(self, prompts: list[str]) -> torch.Tensor:
-        raise TypeError("use a subclass")
-
-
-class MiniVLM(VLM):
-    """The embedded model of `common.mini`."""
-
-    crops_itself = True
-
-    def __init__(self, weights: Path | None, pretrained: bool, device: torch.device, seed: int):
-        from common import mini
-
-        super().__init__(device)
-        self.name = "mini"
-        model = mini.load_mini(weights) if pretrained else mini.init_mini(seed)
-        digest = state_digest(model)
-        self._model = model.to(device)
-        self.embed_dim, self.frame_size = mini.EMBED_DIM, mini.FRAME_SIZE
-        self.id = f"mini-{digest}-{mini.FRAME_SIZE}px-crop{mini.CROP_SIZE}-x{MINI_SCALE:g}"
-
-    def _encode_images(self, frames: torch.Tensor) -> torch.Tensor:
-        return MINI_SCALE * self._model.encode_images(frames)
-
-    def _encode_text(self, prompts: list[str]) -> torch.Tensor:
-        return self._model.encode_text(prompts)
 
 
 class OpenClipVLM(VLM):
@@ -211,65 +105,7 @@ class OpenClipVLM(VLM):
         return self._model.encode_text(self._tokenize(prompts).to(self.device))
 
 
-def to_jax(tensor: torch.Tensor) -> jax.Array:
-    """A tensor as JAX's; where both libraries use the same device, nothing is copied or waited for.
-
-    The tensor must not be changed afterwards.
-    """
-    backend = jax.default_backend()
-    if tensor.device.type == ("cuda" if backend == "gpu" else backend):
-        return jnp.from_dlpack(tensor)
-    return jnp.asarray(tensor.cpu().numpy())
-
-
-def load_vlm(
-    name: str,
-    *,
-    weights: str | Path | None = None,
-    pretrained: bool = True,
-    device: str = "auto",
-    seed: int = 0,
-) -> VLM:
-    """Load a frozen VLM.
-
-    Args:
-        name: mini, liv, clip (RN50/openai), or `<open_clip model>/<pretrained tag>`. The tag may be
-            left out where `weights` or `pretrained=False` makes it needless.
-        weights: a local file instead of a download: .safetensors, or .pt holding a state dict.
-        pretrained: False: the same network with random weights drawn from `seed`.
-        device: auto, cpu or cuda.
-        seed: of random weights.
-
-    Raises:
-        UserError: unknown name or device, no network and no file, or a file that does not fit.
-            Files are never unpickled in a way that could execute code.
-    """
-    if weights is not None and not pretrained:
-        raise UserError("--vlm-weights and --no-pretrained exclude each other")
-    if weights is not None:
-        weights = Path(weights).expanduser()
-        if not weights.is_file():
-            reason = "is not a file" if weights.exists() else "no such file"
-            raise UserError(f"--vlm-weights {weights}: {reason}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"unknown device {device!r}: allowed are auto, cpu and cuda")
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("torch finds no CUDA device on this machine: use cpu or auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {"name": name, "weights": weights and str(weights.resolve()),
-                "pretrained": pretrained, "seed": seed}
-    if name == "mini":
-        vlm: VLM = MiniVLM(weights, pretrained, torch.device(device), seed)
-    else:
-        vlm = _load_open_clip(name, weights, pretrained, torch.device(device), seed)
-    vlm.settings = settings
-    return vlm
-
-
-def _load_open_clip(
+def load_open_clip(
     name: str, weights: Path | None, pretrained: bool, device: torch.device, seed: int
 ) -> OpenClipVLM:
     """`load_vlm` for LIV and the models of open_clip; raises as it does."""
@@ -495,17 +331,6 @@ def fold_batch_norm(module: torch.nn.Module) -> None:
             setattr(module, second, nn.Identity())
     for child in children.values():
         fold_batch_norm(child)
-
-
-def state_digest(model: torch.nn.Module) -> str:
-    """The first 12 characters of the sha256 over all weights, of whatever origin."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
 
 
 def fast_precision(device: torch.device) -> str | None:

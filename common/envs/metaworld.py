@@ -1,0 +1,204 @@
+"""The suite of the official Meta-World: its environments, their state, and their pictures."""
+
+import hashlib
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import mujoco
+import numpy as np
+
+from common.cache import cached_arrays
+from common.envs.metaworld_tasks import expert_action, expert_policy, resolve_env_id
+from common.envs.rendering import Camera, Renderer, mesh_settings
+from common.envs.workers import VecEnv
+from common.errors import UserError
+
+OBS_DIM, ACTION_DIM = 39, 4
+MAX_EPISODE_STEPS = 500  # Meta-World's own limit
+CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
+GOALS = ("fixed", "random", "random-hidden")
+# What tasks move in the model itself when they are reset.
+MODEL_FIELDS = ("body_pos", "body_quat", "site_pos", "site_quat", "geom_pos", "geom_quat",
+                "eq_data")
+PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
+# Some tasks keep views of these arrays as attributes, so that what they call an initial position
+# moves along with the simulation.
+VIEWED_FIELDS = ("xpos", "xipos", "site_xpos", "geom_xpos")
+
+
+class VecMetaWorld(VecEnv):
+    """N environments of one task in worker processes.
+
+    Args:
+        env_id: a task of `common.envs.metaworld_tasks`.
+        num_envs: N.
+        seed: decides the fixed goal, or the sequences of random goals.
+        goal: `fixed`: hidden, one per seed, the same in all environments and episodes; `random`:
+            new in every episode and part of the observation; `random-hidden`: new, not observed.
+        camera: what draws the frames; None: none are drawn.
+        show_goal: put the goal into the observation whatever `goal` says (scripted experts need
+            it).
+        max_episode_steps: 1 to 500, physics steps.
+        options: `num_workers`, `action_repeat` and `draw_resets` of `VecEnv`.
+
+    Raises:
+        UserError: an argument is not allowed, or frames cannot be drawn here.
+        WorkerError: a worker has failed.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        num_envs: int,
+        *,
+        seed: int,
+        goal: str = "fixed",
+        camera: Camera | None = None,
+        show_goal: bool = False,
+        max_episode_steps: int = MAX_EPISODE_STEPS,
+        **options: Any,
+    ):
+        env_id = resolve_env_id(env_id)
+        self.engine = f"metaworld {metadata.version('metaworld')}, mujoco {mujoco.__version__}"
+        if goal not in GOALS:
+            raise UserError(f"unknown goal mode {goal!r}; allowed: {', '.join(GOALS)}")
+        if seed < 0:
+            raise UserError(f"seed must not be negative, but is {seed}")
+        if not 1 <= max_episode_steps <= MAX_EPISODE_STEPS:
+            raise UserError(f"max_episode_steps must be 1 to {MAX_EPISODE_STEPS}, not "
+                            f"{max_episode_steps}")
+        env = {"env_id": env_id, "seed": seed, "goal": goal, "show_goal": show_goal}
+        super().__init__(
+            __name__, env, num_envs, obs_dim=OBS_DIM, action_dim=ACTION_DIM, camera=camera,
+            max_episode_steps=max_episode_steps, **options,
+        )
+
+
+# -------------------------------------------------- what a worker uses, see `workers.Suite`
+
+
+def make_env(env_id: str, *, seed: int, index: int, goal: str, show_goal: bool):
+    """One official environment.
+
+    `fixed`: Meta-World's own goal-hidden (or goal-observable) environment of `seed`. `random`: its
+    goals come from a generator of (seed, index), so that they do not depend on the worker.
+    """
+    from metaworld.env_dict import (
+        ALL_V3_ENVIRONMENTS_GOAL_HIDDEN,
+        ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE,
+    )
+
+    if show_goal or goal == "random":
+        env = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{env_id}-goal-observable"](seed=seed)
+    else:
+        env = ALL_V3_ENVIRONMENTS_GOAL_HIDDEN[f"{env_id}-goal-hidden"](seed=seed)
+    if goal != "fixed":
+        env._freeze_rand_vec = False
+        env.seeded_rand_vec = True
+        env.np_random = np.random.default_rng(np.random.SeedSequence((seed, index)))
+    return env
+
+
+def get_env_state(env) -> dict[str, Any]:
+    """Everything that the next steps of an environment depend on."""
+    physics = np.empty(mujoco.mj_stateSize(env.model, PHYSICS))
+    mujoco.mj_getState(env.model, env.data, physics, PHYSICS)
+    plain = bool | int | float | str | np.ndarray | np.generic | None
+    attributes, views = {}, {}
+    for name, value in vars(env).items():
+        if isinstance(value, np.ndarray) and (view := _view_of(env.data, value)):
+            views[name] = view
+        elif isinstance(value, plain):
+            attributes[name] = value.copy() if isinstance(value, np.ndarray) else value
+    return {
+        "physics": physics,
+        "model": {name: getattr(env.model, name).copy() for name in MODEL_FIELDS},
+        "attributes": attributes,
+        "views": views,
+        "rng": env.np_random.bit_generator.state,
+    }
+
+
+def _view_of(data: mujoco.MjData, value: np.ndarray) -> tuple[str, int, int] | None:
+    """The field, first element and size of the simulator's array that `value` is a view of."""
+    for name in VIEWED_FIELDS:
+        field = getattr(data, name)
+        if np.may_share_memory(value, field):
+            return name, (value.ctypes.data - field.ctypes.data) // field.itemsize, value.size
+    return None
+
+
+def set_env_state(env, state: dict[str, Any]) -> None:
+    """Continue from what `get_env_state` returned."""
+    for name, value in state["model"].items():
+        getattr(env.model, name)[:] = value
+    for name, value in state["attributes"].items():
+        setattr(env, name, value.copy() if isinstance(value, np.ndarray) else value)
+    for name, (field, start, size) in state["views"].items():
+        setattr(env, name, getattr(env.data, field).reshape(-1)[start : start + size])
+    env.np_random.bit_generator.state = state["rng"]
+    mujoco.mj_setState(env.model, env.data, state["physics"], PHYSICS)
+    mujoco.mj_forward(env.model, env.data)  # derived quantities; it also moves the warm start ...
+    mujoco.mj_setState(env.model, env.data, state["physics"], PHYSICS)  # ... which is put back
+
+
+def elapsed_steps(env) -> int:
+    """Physics steps since the episode began."""
+    return env.curr_path_length
+
+
+def make_draw(env, camera: Camera) -> Callable[..., np.ndarray]:
+    """`draw(env, first=False)`: the picture of any environment of this one's task; `first`: of an
+    episode, before any step."""
+    renderer = Renderer(env.model, camera)
+
+    def draw(env, first: bool = False) -> np.ndarray:
+        if first:
+            place_goal_marker(env)
+        return renderer.render(env.model, env.data)
+
+    return draw
+
+
+def place_goal_marker(env) -> None:
+    """Put the goal's marker where the goal is: Meta-World does so in `step` only."""
+    for site in env._target_site_config:
+        env._set_pos_site(*site)
+    mujoco.mj_kinematics(env.model, env.data)
+
+
+# ------------------------------------------------------------------------ goal image
+
+
+def goal_image(env_id: str, *, seed: int, goal: str, camera: Camera) -> np.ndarray:
+    """The picture at the scripted expert's first success, uint8 [size, size, 3], cached on disk.
+
+    With a fixed goal it is the run's own; with random goals it is one goal's (B.2 of the paper).
+
+    Raises:
+        UserError: an argument is not allowed, or the expert does not succeed within 500 steps.
+    """
+    env_id = resolve_env_id(env_id)
+    if goal not in GOALS:
+        raise UserError(f"unknown goal mode {goal!r}; allowed: {', '.join(GOALS)}")
+
+    def play() -> dict[str, np.ndarray]:
+        env = make_env(env_id, seed=seed, index=0, goal=goal, show_goal=True)
+        policy = expert_policy(env_id)
+        obs, _ = env.reset()
+        for _ in range(MAX_EPISODE_STEPS):
+            obs, _, _, _, info = env.step(expert_action(policy, obs))
+            if info["success"]:
+                renderer = Renderer(env.model, camera)
+                picture = renderer.render(env.model, env.data)
+                renderer.close()
+                return {"picture": picture}
+        raise UserError(f"the scripted expert fails on {env_id} with seed {seed}, so there is no "
+                        "goal image: use --no-goal-image or another --seed")
+
+    settings = (goal, camera.id, camera.quality, mesh_settings(camera.quality),
+                metadata.version("metaworld"), mujoco.__version__)
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    key = f"{env_id}-{seed}-{camera.size}-{digest}"
+    return cached_arrays("goal_images", key, play)["picture"]

@@ -1,0 +1,85 @@
+"""The flags that all scripts have, and the types that give a flag its range.
+
+A script writes the range of a flag as its type, for example `rho: NotNegativeFloat = 0.05`. Flags
+of plain types (`int`, `float`, `str`, `bool`, tuples of them) may have any value.
+"""
+
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le, MinLen
+
+from common.errors import UserError
+
+PositiveInt = Annotated[int, Ge(1)]
+NotNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NotNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Gt(0), Le(1)]
+Share = Annotated[float, Ge(0), Le(1)]
+PositiveInts = Annotated[tuple[PositiveInt, ...], MinLen(1)]
+
+LARGEST = 2**31 - 1  # counters on the device are int32
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """What is run and how it is recorded; the script's own `Args` add the method."""
+
+    env_id: str = "drawer-open-v3"  # any Meta-World v3 task; v2 names are aliases
+    seed: NotNegativeInt = 0  # seed of everything: goals, networks, exploration, sampling
+    total_timesteps: PositiveInt = 1_000_000  # environment steps, summed over the environments
+    num_envs: PositiveInt = 8  # environments stepped side by side
+    utd: float = 1.0  # updates per environment step (per action, where actions are repeated)
+    eval_every: PositiveInt = 10_000  # environment steps between evaluations of the mean action
+    eval_episodes: NotNegativeInt = 0  # 0: 1 with a fixed goal (deterministic), else 10
+    checkpoint_every: NotNegativeInt = 50_000  # steps between checkpoints; 0: only at the end
+    log_every: PositiveInt = 1_000  # environment steps between rows of metrics
+    run_dir: str | None = None  # default: runs/<env>__<script>__<seed>__<time>
+    resume: str | None = None  # run folder to continue, with the arguments it was started with
+    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
+    wandb_project: str = "furl"  # project for --track
+    capture_video: bool = False  # a video of each evaluation in <run folder>/videos
+    drop_replay: bool = False  # delete the replay's files when the run has finished
+
+    @property
+    def updates_per_iteration(self) -> int:
+        return round(self.utd * self.num_envs)
+
+
+def check_range(value: Any, kind: Any, flag: str) -> None:
+    """Raises:
+        UserError: `value` is outside the range that the type `kind` of `flag` gives.
+    """
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):  # such as PositiveInt | None
+        for member in typing.get_args(kind):
+            check_range(value, member, flag)
+        return
+    limits: tuple[Any, ...] = ()
+    if origin is Annotated:
+        kind, *limits = typing.get_args(kind)
+    if isinstance(value, tuple):
+        if not value and any(isinstance(limit, MinLen) for limit in limits):
+            raise UserError(f"{flag} must not be empty")
+        for element in value:
+            check_range(element, (typing.get_args(kind) or (None,))[0], flag)
+        return
+    limits = [limit for limit in limits if isinstance(limit, Ge | Gt | Le)]
+    if not limits or not isinstance(value, int | float):
+        return
+    for limit in limits:
+        match limit:
+            case Ge(ge=least) if not value >= least:
+                raise UserError(f"{flag} must be {least} or more, not {value}")
+            case Gt(gt=bound) if not value > bound:
+                raise UserError(f"{flag} must be above {bound}, not {value}")
+            case Le(le=most) if not value <= most:
+                raise UserError(f"{flag} must be at most {most}, not {value}")
+    if isinstance(value, int) and value > LARGEST:
+        raise UserError(f"{flag} must be at most {LARGEST}, not {value}")
+    if not math.isfinite(value):
+        raise UserError(f"{flag} must be a finite number, not {value}")

@@ -1,0 +1,138 @@
+"""What the scripts know of a frozen vision-language model.
+
+Embeddings are returned as the model gives them, not normalised: Eq. 5's distance is measured in
+that space. Prompt embeddings are computed once and cached on disk.
+
+torch and open_clip are imported when a model is loaded, not with these modules: they cost seconds
+that `--help` and a misspelt argument need not wait for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.cache import cached_arrays
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_BATCH = 32  # frames per forward pass: RN50 needs some 50 MB each
+
+
+class VLM:
+    """A frozen model.
+
+    Attributes:
+        name: as asked for.
+        id: model, hash of the weights and preprocessing: what a cached embedding depends on.
+        embed_dim: D.
+        frame_size: width and height of its input, pixels; other sizes are resized.
+        crops_itself: whether it cuts off the border of what it is given.
+        settings: arguments of `load_vlm` that give the same model again.
+    """
+
+    name: str
+    id: str
+    embed_dim: int
+    frame_size: int
+    crops_itself: bool = False
+    settings: dict[str, Any]
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def embed_images(self, frames: np.ndarray) -> jax.Array:
+        """RGB uint8 [B, H, W, 3] -> float32 [B, D], on JAX's device.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        import torch
+
+        frames = np.asarray(frames)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise ValueError(
+                f"frames must be uint8 [B, H, W, 3], not {frames.dtype} {list(frames.shape)}"
+            )
+        embeddings = [torch.zeros((0, self.embed_dim), device=self.device)]
+        with torch.inference_mode():
+            for start in range(0, len(frames), MAX_BATCH):
+                part = np.require(frames[start : start + MAX_BATCH], requirements=["C", "W"])
+                batch = torch.from_numpy(part).to(self.device)
+                embeddings.append(self._encode_images(batch).float())
+            return to_jax(torch.cat(embeddings))
+
+    def embed_text(self, prompts: list[str]) -> np.ndarray:
+        """N prompts -> float32 [N, D], from the disk's cache where it has them."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list of strings")
+        empty = np.zeros((0, self.embed_dim), np.float32)
+        return np.concatenate([empty, *(self._embed_prompt(p)[None] for p in prompts)])
+
+    def _embed_prompt(self, prompt: str) -> np.ndarray:
+        import torch
+
+        def compute() -> dict[str, np.ndarray]:
+            with torch.inference_mode():
+                return {"embedding": self._encode_text([prompt]).float().cpu().numpy()[0]}
+
+        key = hashlib.sha256(f"{self.id}\n{prompt}".encode()).hexdigest()[:32]
+        return cached_arrays("prompts", key, compute)["embedding"]
+
+    def _encode_images(self, frames: torch.Tensor) -> torch.Tensor:
+        raise TypeError("use a subclass")
+
+    def _encode_text(self, prompts: list[str]) -> torch.Tensor:
+        raise TypeError("use a subclass")
+
+
+class View(NamedTuple):
+    """What a VLM sees of a scene: pictures of `size` px, of which `margin` px are cut off."""
+
+    size: int  # width and height as drawn, pixels
+    margin: int  # cut off at each side, pixels
+
+    def crop(self, frames: np.ndarray) -> np.ndarray:
+        """[..., size, size, 3] -> [..., size - 2 margin, size - 2 margin, 3]."""
+        kept = slice(self.margin, self.size - self.margin)
+        return frames[..., kept, kept, :]
+
+
+def view_for(vlm: VLM) -> View:
+    """The view that a VLM is given.
+
+    FuRL's authors draw 256 px and keep rows and columns 32 to 224, which their CLIP resizes to its
+    224 px (fuyw/FuRL, `crop_center`): the same share of the picture here for models of any input
+    size. `mini` was trained on whole pictures and cuts off their border itself.
+    """
+    if vlm.crops_itself:
+        return View(vlm.frame_size, 0)
+    size = 256 * vlm.frame_size // 224
+    return View(size, size // 8)
+
+
+def to_jax(tensor: torch.Tensor) -> jax.Array:
+    """A tensor as JAX's; where both libraries use the same device, nothing is copied or waited for.
+
+    The tensor must not be changed afterwards.
+    """
+    backend = jax.default_backend()
+    if tensor.device.type == ("cuda" if backend == "gpu" else backend):
+        return jnp.from_dlpack(tensor)
+    return jnp.asarray(tensor.cpu().numpy())
+
+
+def state_digest(model: torch.nn.Module) -> str:
+    """The first 12 characters of the sha256 over all weights, of whatever origin."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
