@@ -20,6 +20,7 @@ import tyro
 
 from common.cli import PositiveInt, check_range, run_script
 from common.errors import UserError
+from common.logger import show
 from tools.results_page import write_page
 from tools.results_runs import Run, check_runs, find_runs, name_methods, write_runs
 
@@ -48,7 +49,8 @@ def main(args: Args) -> list[Run]:
     for source in args.runs:
         found, about = find_runs(source, args.label)
         if "preset" in about and output is None:
-            output = Path("results") / about["preset"]
+            preset = about["preset"]
+            output = Path("results") / (about["name"] if preset == "none" else preset)
         if "title" in about and output is None:
             output = Path(source)
         if title is None and about:
@@ -61,8 +63,8 @@ def main(args: Args) -> list[Run]:
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps({"title": title}) + "\n")
     write_runs(output, runs)
-    print(write_page(output, title, runs))
-    print(f"written: {output}/README.md, table.csv, curves.png, index.html and the rest")
+    show(write_page(output, title, runs))
+    show(f"written: {output}/README.md, table.csv, curves.png, index.html and the rest")
     return runs
 
 

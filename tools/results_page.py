@@ -2,9 +2,8 @@
 
 import base64
 import csv
-import io
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from common.tasks import MT10
-from tools.paper_numbers import ORDER, find_column, paper_success
+from tools.paper_numbers import ORDER, find_column
 from tools.results_runs import Run
 from tools.results_statistics import (
+    NONE,
     RESAMPLES,
     Interval,
     interquartile_mean,
@@ -30,8 +30,9 @@ from tools.results_statistics import (
 )
 
 matplotlib.use("Agg")
-# Okabe and Ito's, which the colour-blind can tell apart; then the same with dashes.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c")
+# Okabe and Ito's, which the colour-blind can tell apart; the last method, which readers look for
+# first, has the first. More methods have them with dashes.
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c")
 DASHES = ("-", "--", ":")
 MEASURES = ("success_at_end", "held", "success_once")
 
@@ -55,85 +56,88 @@ class Results:
     """Runs by method and task, and what is computed of them.
 
     Attributes:
-        methods: names and labels, in the paper's order.
+        runs: ordered by seed.
+        names: what readers see of each method, in the paper's order.
+        columns: the paper's table and column for those methods that have one.
         tasks: all, MT10's first, in the paper's order.
-        common: those that every method has, over which means are taken.
-        scores: success at the last step, held success and success at any step of each run's last
-            evaluation, [runs] by (measure, method, task).
+        common: those that every method has; means are over them.
+        scores: [runs] by (measure, method, task), of the last evaluation; held of the last quarter.
     """
 
     def __init__(self, runs: list[Run]):
         self.runs = sorted(runs, key=lambda run: run.seed)
         labels = {run.method: run.label for run in runs}
-        rank = {label: i for i, label in enumerate(ORDER)}
-        self.methods = dict(sorted(labels.items(),
-                                   key=lambda item: (rank.get(item[1], len(rank)), item[1])))
-        rank = {task: i for i, task in enumerate(MT10)}
-        self.tasks = sorted({run.task for run in runs}, key=lambda t: (rank.get(t, len(rank)), t))
-        self.common = [task for task in self.tasks
-                       if all(self.of(method, task) for method in self.methods)]
+        twice = [label for label, count in Counter(labels.values()).items() if count > 1]
+        ordered = sorted(labels, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
+        self.names = {m: m if labels[m] in twice else labels[m] for m in ordered}
+        self.columns = {run.method: found for run in runs
+                        if (found := find_column(run.method, str(run.args.get("goal"))))}
+        self.tasks = sorted({run.task for run in runs},
+                            key=lambda t: (MT10.index(t) if t in MT10 else len(MT10), t))
+        self.groups = defaultdict(list)
+        for run in self.runs:
+            self.groups[run.method, run.task].append(run)
+        self.common = [t for t in self.tasks if all((m, t) in self.groups for m in self.names)]
         self.scores = {}
-        for method in self.methods:
-            for task in self.tasks:
-                group = self.of(method, task)
-                values = ([run.success_at_end[-1] for run in group],
-                          [is_held(run.env_steps, run.success_at_end, run.budget) for run in group],
-                          [run.success_once[-1] for run in group])
-                for measure, value in zip(MEASURES, values, strict=True):
-                    self.scores[measure, method, task] = np.array(value, float)
-
-    def of(self, method: str, task: str) -> list[Run]:
-        return [run for run in self.runs if (run.method, run.task) == (method, task)]
-
-    def goal(self, method: str) -> str:
-        return next(str(run.args.get("goal")) for run in self.runs if run.method == method)
+        for (method, task), group in self.groups.items():
+            values = ([run.success_at_end[-1] for run in group],
+                      [is_held(run.env_steps, run.success_at_end, run.budget) for run in group],
+                      [run.success_once[-1] for run in group])
+            for measure, value in zip(MEASURES, values, strict=True):
+                self.scores[measure, method, task] = np.array(value, float)
 
     def samples(self, method: str, measure: str = MEASURES[0]) -> list[np.ndarray]:
         """Scores [runs] of each common task."""
         return [self.scores[measure, method, task] for task in self.common]
 
-    def by_seed(self, method: str) -> np.ndarray:
-        """Success at the last step of the seeds that have all common tasks, [seeds, tasks]."""
-        found = defaultdict(dict)
+    def complete_seeds(self, method: str) -> dict[int, list[Run]]:
+        """The runs on the common tasks of the seeds that have them all."""
+        seeds = defaultdict(list)
         for run in self.runs:
             if run.method == method and run.task in self.common:
-                found[run.seed][run.task] = run.success_at_end[-1]
-        complete = [[one[task] for task in self.common] for one in found.values()
-                    if len(one) == len(self.common)]
-        return np.array(complete).reshape(-1, len(self.common))
+                seeds[run.seed].append(run)
+        return {seed: runs for seed, runs in seeds.items() if len(runs) == len(self.common)}
 
-    def records(self) -> list[dict[str, Any]]:
-        """table.csv: a row for each cell, and one for each method's mean over the common tasks."""
-        rows = []
-        for method, label in self.methods.items():
-            goal = self.goal(method)
+    def paper(self, method: str, tasks: list[str]) -> dict[str, float | None]:
+        """The paper's mean over `tasks`, and its standard deviation where it gives one, 0 to 1."""
+        if method not in self.columns or not set(tasks) <= set(MT10):
+            return {}
+        column = self.columns[method][1]
+        rows = [MT10.index(task) for task in tasks]
+        std = column.stds[rows[0]] if len(rows) == 1 else (
+            column.average_std if len(rows) == len(MT10) else None)
+        return {"paper": float(np.mean([column.means[row] for row in rows])) / 100,
+                "paper_std": std if std is None else std / 100}
+
+    def records(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """The rows of table.csv: each cell, and each method's mean over the common tasks."""
+        rows = {}
+        for method in self.names:
             for task in self.tasks:
-                values = [self.scores[measure, method, task] for measure in MEASURES]
-                if not len(values[0]):
-                    continue
-                low, high = interval_of_cell(values[0])
-                row = {"method": label, "task": task, "runs": len(values[0]),
-                       **{m: v.mean() for m, v in zip(MEASURES, values, strict=True)},
-                       "low": low, "high": high, "paper": paper_success(label, goal, task)}
-                rows.append(row)
-            if not self.common:
-                continue
-            samples, by_seed = self.samples(method), self.by_seed(method)
-            low, high = interval_over_runs(samples, mean_of_tasks)
-            iqm_low, iqm_high = interval_over_runs(samples, interquartile_mean)
-            papers = [paper_success(label, goal, task) for task in self.common]
-            rows.append({
-                "method": label, "task": "mean", "runs": sum(map(len, samples)),
-                **{m: mean_of_tasks(*self.samples(method, m)) for m in MEASURES},
-                "low": low, "high": high, "std_of_seeds": std_of_seeds(by_seed),
-                "iqm": interquartile_mean(*samples), "iqm_low": iqm_low, "iqm_high": iqm_high,
-                "paper": None if None in papers else np.mean(papers)})
+                if (method, task) in self.groups:
+                    scores = [self.scores[measure, method, task] for measure in MEASURES]
+                    low, high = interval_of_cell(scores[0])
+                    rows[method, task] = {
+                        "method": self.names[method], "task": task, "runs": len(scores[0]),
+                        **{m: value.mean() for m, value in zip(MEASURES, scores, strict=True)},
+                        "low": low, "high": high, **self.paper(method, [task])}
+            if self.common:
+                samples, seeds = self.samples(method), self.complete_seeds(method)
+                ends = [[run.success_at_end[-1] for run in runs] for runs in seeds.values()]
+                low, high = interval_over_runs(samples, mean_of_tasks)
+                iqm_low, iqm_high = interval_over_runs(samples, interquartile_mean)
+                rows[method, "mean"] = {
+                    "method": self.names[method], "task": "mean", "runs": sum(map(len, samples)),
+                    **{m: mean_of_tasks(*self.samples(method, m)) for m in MEASURES},
+                    "low": low, "high": high, **self.paper(method, self.common),
+                    "std_of_seeds": std_of_seeds(np.array(ends)),
+                    "iqm": interquartile_mean(*samples), "iqm_low": iqm_low, "iqm_high": iqm_high}
         return rows
 
     def improvements(self) -> dict[tuple[str, str], tuple[float, Interval]]:
         """Probability of improvement of each method over each other."""
         found = {}
-        names = list(self.methods) if self.common else []
+        names = list(self.names) if self.common else []
         for i, ours in enumerate(names):
             for theirs in names[:i]:
                 share, (low, high) = probability_of_improvement(
@@ -146,87 +150,75 @@ class Results:
 # ------------------------------------------------------------------------------- tables
 
 
-def percent(value: float | None, interval: Interval | None = None) -> str:
+def percent(value: float | None, interval: Interval = NONE, std: float | None = None) -> str:
+    """A share as text: "60 (23 to 88) ± 49"."""
     if value is None or math.isnan(value):
         return "–"
-    if interval is None or math.isnan(interval[0]):
-        return f"{100 * value:.3g}"
-    return f"{100 * value:.3g} ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
+    text = f"{100 * value:.3g}"
+    if not math.isnan(interval[0]):
+        text += f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
+    return text if std is None or math.isnan(std) else f"{text} ± {100 * std:.3g}"
 
 
-def make_tables(results: Results, records: list[dict[str, Any]]) -> list[Table]:
-    """The tables of the page: by task, over all tasks, comparison, and how the runs were made."""
-    cells = {(row["method"], row["task"]): row for row in records}
-    labels = list(results.methods.values())
-    columns = {label: find_column(label, results.goal(m)) for m, label in results.methods.items()}
-    rows = []
-    for task in [*results.tasks, "mean"]:
-        line = [task]
-        for label in labels:
-            row = cells.get((label, task))
-            ours = percent(row["success_at_end"], (row["low"], row["high"])) if row else "–"
-            if row and task == "mean" and not math.isnan(row["std_of_seeds"]):
-                ours += f" ± {100 * row['std_of_seeds']:.3g}"
-            line.append(ours)
-            if columns[label]:
-                method = next(m for m, name in results.methods.items() if name == label)
-                line.append(percent(row["paper"] if row else paper_success(
-                    label, results.goal(method), task)))
-        rows.append(line)
-    head = ["task"]
-    for label in labels:
-        head += [f"{label} (ours)", f"{label} (paper, {columns[label][0]})"] if columns[
-            label] else [label]
-    budget = results.runs[0].budget
-    mean_note = ""
-    if len(results.common) < len(results.tasks):
-        mean_note = f" Means are over the {len(results.common)} tasks that every method has."
+def make_tables(results: Results, records: dict, improvements: dict) -> list[Table]:
+    """What the page shows: by task, over all tasks, comparison, and how the runs were made."""
+    names, head, rows, empty = results.names, ["task"], [], {"success_at_end": None}
+    for method, name in names.items():
+        head.append(name)
+        if method in results.columns:
+            head.append(f"{name}, paper")
+    for task in [*results.tasks, *["mean"] * (len(results.common) > 1)]:
+        rows.append([task])
+        for method in names:
+            row = records.get((method, task), empty)
+            rows[-1].append(percent(row["success_at_end"], (row.get("low"), row["high"]) if
+                                    "high" in row else NONE, row.get("std_of_seeds")))
+            if method in results.columns:
+                paper = row if row is not empty else results.paper(method, [task])
+                rows[-1].append(percent(paper.get("paper"), std=paper.get("paper_std")))
+    few = "" if len(results.common) == len(results.tasks) else (
+        f" Means are over the {len(results.common)} tasks that every method has.")
+    tables = " and ".join(sorted({table for table, _ in results.columns.values()}))
+    paper = tables and (f" The paper's numbers are those of its {tables}: 1,000,000 steps, LIV or "
+                        "CLIP as the VLM.")
     by_task = Table(
-        "Success at the last step, by task",
-        f"Percent of the evaluation after {budget:,} steps. In brackets the 95 % interval: of a "
-        "cell Wilson's (of shares of episodes a bootstrap over seeds), of the mean a bootstrap "
-        "stratified by task; ± is the standard deviation over seeds of the mean over tasks."
-        f"{mean_note} The paper's runs have 1,000,000 steps, and other VLMs than `mini`.",
-        head, rows)
-    rows = []
-    for label in labels:
-        row = cells.get((label, "mean"))
-        if row:
-            rows.append([label, str(row["runs"]), percent(row["success_at_end"]),
-                         percent(row["iqm"], (row["iqm_low"], row["iqm_high"])),
-                         percent(row["held"]), percent(row["success_once"])])
+        "Success at the last step",
+        f"Percent of the evaluation after {results.runs[0].budget:,} steps. In brackets the 95 % "
+        "interval: of a cell Wilson's (of shares of episodes a bootstrap over seeds), of the mean "
+        "a bootstrap stratified by task; ± is the standard deviation over seeds, of the mean that "
+        f"of each seed's mean over the tasks.{few}{paper}", head, rows)
     overall = Table(
         "Over all tasks",
-        "IQM: mean of the middle half of all runs, with its stratified bootstrap. Held: success at "
-        "the last step in at least 90 % of the evaluations of the last quarter of the run. Once: "
-        "success at any step of the episode.",
-        ["method", "runs", "at the end", "IQM", "held", "once"], rows)
-    found = results.improvements()
-    rows = [[mine, *(percent(*found[a, b]) if a != b else "" for b in results.methods)]
-            for a, mine in results.methods.items()] if found else []
+        "IQM: mean of the middle half of all runs, with its stratified bootstrap. Held: share of "
+        "runs with success at the last step in at least 90 % of the evaluations of their last "
+        "quarter. Once: success at any step of the episode.",
+        ["method", "runs", "at the end", "IQM", "held", "once"],
+        [[row["method"], str(row["runs"]), percent(row["success_at_end"]),
+          percent(row["iqm"], (row["iqm_low"], row["iqm_high"])), percent(row["held"]),
+          percent(row["success_once"])]
+         for (_, task), row in records.items() if task == "mean"])
     comparison = Table(
         "Probability of improvement",
         "How often, in percent, a run of the row's method is better at its end than one of the "
         "column's on the same task; ties count half; mean over tasks, stratified bootstrap.",
-        ["", *labels], rows)
-    return [table for table in (by_task, overall, comparison, made_table(results)) if table.rows]
-
-
-def made_table(results: Results) -> Table:
-    rows = []
-    for method, label in results.methods.items():
+        ["", *names.values()],
+        [[name, *(percent(*improvements[a, b]) if a != b else "" for b in names)]
+         for a, name in names.items() if improvements])
+    made = []
+    for method, name in names.items():
         runs = [run for run in results.runs if run.method == method]
-        hardware = sorted({describe_hardware(run.about.get("hardware", {})) for run in runs})
-        commits = sorted({str(run.about.get("commit"))[:7] for run in runs})
-        seconds = [run.seconds[-1] for run in runs]
-        hours = f"{np.mean(seconds) / 3600:.2g}" if not np.isnan(seconds).any() else "–"
-        rows.append([label, f"`{runs[0].about['command']}`", ", ".join(commits),
-                     str(runs[0].about.get("vlm_id") or "–"), "; ".join(hardware), hours])
-    return Table(
+        hours = np.mean([run.seconds[-1] for run in runs]) / 3600
+        made.append([
+            name, runs[0].about["command"],
+            ", ".join(sorted({str(run.about.get("commit"))[:7] for run in runs})),
+            str(runs[0].about.get("vlm_id") or "–"),
+            "; ".join(sorted({describe_hardware(run.about["hardware"]) for run in runs})),
+            "–" if math.isnan(hours) else f"{hours:.2g}"])
+    how = Table(
         "How they were made",
-        "The command of one run of each method; the JSON files beside the CSVs have all of them, "
-        "with the versions of the packages.",
-        ["method", "command of one run", "commits", "VLM", "hardware", "hours a run"], rows)
+        "The JSON files beside the CSVs have every run's command, and the versions of packages.",
+        ["method", "command of one run", "commits", "VLM", "hardware", "hours a run"], made)
+    return [table for table in (by_task, overall, comparison, how) if table.rows]
 
 
 def describe_hardware(hardware: dict[str, Any]) -> str:
@@ -236,8 +228,9 @@ def describe_hardware(hardware: dict[str, Any]) -> str:
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    fields = list(dict.fromkeys(key for row in records for key in row))
+    """A CSV with a column for each key; what is not known is left empty."""
     with open(path, "w", newline="") as file:
+        fields = list(dict.fromkeys(key for row in records for key in row))
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
         for row in records:
@@ -273,15 +266,12 @@ def curve(runs: list[Run], by_time: bool) -> tuple[np.ndarray, np.ndarray] | Non
 
 def mean_curve(results: Results, method: str, by_time: bool):
     """The same of the mean over the common tasks, of the seeds that have them all."""
-    runs = [run for run in results.runs if run.method == method and run.task in results.common]
-    seeds = [seed for seed in sorted({run.seed for run in runs})
-             if sum(run.seed == seed for run in runs) == len(results.common)]
-    runs = [run for run in runs if run.seed in seeds]
-    found = curve(runs, by_time)
+    seeds = results.complete_seeds(method)
+    found = curve([run for runs in seeds.values() for run in runs], by_time)
     if found is None:
         return None
     x, values = found
-    return x, np.array([values[[run.seed == seed for run in runs]].mean(0) for seed in seeds])
+    return x, values.reshape(len(seeds), len(results.common), -1).mean(1)
 
 
 def plot_curves(results: Results, by_time: bool):
@@ -292,12 +282,12 @@ def plot_curves(results: Results, by_time: bool):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    panels = {task: lambda m, task=task: curve(results.of(m, task), by_time)
+    panels = {task: lambda m, task=task: curve(results.groups.get((m, task), []), by_time)
               for task in results.tasks}
     if len(results.common) > 1:
         panels["mean"] = lambda m: mean_curve(results, m, by_time)
     data = {(name, method): found for name, make in panels.items()
-            for method in results.methods if (found := make(method)) is not None}
+            for method in results.names if (found := make(method)) is not None}
     if not data:
         return None
     longest = max(x[-1] for x, _ in data.values())
@@ -309,19 +299,20 @@ def plot_curves(results: Results, by_time: bool):
         figure, axes = plt.subplots(rows, columns, sharey=True, squeeze=False, layout="constrained",
                                     figsize=(max(2.1 * columns, 4.6), 1.75 * rows + 0.75))
         for axis, name in zip(axes.flat, panels, strict=False):
-            for number, (method, label) in enumerate(results.methods.items()):
+            for number, method in enumerate(reversed(results.names)):
                 if (name, method) not in data:
                     continue
                 x, values = data[name, method]
                 colour = COLOURS[number % len(COLOURS)]
-                axis.plot(x / scale, 100 * values.mean(0), color=colour, lw=1.3, label=label,
+                axis.plot(x / scale, 100 * values.mean(0), color=colour, lw=1.3,
+                          label=results.names[method], zorder=3 - number / 100,
                           ls=DASHES[number // len(COLOURS) % len(DASHES)])
                 if len(values) > 1:
                     band = bootstrap((values,), np.mean, axis=0, n_resamples=RESAMPLES // 2,
                                      method="percentile", rng=np.random.default_rng(0),
                                      batch=100).confidence_interval
                     axis.fill_between(x / scale, 100 * band.low, 100 * band.high, color=colour,
-                                      alpha=0.15, lw=0)
+                                      alpha=0.13, lw=0)
             axis.set_title("mean of the tasks" if name == "mean" else name.removesuffix("-v3"),
                            fontsize=8, fontweight="bold" if name == "mean" else "normal")
             axis.set_ylim(-3, 103)
@@ -336,23 +327,22 @@ def plot_curves(results: Results, by_time: bool):
         figure.supylabel("success at the last step (%)", fontsize=8)
         handles = {label: handle for axis in axes.flat for handle, label in
                    zip(*axis.get_legend_handles_labels(), strict=True)}
-        labels = [label for label in results.methods.values() if label in handles]
+        labels = [label for label in results.names.values() if label in handles]
         figure.legend([handles[label] for label in labels], labels, frameon=False, fontsize=8,
                       loc="outside upper center", ncols=min(len(labels), 2 * columns, 5))
         return figure
 
 
 def save_figure(figure, path: Path) -> str:
-    """Write `path`.png and .svg, the same bytes each time; returns the SVG as a data URL."""
+    """Write `path`.png and .svg, the same bytes each time; returns the PNG as a data URL."""
     import matplotlib.pyplot as plt
 
     with plt.rc_context({"svg.hashsalt": "furl"}):
         figure.savefig(path.with_suffix(".png"), dpi=200, metadata={"Software": None})
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
-    path.with_suffix(".svg").write_bytes(buffer.getvalue())
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    encoded = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
+    return f"data:image/png;base64,{encoded}"
 
 
 # --------------------------------------------------------------------------------- page
@@ -361,13 +351,12 @@ def save_figure(figure, path: Path) -> str:
 def write_page(output: Path, title: str, runs: list[Run]) -> str:
     """Write tables, curves and the page into `output`; returns the tables as Markdown."""
     results = Results(runs)
-    records = results.records()
-    tables = make_tables(results, records)
-    write_records(output / "table.csv", records)
+    records, improvements = results.records(), results.improvements()
+    tables = make_tables(results, records, improvements)
+    write_records(output / "table.csv", list(records.values()))
     write_records(output / "improvement.csv", [
-        {"method": results.methods[a], "over": results.methods[b], "probability": share,
-         "low": low, "high": high} for (a, b), (share, (low, high)) in
-        sorted(results.improvements().items())])
+        {"method": results.names[a], "over": results.names[b], "probability": share,
+         "low": low, "high": high} for (a, b), (share, (low, high)) in improvements.items()])
     pictures = {}
     for name, caption, by_time in (("curves", "Success over environment steps", False),
                                    ("wall_clock", "Success over wall-clock", True)):
@@ -375,7 +364,7 @@ def write_page(output: Path, title: str, runs: list[Run]) -> str:
         if figure is not None:
             pictures[name] = caption, save_figure(figure, output / name)
     about = (f"{len(runs)} runs of {runs[0].budget:,} environment steps: "
-             f"{len(results.methods)} methods, {len(results.tasks)} tasks.")
+             f"{len(results.names)} methods, {len(results.tasks)} tasks.")
     band = ("Lines: mean over seeds, of each run the mean of its last evaluations (a twentieth of "
             "all); bands: 95 % interval of the mean over seeds, by a bootstrap.")
     text = "\n".join(table.markdown() for table in tables)

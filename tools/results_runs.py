@@ -160,7 +160,7 @@ def read_grid(folder: Path, grid: dict[str, Any]) -> list[Run]:
                 else:
                     missing += 1
     if missing:
-        note(f"{folder}: {missing} of {missing + len(runs)} cells have not begun")
+        note(f"{folder}: no run yet in {missing} of {missing + len(runs)} cells")
     return runs
 
 
