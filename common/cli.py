@@ -38,7 +38,7 @@ PositiveInts = Annotated[tuple[PositiveInt, ...], MinLen(1)]
 
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE = {"resume", "total_timesteps", "eval_every", "checkpoint_every", "log_every", "track",
-              "wandb_project", "capture_video", "drop_replay"}
+              "wandb_project", "wandb_entity", "capture_video", "drop_replay"}
 # The smallest values of the flags that shared code reads, whatever script they belong to.
 LEAST = {"seed": 0, "total_timesteps": 1, "eval_every": 1, "eval_episodes": 0, "log_every": 1,
          "checkpoint_every": 0, "num_envs": 1, "action_repeat": 1, "camera_id": 0,

@@ -69,7 +69,8 @@ class Run:
     def _open_logger(self, resume_from: int | None) -> Logger:
         return Logger(
             self.dir, self.config, track=self.args.track, project=self.args.wandb_project,
-            total_timesteps=self.args.total_timesteps, resume_from=resume_from,
+            entity=self.args.wandb_entity, total_timesteps=self.args.total_timesteps,
+            resume_from=resume_from,
         )
 
     def begin(self, state: Any, buffers: Any, envs: Any) -> tuple[int, Any, Any, np.ndarray]:
@@ -151,6 +152,7 @@ class Run:
     def log_evaluation(self, env_steps: int, evaluation: dict[str, float]) -> None:
         self.evaluation = {key: float(value) for key, value in evaluation.items()}
         self.logger.log(env_steps, self.evaluation)
+        self.logger.log_video(env_steps, self.video_path(env_steps))
 
     def log_training(self, env_steps: int, stage: str, metrics: dict[str, Any]) -> None:
         """Write a row of metrics and refresh the live line.
