@@ -11,10 +11,17 @@ import pytest
 
 from common.errors import UserError
 from common.tasks import MT10
-from tools import results, results_page, results_runs, results_statistics, wandb_report
+from tools import (
+    results,
+    results_curves,
+    results_page,
+    results_runs,
+    results_statistics,
+    wandb_report,
+)
 from tools.paper_numbers import TABLES, find_column
-from tools.results_page import Results
 from tools.results_runs import Run, make_run
+from tools.results_summary import Results
 
 
 def a_run(method: str, task: str, seed: int, at_end, *, every: int = 100, **changes) -> Run:
@@ -146,10 +153,10 @@ def test_means_are_over_the_tasks_that_all_methods_have():
     assert found.tasks == ["push-v3", "reach-v3"] and found.common == ["reach-v3"]
     assert records["sac", "mean"]["success_at_end"] == 0.5
     assert records["sac", "mean"]["paper"] == 0.6 and records["furl", "mean"]["paper"] == 1
-    assert records["sac", "mean"]["std_of_seeds"] == 0.5
+    assert records["sac", "mean"]["std"] == 0.5
     assert found.improvements()["furl", "sac"][0] == 0.75
     text = results_page.make_tables(found, records, found.improvements())[0].markdown()
-    assert "Means are over the 1 tasks" in text and "| – |" in text
+    assert "Means are over the tasks that every method has: reach-v3." in text and "| – |" in text
 
 
 # --------------------------------------------------------------------------- run folders
@@ -207,7 +214,7 @@ def test_a_grid_gives_names_and_where_to_write(tmp_path, monkeypatch, capsys):
     assert [(run.method, run.label, run.seed) for run in runs] == [
         ("furl-random", "FuRL", 0), ("furl-random", "FuRL", 1)]
     text = (tmp_path / "results/laptop/README.md").read_text()
-    assert text.startswith("# table2, preset laptop\n") and "| 40 (40 to 40) | 6 ± 8 |" in text
+    assert text.startswith("# table2, preset laptop\n") and "| 40 (40 to 40) ± 0 | 6 ± 8 |" in text
     assert "no run yet in 1 of 3 cells" in capsys.readouterr().err
 
 
@@ -268,20 +275,20 @@ def test_what_cannot_be_in_one_table_is_one_line(tmp_path, refused, capfd):
 def test_curves_are_means_over_seeds_on_a_common_axis():
     quick = a_run("furl", "push-v3", 0, [0, 1])
     slow = a_run("furl", "push-v3", 1, [0, 0.5], seconds=np.array([20.0, 40]))
-    x, values = results_page.curve([quick, slow], by_time=False)
+    x, values = results_curves.curve([quick, slow], by_time=False)
     assert x.tolist() == [100, 200] and values.tolist() == [[0, 1], [0, 0.5]]
-    x, values = results_page.curve([quick, slow], by_time=True)
+    x, values = results_curves.curve([quick, slow], by_time=True)
     assert (x[0], x[-1]) == (20, 40)
     assert values[0].tolist() == [1] * len(x), "a run that has ended keeps its last value"
     assert values[1, -1] == 0.5 and values[1, 0] == 0
     long = a_run("furl", "push-v3", 2, [0] * 20 + [1] * 20)  # mean of the last two evaluations
-    assert results_page.curve([long], by_time=False)[1][0, 19:22].tolist() == [0, 0.5, 1]
+    assert results_curves.curve([long], by_time=False)[1][0, 19:22].tolist() == [0, 0.5, 1]
 
 
 def test_the_figure_has_a_panel_for_each_task_and_for_the_mean():
     runs = [a_run(method, task, seed, [0, value]) for method, value in (("sac", 0), ("furl", 1))
             for task in ("reach-v3", "push-v3") for seed in (0, 1)]
-    figure = results_page.plot_curves(Results(runs), by_time=False)
+    figure = results_curves.plot_curves(Results(runs), by_time=False)
     panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
     assert list(panels) == ["push", "reach", "mean of the tasks"]
     for axis in panels.values():
@@ -289,7 +296,7 @@ def test_the_figure_has_a_panel_for_each_task_and_for_the_mean():
         assert lines == {"sac": [0, 0], "furl": [0, 100]}
         assert len(axis.collections) == 2, "a band for each method"
     no_time = [a_run("sac", "push-v3", 0, [0, 1], seconds=np.full(2, np.nan))]
-    assert results_page.plot_curves(Results(no_time), by_time=True) is None
+    assert results_curves.plot_curves(Results(no_time), by_time=True) is None
 
 
 # ---------------------------------------------------------------------- Weights & Biases

@@ -17,11 +17,11 @@ from common.cli import MAY_CHANGE, flag_of
 from common.errors import UserError
 from common.logger import read_config
 
-HEADER = ("seed", "env_steps", "success_once", "success_at_end")
+HEADER = "seed,env_steps,success_once,success_at_end"
 EVALUATION = ("eval/success_once", "eval/success_at_end")
 SPEED = "time/steps_per_second"
 # Flags that do not make a method: which task, which seed, and how the run is kept and watched.
-NO_METHOD = MAY_CHANGE | {"env_id", "seed", "run_dir", "eval_episodes"}
+NO_METHOD = MAY_CHANGE | {"env_id", "seed", "run_dir", "eval_episodes", "vlm_weights"}
 ABOUT = ("run_id", "command", "commit", "versions", "engine", "vlm_id")
 HARDWARE = ("cpu_count", "num_cores", "jax_devices", "gl")
 
@@ -36,7 +36,7 @@ class Run:
         task, seed: of the run.
         budget: its environment steps.
         env_steps, success_once, success_at_end: [n], of its evaluations.
-        seconds: [n], wall-clock until each of them; NaN if its speed was not logged.
+        seconds: [n], wall-clock until each of them, whole ones; NaN if its speed was not logged.
         about: command, commit, versions, hardware.
         place: where it was read, for messages.
     """
@@ -96,7 +96,13 @@ def find_runs(source: str, label: str | None) -> tuple[list[Run], dict[str, Any]
     if not folders:
         raise UserError(f"{folder}: not a run folder (it has no config.json), and neither a grid's "
                         "nor a results folder")
-    return [read_run(path, label) for path in folders], {}
+    runs = []
+    for path in folders:
+        try:
+            runs.append(read_run(path, label))
+        except UserError as error:  # such as one that was killed as it began
+            note(f"left out: {error}")
+    return runs, {}
 
 
 def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], label: str | None,
@@ -131,7 +137,8 @@ def wall_clock(speeds: list[tuple[int, float]], env_steps: np.ndarray) -> np.nda
         return np.full(len(env_steps), np.nan)
     steps, rates = np.array(sorted(speeds)).T
     steps = np.concatenate([[0], steps])
-    return np.interp(env_steps, steps, np.concatenate([[0], np.cumsum(np.diff(steps) / rates)]))
+    seconds = np.concatenate([[0], np.cumsum(np.diff(steps) / rates)])
+    return np.round(np.interp(env_steps, steps, seconds))
 
 
 def read_run(folder: Path, label: str | None = None, method: str | None = None) -> Run:
@@ -294,21 +301,24 @@ def write_runs(output: Path, runs: list[Run]) -> None:
         groups[run.method, run.task].append(run)
     for (method, task), group in groups.items():
         (output / method).mkdir(parents=True, exist_ok=True)
-        with open(output / method / f"{task}.csv", "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(HEADER)
-            for run in group:
-                writer.writerows(
-                    (run.seed, step, f"{once:g}", f"{at_end:g}") for step, once, at_end in
-                    zip(run.env_steps, run.success_once, run.success_at_end, strict=True))
+        rows = [f"{run.seed},{step},{once:.8g},{at_end:.8g}" for run in group for step, once, at_end
+                in zip(run.env_steps, run.success_once, run.success_at_end, strict=True)]
+        write_whole(output / method / f"{task}.csv", "\n".join([HEADER, *rows]) + "\n")
         first = group[0]
         made = [{"seed": run.seed, **run.about, "seconds": [] if np.isnan(run.seconds).any() else
-                 [round(s) for s in run.seconds.tolist()]} for run in group]
+                 [int(second) for second in run.seconds]} for run in group]
         data = {"label": first.label, "script": first.script, "task": task, "budget": first.budget,
                 "args": first.args, "runs": made}
         text = json.dumps(data, indent=1)
         text = re.sub(r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()), text)
-        (output / method / f"{task}.json").write_text(text + "\n")
+        write_whole(output / method / f"{task}.json", text + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file, whose earlier content stays until the new one is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def note(text: str) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 from common.cli import run_script
 from common.errors import UserError
-from tools.results_page import Results, make_tables
+from tools.results_page import make_tables
 from tools.results_runs import check_runs, find_runs, name_methods
+from tools.results_summary import Results
 
 CURVES = ("eval/success_at_end", "eval/success_once", "charts/success_once")
 
@@ -79,10 +80,8 @@ def what_makes(results: Results, method: str) -> dict[str, Any]:
 
 
 def main(args: Args) -> None:
-    if args.results:
-        runs, _ = find_runs(str(args.results), None)
-    else:
-        runs, _ = find_runs("wandb:" + "/".join(filter(None, [args.entity, args.project])), None)
+    source = args.results or "wandb:" + "/".join(filter(None, [args.entity, args.project]))
+    runs, _ = find_runs(str(source), None)
     results = Results(check_runs(name_methods(runs), args.budget))
     if args.dry_run:
         report = make_report(args, args.entity or "entity", results)
@@ -90,9 +89,9 @@ def main(args: Args) -> None:
         args.dry_run.write_text(json.dumps(json.loads(spec), indent=1) + "\n")
         print(f"written: {args.dry_run}; nothing was sent")
         return
-    try:
-        import wandb
+    import wandb
 
+    try:
         report = make_report(args, args.entity or wandb.Api().default_entity, results)
         report.save()
     except UserError:
