@@ -254,6 +254,8 @@ def test_what_cannot_be_in_one_table_is_one_line(tmp_path, refused, capfd):
     refused(results, [str(tmp_path / "a")], "say where to write")
     with pytest.raises(UserError, match="no finished run"):
         run_tool(tmp_path / "unfinished", output=tmp_path / "out")
+    with pytest.raises(UserError, match="no finished run"):
+        run_tool(tmp_path / "a", output=tmp_path / "out", budget=50)
     assert "unfinished is unfinished and left out: evaluated at 200 of 1,000 steps" in (
         capfd.readouterr().err)
     assert (tmp_path / "notes/README.md").read_text() == "mine"
@@ -267,6 +269,18 @@ def test_what_cannot_be_in_one_table_is_one_line(tmp_path, refused, capfd):
             "is another run of furl_sac_state than")
     refused(results, [str(tmp_path / "cut"), "--budget", "100"], "would cut")
     assert (tmp_path / "cut/furl_sac_state/push-v3.csv").read_bytes() == before
+
+
+def test_what_is_damaged_is_named(tmp_path, capsys):
+    write_run(tmp_path / "runs/a", "push-v3", 0, [0, 1])
+    (tmp_path / "runs/dead").mkdir()
+    (tmp_path / "runs/dead/config.json").touch()  # killed as it began
+    [run] = run_tool(tmp_path / "runs", output=tmp_path / "out", label="FuRL")
+    assert "left out: " in capsys.readouterr().err and run.seed == 0
+    path = tmp_path / "out/furl/push-v3.csv"
+    path.write_text(path.read_text().replace("0,200,1,1\n", ""))
+    with pytest.raises(UserError, match="cannot be read: .*its CSV differ for seed 0"):
+        run_tool(tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------- curves

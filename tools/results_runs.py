@@ -91,7 +91,8 @@ def find_runs(source: str, label: str | None) -> tuple[list[Run], dict[str, Any]
                 about = json.loads((folder / name).read_text())
                 return read(folder, about), about
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{folder}: its {name} cannot be read ({error!r})") from None
+                raise UserError(f"{folder}, the folder of a {name}, cannot be read: {error!r}"
+                                ) from None
     folders = sorted(path.parent for path in folder.glob("*/config.json"))
     if not folders:
         raise UserError(f"{folder}: not a run folder (it has no config.json), and neither a grid's "
@@ -262,11 +263,13 @@ def check_runs(runs: list[Run], budget: int | None) -> list[Run]:
                  f"{needed:,} steps")
         elif budget and run.budget < budget:
             note(f"{run.place} is left out: it has {run.budget:,} steps, --budget is {budget:,}")
+        elif budget and run.env_steps[0] > budget:
+            note(f"{run.place} is left out: its first evaluation is at {run.env_steps[0]:,} steps")
         else:
             finished.append(run.until(budget) if budget else run)
     if not finished:
         raise UserError("no finished run among those given; --budget STEPS takes each as it was "
-                        "after so many")
+                        "after so many, if it was evaluated by then")
     example = {run.budget: run.place for run in finished}
     if len(example) > 1:
         listed = ", ".join(f"{steps:,} ({example[steps]})" for steps in sorted(example))
