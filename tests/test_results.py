@@ -144,6 +144,17 @@ def test_the_papers_column_is_found_by_method_and_goal():
     assert find_column("furl", "random-hidden") is None
 
 
+def test_methods_of_one_label_are_told_apart():
+    """Tables 1 and 2 both have FuRL."""
+    runs = [a_run(method, "push-v3", 0, [0, 1], label="FuRL", args={"goal": goal})
+            for method, goal in (("furl-random", "random"), ("furl", "fixed"))]
+    found = Results([*runs, a_run("sac", "push-v3", 0, [0, 1], label="SAC")])
+    assert list(found.names.values()) == ["SAC", "furl", "furl-random"]
+    records = found.records()
+    assert records["furl", "push-v3"]["paper"] == 0.8
+    assert records["furl-random", "push-v3"]["paper_std"] == pytest.approx(0.08)
+
+
 def test_means_are_over_the_tasks_that_all_methods_have():
     runs = [a_run("sac", "reach-v3", 0, [1]), a_run("sac", "reach-v3", 1, [0]),
             a_run("sac", "push-v3", 0, [0]),
@@ -279,7 +290,7 @@ def test_what_is_damaged_is_named(tmp_path, capsys):
     assert "left out: " in capsys.readouterr().err and run.seed == 0
     path = tmp_path / "out/furl/push-v3.csv"
     path.write_text(path.read_text().replace("0,200,1,1\n", ""))
-    with pytest.raises(UserError, match="cannot be read: .*its CSV differ for seed 0"):
+    with pytest.raises(UserError, match=r"cannot be read: .*its CSV differ for seed 0"):
         run_tool(tmp_path / "out")
 
 
