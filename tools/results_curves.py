@@ -83,6 +83,7 @@ def plot_curves(results: Results, by_time: bool):
                 colour = COLOURS[number % len(COLOURS)]
                 axis.plot(x / scale, 100 * values.mean(0), color=colour, lw=1.3,
                           label=results.names[method], zorder=3 - number / 100,
+                          marker="o", ms=3, markevery=[len(x) - 1], clip_on=False,  # its end
                           ls=DASHES[number // len(COLOURS) % len(DASHES)])
                 if len(values) > 1:
                     band = bootstrap((values,), np.mean, axis=0, n_resamples=RESAMPLES // 2,
