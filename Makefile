@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 # 1 installs JAX's CUDA build. Found out from the driver; `make GPU=0` or `make GPU=1` overrides.
 ifneq ($(origin GPU),command line)
 GPU := $(shell for p in $(PYTHON) python3.11 python3; do \
-	$$p -c "" 2>/dev/null && $$p tools/detect_gpu.py && break; done || echo 0)
+	$$p -c "" 2>/dev/null && $$p tools/setup/detect_gpu.py && break; done || echo 0)
 endif
 REQUIREMENTS := $(if $(filter 1,$(GPU)),requirements-gpu.txt,requirements.txt)
 
@@ -43,7 +43,7 @@ doctor: setup
 
 setup: $(STAMP)
 	@mkdir -p "$$HOME"
-	@tools/install_egl.sh $(PY)
+	@tools/setup/install_egl.sh $(PY)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .
@@ -56,7 +56,7 @@ clean:
 # A CUDA build that an earlier set-up left would crash JAX where there is no driver: it is removed.
 # --no-compile: Python compiles what it imports anyway; compiling every module costs 40 s more.
 $(STAMP):
-	@tools/create_venv.sh $(VENV)
+	@tools/setup/create_venv.sh $(VENV)
 	@rm -f $(VENV)/installed-*
 	@[ $(GPU) = 1 ] || $(PY) -m pip uninstall -q -y jax-cuda13-plugin jax-cuda13-pjrt 2>/dev/null
 	@echo "Installing $(REQUIREMENTS) (several GB, a few minutes)"

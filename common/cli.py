@@ -23,7 +23,7 @@ ArgsT = TypeVar("ArgsT")
 
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE = {"resume", "total_timesteps", "eval_every", "checkpoint_every", "log_every", "track",
-              "wandb_project", "capture_video", "drop_replay"}
+              "wandb_project", "wandb_entity", "capture_video", "drop_replay"}
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 

@@ -42,6 +42,7 @@ class RunArgs:
     resume: str | None = None  # run folder to continue, with the arguments it was started with
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project: str = "furl"  # project for --track
+    wandb_entity: str | None = None  # user or team that the project belongs to; default: yours
     capture_video: bool = False  # a video of each evaluation in <run folder>/videos
     drop_replay: bool = False  # delete the replay's files when the run has finished
 

@@ -183,7 +183,7 @@ class Logger:
         run_dir: the run folder.
         config: what `write_config` returned.
         track: send to W&B as well (offline without a login: set WANDB_MODE=offline).
-        project: the W&B project.
+        project, entity: the W&B project, and whose it is (None: the user's own).
         total_timesteps: for the live line's ETA.
         resume_from: drop rows with a larger `env_steps` that a killed run left behind.
     """
@@ -195,6 +195,7 @@ class Logger:
         *,
         track: bool,
         project: str,
+        entity: str | None = None,
         total_timesteps: int,
         resume_from: int | None = None,
     ):
@@ -210,7 +211,7 @@ class Logger:
             self._csv.writerow(CSV_HEADER)
         purge = None if resume_from is None else resume_from + 1
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
-        self._wandb = start_wandb(run_dir, config, project) if track else None
+        self._wandb = start_wandb(run_dir, config, project, entity) if track else None
         self._last_time, self._last_steps = time.monotonic(), resume_from or 0
         self._seconds_per_step: float | None = None  # lately: phases differ a lot in speed
         self._line_width = 0
@@ -223,6 +224,14 @@ class Logger:
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log({"env_steps": env_steps, **{k: float(v) for k, v in metrics.items()}})
+
+    def log_video(self, env_steps: int, path: Path | None) -> None:
+        """Send an evaluation's video to W&B, if there is one."""
+        if self._wandb is not None and path is not None and path.exists():
+            import wandb
+
+            video = wandb.Video(str(path), format="mp4")
+            self._wandb.log({"env_steps": env_steps, "videos/evaluation": video})
 
     def speed(self, env_steps: int) -> float:
         """Environment steps per second since the last call."""
@@ -300,14 +309,20 @@ def first_not_finite(metrics: dict[str, Any]) -> str | None:
     return next((k for k, v in metrics.items() if not math.isfinite(np.asarray(v).item())), None)
 
 
-def start_wandb(run_dir: Path, config: dict[str, Any], project: str):
-    """A W&B run with the configuration; the same id on --resume, so that its curve continues."""
+def start_wandb(run_dir: Path, config: dict[str, Any], project: str, entity: str | None):
+    """A W&B run with the configuration; the same id on --resume, so that its curve continues.
+
+    The arguments are flat and the script is `exp_name`, as in CleanRL's runs; what else config.json
+    holds is below `facts`. The script is kept as W&B's code of the run.
+    """
+    facts = {key: value for key, value in config.items() if key not in ("args", "script")}
     try:
         import wandb
 
         run = wandb.init(
-            project=project, name=run_dir.name, id=config["run_id"], resume="allow",
-            config=config, dir=str(run_dir),
+            entity=entity, project=project, name=run_dir.name, id=config["run_id"],
+            resume="allow", dir=str(run_dir), save_code=True,
+            config={"exp_name": config["script"], **config["args"], "facts": facts},
         )
     except ImportError:
         raise UserError("--track needs the wandb package: pip install wandb") from None

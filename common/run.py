@@ -74,7 +74,8 @@ class Run:
     def _open_logger(self, resume_from: int | None) -> Logger:
         return Logger(
             self.dir, self.config, track=self.args.track, project=self.args.wandb_project,
-            total_timesteps=self.args.total_timesteps, resume_from=resume_from,
+            entity=self.args.wandb_entity, total_timesteps=self.args.total_timesteps,
+            resume_from=resume_from,
         )
 
     def begin(self, state: Any, buffers: Any, envs: Any) -> tuple[Any, Any, np.ndarray]:
@@ -162,6 +163,7 @@ class Run:
     def log_evaluation(self, evaluation: dict[str, float]) -> None:
         self.evaluation = {key: float(value) for key, value in evaluation.items()}
         self.logger.log(self.env_steps, self.evaluation)
+        self.logger.log_video(self.env_steps, self.video_path())
 
     def log_training(self, phase: str, metrics: dict[str, Any]) -> None:
         """Write a row of metrics and refresh the live line.

@@ -286,12 +286,12 @@ def test_what_a_resumed_run_may_change(stored):
     args = cli.parse_args(Args, [
         "--resume", str(stored), "--total-timesteps", "800", "--eval-every", "7", "--log-every",
         "8", "--checkpoint-every", "9", "--capture-video", "--track", "--wandb-project", "other",
-        "--drop-replay",
+        "--wandb-entity", "us", "--drop-replay",
     ])
     assert args == replace(
         GOOD, hidden_features=(64, 32), prompt="Open it.", resume=str(stored), total_timesteps=800,
         eval_every=7, log_every=8, checkpoint_every=9, capture_video=True, track=True,
-        wandb_project="other", drop_replay=True,
+        wandb_project="other", wandb_entity="us", drop_replay=True,
     )
 
 
@@ -761,7 +761,12 @@ def test_wandb_gets_an_id_that_is_the_runs_own(tmp_path, monkeypatch):
     first, second, third = (kwargs["id"] for kwargs in begun)
     assert [kwargs["name"] for kwargs in begun] == ["run"] * 3
     assert first != second and second == third == logger.read_config(run.dir)["run_id"]
-    assert all(kwargs["resume"] == "allow" for kwargs in begun)
+    assert all(kwargs["resume"] == "allow" and kwargs["save_code"] for kwargs in begun)
+    # Flat, as CleanRL's filters want it; the facts that have a flag's name do not hide the flag.
+    config = dict(begun[0]["config"])
+    assert config.pop("facts")["versions"] == logger.versions()
+    assert config.pop("exp_name") == "furl_sac_state" and config["env_id"] == "drawer-open-v3"
+    assert config.keys() == {field.name for field in dataclasses.fields(Args)}
 
 
 def test_a_run_refused_for_want_of_space_leaves_its_folder_free(tmp_path, monkeypatch):

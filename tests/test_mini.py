@@ -30,8 +30,7 @@ from common.vlms.mini import (
     save_mini,
     word_pieces,
 )
-from tools.mini_sentences import MT10_PARAPHRASES, TRAINING_SENTENCES, overlap
-from tools.pretrain_mini import (
+from tools.mini.pretrain import (
     HELD_OUT,
     SHARPNESS,
     SUMMARY,
@@ -43,6 +42,7 @@ from tools.pretrain_mini import (
     ranking,
     summarise,
 )
+from tools.mini.sentences import MT10_PARAPHRASES, TRAINING_SENTENCES, overlap
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ from common.envs.rendering import Camera, Renderer, gl_info
 from common.errors import UserError
 from common.replay import Sizes
 from common.vlms import load_vlm
-from tools.peer_sac import PACKAGES
+from tools.dev.peer_sac import PACKAGES
 
 Part = Literal["environments", "frames", "embeddings", "updates", "scaling", "checkpoints",
                "furl", "baselines", "pixels", "peers"]
@@ -429,7 +429,7 @@ def measure_peers(rounds: int) -> Iterator[Row]:
                             Path(folder) / "run", warm_up=2000)[0]
 
     def theirs(package: str) -> float:
-        command = [sys.executable, "-m", "tools.peer_sac", "--package", package]
+        command = [sys.executable, "-m", "tools.dev.peer_sac", "--package", package]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise UserError(f"{package} failed: {result.stderr[-500:]}")
@@ -441,7 +441,7 @@ def measure_peers(rounds: int) -> Iterator[Row]:
         contenders[f"{name} {metadata.version(name)}"] = lambda p=package: theirs(p)
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for package in set(PACKAGES) - set(installed):
-        yield f"SAC, one update a step: {package}", "-", "not installed (see tools/peer_sac.py)"
+        yield f"SAC, one update a step: {package}", "-", "not installed (see tools/dev/peer_sac.py)"
     for _ in range(min(rounds, 3)):
         for name, run in contenders.items():
             speeds[name].append(run())

@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 
 # Without these a run trains as well: EnvPool's engine, --track, videos, curves, statistics, tests.
-OPTIONAL = {"envpool", "wandb", "imageio", "imageio-ffmpeg", "matplotlib", "scipy", "pytest",
-            "hypothesis", "ruff"}
+OPTIONAL = {"envpool", "wandb", "wandb-workspaces", "jinja2", "imageio", "imageio-ffmpeg",
+            "matplotlib", "scipy", "pytest", "hypothesis", "ruff"}
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 SLOW_FRAME = 20.0  # ms at 112 px in "fast": an idle core draws it in 3, a GPU in less
 SEEDS = (0, 1)

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import binomtest, norm, rankdata, spearmanr
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -16,12 +16,9 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials")
-    rate = successes / trials
-    centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * math.sqrt(
-        rate * (1 - rate) / trials + z**2 / (4 * trials**2)
-    )
-    return max(0.0, centre - half), min(1.0, centre + half)
+    level = 2 * norm.cdf(z) - 1
+    interval = binomtest(successes, trials).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def standard_error(values: np.ndarray) -> float:

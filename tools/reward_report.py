@@ -109,7 +109,7 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
 
     `goal`: the goal picture as it is drawn, of which the VLM sees its own view.
     """
-    from tools.pretrain_mini import pixels
+    from tools.mini.pretrain import pixels
 
     view = view_for(vlm)
     if goal is not None:

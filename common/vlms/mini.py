@@ -2,7 +2,7 @@
 
 A convolutional net embeds pictures. A sentence is the weighted mean of token vectors, distilled
 from a sentence encoder, through a small MLP; unknown words fall into word pieces. Both embeddings
-have unit length. `tools/pretrain_mini.py` makes the weights; docs/mini.md says what they are worth.
+have unit length. `tools/mini/pretrain.py` makes the weights; docs/mini.md says what they are worth.
 """
 
 import json

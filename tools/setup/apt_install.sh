@@ -1,5 +1,5 @@
 #!/bin/sh
-# Usage: tools/apt_install.sh WHAT PACKAGE...
+# Usage: tools/setup/apt_install.sh WHAT PACKAGE...
 # Install Debian/Ubuntu packages when that is possible here (root, apt-get present). Otherwise name
 # the one command that does it and stop with status 1.
 set -eu

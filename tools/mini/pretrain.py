@@ -1,10 +1,10 @@
 """Train the embedded vision-language model `mini` from nothing, and measure it.
 
-    python -m tools.pretrain_mini collect              # render 40 tasks (and MT10, for the end)
-    python -m tools.pretrain_mini distill              # token vectors from a sentence encoder
-    python -m tools.pretrain_mini train --holdout      # design choices: 34 tasks, judged on 6
-    python -m tools.pretrain_mini train --seed 0       # the real thing: 40 tasks
-    python -m tools.pretrain_mini evaluate             # MT10, once, all seeds -> docs/
+    python -m tools.mini.pretrain collect              # render 40 tasks (and MT10, for the end)
+    python -m tools.mini.pretrain distill              # token vectors from a sentence encoder
+    python -m tools.mini.pretrain train --holdout      # design choices: 34 tasks, judged on 6
+    python -m tools.mini.pretrain train --seed 0       # the real thing: 40 tasks
+    python -m tools.mini.pretrain evaluate             # MT10, once, all seeds -> docs/
 
 `distill` needs the packages of requirements-pretrain.txt; the rest needs requirements.txt. The ten
 tasks of MT10 are unseen in training: their pictures are rendered for `evaluate` alone.
@@ -41,7 +41,7 @@ from common.vlms.mini import (
 )
 from tools.episodes import play_episode
 from tools.measures import auc
-from tools.mini_sentences import MT10_PARAPHRASES, TRAINING_SENTENCES
+from tools.mini.sentences import MT10_PARAPHRASES, TRAINING_SENTENCES
 
 DATA = Path("data/mini")
 TRAINING_TASKS = tuple(task for task in ENV_IDS if task not in MT10)

@@ -1,7 +1,7 @@
 """SAC of another library on the same task: steps a second, for `tools.benchmark --only peers`.
 
     pip install stable-baselines3 sbx-rl tfp-nightly    # sbx-rl's own tfp is too old for this JAX
-    python -m tools.peer_sac --package sbx
+    python -m tools.dev.peer_sac --package sbx
 
 One environment, one update of 256 samples a step, two hidden layers of 256: what each library calls
 its defaults, and what sac_baseline.py does per environment step.

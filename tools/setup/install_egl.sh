@@ -1,5 +1,5 @@
 #!/bin/sh
-# Usage: tools/install_egl.sh [PYTHON]
+# Usage: tools/setup/install_egl.sh [PYTHON]
 # Make sure that MuJoCo can draw without a display: try it (in a process of its own, for a broken
 # driver can crash), and if it fails install EGL and Mesa's software renderer and try again.
 # PYTHON is one that has mujoco (default .venv/bin/python). Status 1 if drawing is still impossible.

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Usage: tools/create_venv.sh DIR
+# Usage: tools/setup/create_venv.sh DIR
 # Create a virtual environment with pip in DIR, unless a working one is there. The Python is $PYTHON
 # if set, else the first of 3.11 (what the project is tested with), 3.12, 3.13 that is found.
 set -eu

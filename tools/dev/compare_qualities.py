@@ -1,6 +1,6 @@
 """How far the two qualities of pictures are apart, task by task, with pictures of MT10.
 
-    python -m tools.compare_qualities      # writes docs/drawing.md and docs/drawing.png
+    python -m tools.dev.compare_qualities      # writes docs/drawing.md and docs/drawing.png
 
 Three kinds: `paper`; `fast` with all faces of the meshes, which tells the lighting's part from the
 simplification's; and `fast`.
@@ -66,7 +66,7 @@ def main(args: Args) -> None:
     means = np.mean([row[1:] for row in rows], axis=0)
     lines = [
         "# Drawing: `fast` against `paper`", "",
-        f"`python -m tools.compare_qualities`: mean absolute difference, in steps of 1/255, over "
+        f"`python -m tools.dev.compare_qualities`: mean absolute difference, in steps of 1/255, of "
         f"{len(TIMES)} moments of an expert's episode, {args.size} px, camera 2. *Lighting*: "
         "shadow map, multisampling and reflections left out, all faces kept; *simplification*: "
         "meshes with 5 % of their faces, the lighting the same.", "",

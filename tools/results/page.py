@@ -1,0 +1,160 @@
+"""The tables and the page of `tools.results`."""
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from tools.results.curves import plot_curves, save_figure
+from tools.results.runs import Run
+from tools.results.statistics import NONE, Interval
+from tools.results.summary import MEASURES, Results
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text for readers; the numbers are in table.csv."""
+
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"## {self.title}\n{self.note}\n\n{text}\n"
+
+
+def percent(value: float | None, interval: Interval = NONE, std: float | None = None) -> str:
+    """A share as text: "60 (23 to 88) ± 49"."""
+    if value is None or math.isnan(value):
+        return "–"
+    text = f"{100 * value:.3g}"
+    if not math.isnan(interval[0]):
+        text += f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
+    return text if std is None or math.isnan(std) else f"{text} ± {100 * std:.3g}"
+
+
+def make_tables(results: Results, records: dict, improvements: dict) -> list[Table]:
+    """What the page shows: by task, over all tasks, comparison, and how the runs were made."""
+    names, head, rows = results.names, ["task"], []
+    for method, name in names.items():
+        head.append(name)
+        if method in results.columns:
+            head.append(f"{name}, paper")
+    for task in [*results.tasks, *["mean"] * (len(results.common) > 1)]:
+        rows.append([task])
+        for method in names:
+            row = records.get((method, task))
+            rows[-1].append("–")
+            if row is not None:
+                # Of runs that fail or succeed Wilson's interval says all.
+                binary = task != "mean" and set(results.scores[MEASURES[0], method, task]) <= {0, 1}
+                rows[-1][-1] = percent(row["success_at_end"], (row["low"], row["high"]),
+                                       None if binary else row["std"])
+            if method in results.columns:
+                paper = row or results.paper(method, [task])
+                rows[-1].append(percent(paper.get("paper"), std=paper.get("paper_std")))
+    few = "" if len(results.common) == len(results.tasks) else (
+        " Means are over the tasks that every method has: "
+        f"{', '.join(results.common) or 'there are none'}.")
+    tables = " and ".join(sorted({table for table, _ in results.columns.values()}))
+    paper = tables and (f" The paper's numbers are those of its {tables}: 1,000,000 steps, LIV or "
+                        "CLIP as the VLM.")
+    by_task = Table(
+        "Success at the last step",
+        f"Percent of the evaluation after {results.runs[0].budget:,} steps. In brackets the 95 % "
+        "interval: of a cell Wilson's (of shares of episodes a bootstrap over seeds), of the mean "
+        "a bootstrap stratified by task. ± is the standard deviation over seeds, in the last row "
+        f"of each seed's mean over the tasks.{few}{paper}", head, rows)
+    overall = Table(
+        "Over all tasks",
+        "IQM: mean of the middle half of all runs, with its stratified bootstrap. Held: share of "
+        "runs with success at the last step in at least 90 % of the evaluations of their last "
+        "quarter. Once: success at any step of the episode.",
+        ["method", "runs", "at the end", "IQM", "held", "once"],
+        [[row["method"], str(row["runs"]), percent(row["success_at_end"]),
+          percent(row["iqm"], (row["iqm_low"], row["iqm_high"])), percent(row["held"]),
+          percent(row["success_once"])]
+         for (_, task), row in records.items() if task == "mean"])
+    comparison = Table(
+        "Probability of improvement",
+        "How often, in percent, a run of the row's method is better at its end than one of the "
+        "column's on the same task; ties count half; mean over tasks, stratified bootstrap.",
+        ["", *names.values()],
+        [[name, *(percent(*improvements[a, b]) if a != b else "" for b in names)]
+         for a, name in names.items() if improvements])
+    made = []
+    for method, name in names.items():
+        runs = [run for run in results.runs if run.method == method]
+        hours = np.mean([run.seconds[-1] for run in runs]) / 3600
+        made.append([
+            name, runs[0].about["command"],
+            ", ".join(sorted({short_commit(run) for run in runs})),
+            str(runs[0].about.get("vlm_id") or "–"),
+            "; ".join(sorted({describe_hardware(run.about["hardware"]) for run in runs})),
+            "–" if math.isnan(hours) else f"{hours:.2g}"])
+    how = Table(
+        "How they were made",
+        "The JSON files beside the CSVs have every run's command, and the versions of packages.",
+        ["method", "command of one run", "commits", "VLM", "hardware", "hours a run"], made)
+    return [table for table in (by_task, overall, comparison, how) if table.rows]
+
+
+def short_commit(run: Run) -> str:
+    commit, _, dirty = str(run.about.get("commit")).partition("+")
+    return commit[:7] + ("+" + dirty if dirty else "")
+
+
+def describe_hardware(hardware: dict[str, Any]) -> str:
+    devices = sorted({str(d).split(":")[0] for d in hardware.get("jax_devices") or ["?"]})
+    return (f"{', '.join(devices)}; {hardware.get('num_cores', '?')} of "
+            f"{hardware.get('cpu_count', '?')} cores")
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """A CSV with a column for each key; what is not known is left empty."""
+    with open(path, "w", newline="") as file:
+        fields = list(dict.fromkeys(key for row in records for key in row))
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        for row in records:
+            writer.writerow({key: "" if value is None or value != value else
+                             f"{value:.6g}" if isinstance(value, float) else value
+                             for key, value in row.items()})
+
+
+def write_page(output: Path, title: str, runs: list[Run]) -> str:
+    """Write tables, curves and the page into `output`; returns the tables as Markdown."""
+    results = Results(runs)
+    records, improvements = results.records(), results.improvements()
+    tables = make_tables(results, records, improvements)
+    write_records(output / "table.csv", list(records.values()))
+    write_records(output / "improvement.csv", [
+        {"method": results.names[a], "over": results.names[b], "probability": share,
+         "low": low, "high": high} for (a, b), (share, (low, high)) in improvements.items()])
+    pictures = {}
+    for name, caption, by_time in (("curves", "Success over environment steps", False),
+                                   ("wall_clock", "Success over wall-clock", True)):
+        figure = plot_curves(results, by_time)
+        if figure is not None:
+            pictures[name] = caption, save_figure(figure, output / name)
+    seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
+    about = (f"{len(runs)} runs of {runs[0].budget:,} environment steps; methods: "
+             f"{len(results.names)}, tasks: {len(results.tasks)}, seeds: {seeds}.")
+    band = ("Lines: mean over seeds, of each run the mean of its last evaluations (a twentieth of "
+            "all); bands: 95 % interval of the mean over seeds, by a bootstrap.")
+    text = "\n".join(table.markdown() for table in tables)
+    images = "\n".join(f"## {caption}\n![{caption}]({name}.png)\n" for name, (caption, _)
+                       in pictures.items())
+    (output / "README.md").write_text(f"# {title}\n{about}\n\n{text}\n{images}\n{band}\n")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        Path(__file__).with_suffix(".html").read_text())
+    (output / "index.html").write_text(template.render(
+        title=title, about=about, band=band, tables=tables, pictures=pictures.values()) + "\n")
+    return text

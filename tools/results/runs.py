@@ -1,0 +1,328 @@
+"""Finished runs for `tools.results`: read from where they are, checked, written as CSV and JSON."""
+
+import csv
+import dataclasses
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.cli import MAY_CHANGE, flag_of
+from common.errors import UserError
+from common.logger import read_config
+
+HEADER = "seed,env_steps,success_once,success_at_end"
+EVALUATION = ("eval/success_once", "eval/success_at_end")
+SPEED = "time/steps_per_second"
+# Flags that do not make a method: which task, which seed, and how the run is kept and watched.
+NO_METHOD = MAY_CHANGE | {"env_id", "seed", "run_dir", "eval_episodes", "vlm_weights"}
+ABOUT = ("run_id", "command", "commit", "versions", "engine", "vlm_id")
+HARDWARE = ("cpu_count", "num_cores", "jax_devices", "gl")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The success of one run.
+
+    Attributes:
+        method, label: of the method: its folder's name, and what readers see.
+        script, args: what makes the method: the script, and its flags without `NO_METHOD`.
+        task, seed: of the run.
+        budget: its environment steps.
+        env_steps, success_once, success_at_end: [n], of its evaluations.
+        seconds: [n], wall-clock until each of them, whole ones; NaN if its speed was not logged.
+        about: command, commit, versions, hardware.
+        place: where it was read, for messages.
+    """
+
+    method: str
+    label: str
+    script: str
+    args: dict[str, Any]
+    task: str
+    seed: int
+    budget: int
+    env_steps: np.ndarray
+    success_once: np.ndarray
+    success_at_end: np.ndarray
+    seconds: np.ndarray
+    about: dict[str, Any]
+    place: str
+
+    @property
+    def done(self) -> int:
+        return int(self.env_steps[-1]) if len(self.env_steps) else 0
+
+    def until(self, budget: int) -> "Run":
+        """The same run as it was after `budget` steps."""
+        kept = self.env_steps <= budget
+        cut = {name: getattr(self, name)[kept] for name in
+               ("env_steps", "success_once", "success_at_end", "seconds")}
+        return dataclasses.replace(self, budget=budget, **cut)
+
+
+# ------------------------------------------------------------------------------ reading
+
+
+def find_runs(source: str, label: str | None) -> tuple[list[Run], dict[str, Any]]:
+    """The runs in `source`: a run folder, a grid's, a folder of run folders, one that
+    `tools.results` has written, or W&B's wandb:<entity>/<project>; and what its grid.json or
+    results.json says.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    if source.startswith("wandb:"):
+        return read_wandb(source.removeprefix("wandb:"), label), {}
+    folder = Path(source)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give run folders, a grid's or a results folder")
+    if (folder / "config.json").exists():
+        return [read_run(folder, label)], {}
+    for name, read in (("grid.json", read_grid), ("results.json", read_results)):
+        if (folder / name).exists():
+            try:
+                about = json.loads((folder / name).read_text())
+                return read(folder, about), about
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{folder}, the folder of a {name}, cannot be read: {error!r}"
+                                ) from None
+    folders = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not folders:
+        raise UserError(f"{folder}: not a run folder (it has no config.json), and neither a grid's "
+                        "nor a results folder")
+    runs = []
+    for path in folders:
+        try:
+            runs.append(read_run(path, label))
+        except UserError as error:  # such as one that was killed as it began
+            note(f"left out: {error}")
+    return runs, {}
+
+
+def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], label: str | None,
+             place: str, method: str | None = None) -> Run:
+    """A run from its config.json and rows (env_steps, key, value)."""
+    points = defaultdict(list)
+    for step, key, value in rows:
+        points[key].append((step, value))
+    once, at_end = (dict(points[key]) for key in EVALUATION)
+    env_steps = np.array(sorted(once.keys() & at_end.keys()), int)
+    args = config["args"]
+    about = {key: config[key] for key in ABOUT if key in config}
+    # Where a run went is no part of what it was.
+    about["command"] = re.sub(r" --(run-dir|resume)[ =]\S+", "", str(about.get("command")))
+    about["hardware"] = {key: config[key] for key in HARDWARE if key in config}
+    return Run(
+        method=method or folder_name(label or ""), label=label or "",
+        script=str(config.get("script")),
+        args={key: value for key, value in args.items() if key not in NO_METHOD},
+        task=args["env_id"], seed=args["seed"],
+        budget=max(args["total_timesteps"], *env_steps[-1:], 1), env_steps=env_steps,
+        success_once=np.array([once[step] for step in env_steps]),
+        success_at_end=np.array([at_end[step] for step in env_steps]),
+        seconds=wall_clock(points[SPEED], env_steps), about=about, place=place,
+    )
+
+
+def wall_clock(speeds: list[tuple[int, float]], env_steps: np.ndarray) -> np.ndarray:
+    """Seconds until each of `env_steps`, from the rows of `time/steps_per_second`: each is the
+    speed since the row before."""
+    if not speeds:
+        return np.full(len(env_steps), np.nan)
+    steps, rates = np.array(sorted(speeds)).T
+    steps = np.concatenate([[0], steps])
+    seconds = np.concatenate([[0], np.cumsum(np.diff(steps) / rates)])
+    return np.round(np.interp(env_steps, steps, seconds))
+
+
+def read_run(folder: Path, label: str | None = None, method: str | None = None) -> Run:
+    """A run folder."""
+    config = read_config(folder, str(folder))
+    try:
+        with open(folder / "metrics.csv", newline="") as file:
+            rows = [(int(row[0]), row[1], float(row[2])) for row in csv.reader(file)
+                    if len(row) == 3 and row[1] in (*EVALUATION, SPEED)]
+        return make_run(config, rows, label, str(folder), method)
+    except FileNotFoundError:
+        return make_run(config, [], label, str(folder), method)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: its metrics.csv cannot be read ({error!r})") from None
+
+
+def read_grid(folder: Path, grid: dict[str, Any]) -> list[Run]:
+    """The cells of a grid that have begun; `<method>/<task>/<seed>` are their run folders."""
+    runs, missing = [], 0
+    for method, about in grid["methods"].items():
+        for task in grid["tasks"]:
+            for seed in grid["seeds"]:
+                cell = folder / method / task / str(seed)
+                if (cell / "metrics.csv").exists():
+                    runs.append(read_run(cell, about.get("label") or method, method))
+                else:
+                    missing += 1
+    if missing:
+        note(f"{folder}: no run yet in {missing} of {missing + len(runs)} cells")
+    return runs
+
+
+def read_results(folder: Path, _about: dict[str, Any]) -> list[Run]:
+    """What `write_runs` has written."""
+    runs = []
+    for path in sorted(folder.glob("*/*.json")):
+        data = json.loads(path.read_text())
+        rows = np.loadtxt(path.with_suffix(".csv"), delimiter=",", skiprows=1, ndmin=2)
+        shared = {key: data[key] for key in ("label", "script", "args", "task", "budget")}
+        for about in data["runs"]:
+            seed = about.pop("seed")
+            _, steps, once, at_end = rows[rows[:, 0] == seed].T
+            seconds = np.array(about.pop("seconds") or np.full(len(steps), np.nan), float)
+            if not len(steps) == len(seconds):
+                raise ValueError(f"{path.name} and its CSV differ for seed {seed}")
+            runs.append(Run(method=path.parent.name, seed=seed, env_steps=steps.astype(int),
+                            success_once=once, success_at_end=at_end, seconds=seconds, about=about,
+                            place=f"{path} (seed {seed})", **shared))
+    return runs
+
+
+def read_wandb(path: str, label: str | None) -> list[Run]:
+    """The runs of a W&B project, `<entity>/<project>`, that these scripts have logged."""
+    try:
+        import wandb
+
+        runs = []
+        for run in wandb.Api().runs(path):
+            args = {k: v for k, v in run.config.items() if k not in ("exp_name", "facts", "_wandb")}
+            if "exp_name" not in run.config or "env_id" not in args:
+                note(f"{run.name}: not one of these scripts' runs, left out")
+                continue
+            rows = [(int(row["env_steps"]), key, row[key]) for keys in (EVALUATION, (SPEED,))
+                    for row in run.scan_history(keys=["env_steps", *keys]) for key in keys]
+            config = {**run.config.get("facts", {}), "script": run.config["exp_name"], "args": args}
+            runs.append(make_run(config, rows, label, f"wandb:{path}/{run.id}"))
+        return runs
+    except Exception as error:  # of its network, login, or server
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"wandb:{path}: W&B's runs cannot be read ({reason}); log in with 'wandb "
+                        "login'") from None
+
+
+# ----------------------------------------------------------------------------- checking
+
+
+def name_methods(runs: list[Run]) -> list[Run]:
+    """Runs without a label get their script's name and the flags in which its runs differ."""
+    values = defaultdict(set)
+    for run in runs:
+        for key, value in run.args.items():
+            values[run.script, key].add(repr(value))
+    named = []
+    for run in runs:
+        if not run.label:
+            flags = [flag_text(key, value) for key, value in run.args.items()
+                     if len(values[run.script, key]) > 1]
+            label = " ".join([run.script, *flags])
+            run = dataclasses.replace(run, label=label, method=folder_name(label))
+        named.append(run)
+    return named
+
+
+def flag_text(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag_of(key if value else f"no_{key}")
+    return f"{flag_of(key)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def folder_name(label: str) -> str:
+    """`label` as the name of a folder: "FuRL w/o goal-image" is furl_w_o_goal-image."""
+    return re.sub(r"[^a-z0-9.-]+", "_", label.lower()).strip("_.")
+
+
+def check_runs(runs: list[Run], budget: int | None) -> list[Run]:
+    """The finished ones, all of one budget; each of the others is named in a line.
+
+    Args:
+        runs: with labels.
+        budget: cut all of them at this number of environment steps.
+
+    Raises:
+        UserError: their budgets differ, two are the same cell, a method has two sets of flags, or
+            none is finished.
+    """
+    finished = []
+    for run in runs:
+        needed = min(budget or run.budget, run.budget)
+        if run.done < needed:
+            note(f"{run.place} is unfinished and left out: evaluated at {run.done:,} of "
+                 f"{needed:,} steps")
+        elif budget and run.budget < budget:
+            note(f"{run.place} is left out: it has {run.budget:,} steps, --budget is {budget:,}")
+        elif budget and run.env_steps[0] > budget:
+            note(f"{run.place} is left out: its first evaluation is at {run.env_steps[0]:,} steps")
+        else:
+            finished.append(run.until(budget) if budget else run)
+    if not finished:
+        raise UserError("no finished run among those given; --budget STEPS takes each as it was "
+                        "after so many, if it was evaluated by then")
+    example = {run.budget: run.place for run in finished}
+    if len(example) > 1:
+        listed = ", ".join(f"{steps:,} ({example[steps]})" for steps in sorted(example))
+        raise UserError(f"runs of different budgets cannot be in one table: {listed} steps; give "
+                        f"them apart, or cut all with --budget {min(example)}")
+    cells: dict[tuple, Run] = {}
+    methods: dict[str, Run] = {}
+    for run in finished:
+        other = cells.setdefault((run.method, run.task, run.seed), run)
+        if other is not run:
+            raise UserError(f"{other.place} and {run.place} are both {run.label} on {run.task} "
+                            f"with seed {run.seed}: give one, or each its --label")
+        first = methods.setdefault(run.method, run)
+        for key in sorted(first.args.keys() | run.args.keys()):
+            mine, others = run.args.get(key), first.args.get(key)
+            if mine != others and key in first.args and key in run.args:
+                raise UserError(f"runs of {run.label} differ in {flag_of(key)}: {others} "
+                                f"({first.place}), {mine} ({run.place}); give each its --label")
+        if first.script != run.script:
+            raise UserError(f"runs of {run.label} are of {first.script}.py ({first.place}) and "
+                            f"{run.script}.py ({run.place}); give each its --label")
+    return finished
+
+
+# ------------------------------------------------------------------------------ writing
+
+
+def write_runs(output: Path, runs: list[Run]) -> None:
+    """`<method>/<task>.csv`, columns `HEADER`, beside a .json of how each run was made."""
+    groups = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.seed):
+        groups[run.method, run.task].append(run)
+    for (method, task), group in groups.items():
+        (output / method).mkdir(parents=True, exist_ok=True)
+        rows = [f"{run.seed},{step},{once:.8g},{at_end:.8g}" for run in group for step, once, at_end
+                in zip(run.env_steps, run.success_once, run.success_at_end, strict=True)]
+        write_whole(output / method / f"{task}.csv", "\n".join([HEADER, *rows]) + "\n")
+        first = group[0]
+        made = [{"seed": run.seed, **run.about, "seconds": [] if np.isnan(run.seconds).any() else
+                 [int(second) for second in run.seconds]} for run in group]
+        data = {"label": first.label, "script": first.script, "task": task, "budget": first.budget,
+                "args": first.args, "runs": made}
+        text = json.dumps(data, indent=1)
+        text = re.sub(r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()), text)
+        write_whole(output / method / f"{task}.json", text + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file, whose earlier content stays until the new one is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

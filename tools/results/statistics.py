@@ -1,0 +1,84 @@
+"""Success rates over seeds and tasks: intervals and comparisons, all by scipy.
+
+Scores are success rates from 0 to 1. Scores of a method on several tasks are `samples`: one array
+[runs] for each task, whose lengths may differ.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import bootstrap, mannwhitneyu, trim_mean
+
+from tools.measures import wilson_interval
+
+RESAMPLES = 2_000
+Interval = tuple[float, float]  # 95 %; NaN where there is none
+NONE = (math.nan, math.nan)
+
+
+def interval_of_cell(scores: np.ndarray) -> Interval:
+    """Of the mean of one task's scores [runs].
+
+    Wilson's where each run succeeds or fails, as with a fixed goal: of five failures a bootstrap
+    would make [0, 0]. Of shares of episodes, as with random goals, a bootstrap over the runs: the
+    episodes of one run are no independent draws.
+    """
+    if not len(scores):
+        return NONE
+    if np.isin(scores, (0, 1)).all():
+        return wilson_interval(int(scores.sum()), len(scores))
+    return interval_over_runs([scores], mean_of_tasks)
+
+
+def interval_over_runs(samples: list[np.ndarray], statistic: Callable) -> Interval:
+    """Stratified bootstrap: the runs of each task are drawn anew, the tasks are kept.
+
+    NaN where a task has a single run.
+    """
+    if not samples or any(len(scores) < 2 for scores in samples):
+        return NONE
+    found = bootstrap(tuple(samples), statistic, n_resamples=RESAMPLES, method="percentile",
+                      vectorized=True, axis=-1, rng=np.random.default_rng(0))
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def mean_of_tasks(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.mean([scores.mean(axis) for scores in samples], axis=0)
+
+
+def interquartile_mean(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean of the middle half of all runs (Agarwal et al., 2021)."""
+    return trim_mean(np.concatenate(samples, axis), 0.25, axis=axis)
+
+
+def std_of_seeds(by_seed: np.ndarray) -> float:
+    """Standard deviation over seeds of the mean over tasks, `by_seed` [seeds, tasks] (B.2).
+
+    With the number of seeds as its divisor, as in the paper: three successes of five are 60 (49).
+    """
+    return float(by_seed.mean(1).std()) if len(by_seed) > 1 else math.nan
+
+
+def probability_of_improvement(
+    ours: list[np.ndarray], theirs: list[np.ndarray]
+) -> tuple[float, Interval]:
+    """How often a run of `ours` is better than one of `theirs` on the same task, ties half; the
+    mean over tasks (Agarwal et al., 2021) and its stratified interval."""
+
+    def statistic(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+        a, b = samples[: len(ours)], samples[len(ours) :]
+        return np.mean([
+            mannwhitneyu(x, y, axis=axis, method="asymptotic").statistic
+            / (x.shape[axis] * y.shape[axis])
+            for x, y in zip(a, b, strict=True)], axis=0)
+
+    with np.errstate(all="ignore"):  # the p values of ties alone, which nobody asked for
+        return float(statistic(*ours, *theirs)), interval_over_runs([*ours, *theirs], statistic)
+
+
+def is_held(env_steps: np.ndarray, at_end: np.ndarray, budget: int) -> bool:
+    """Whether a run holds what it has found: success at the end in at least 90 % of the episodes of
+    the evaluations in the last quarter of its `budget` of steps."""
+    late = at_end[env_steps > 0.75 * budget]
+    return bool(len(late) and late.mean() >= 0.9 - 1e-9)

@@ -1,0 +1,107 @@
+"""A Weights & Biases report that compares methods: curves with seeds grouped, the table, run sets.
+
+    python -m tools.wandb_report --project furl --entity us           # from the project's own runs
+    python -m tools.wandb_report --project furl --results results/laptop   # its table and methods
+    python -m tools.wandb_report --project furl --results results/laptop --dry-run spec.json
+
+Needs a login, except with --results and --dry-run together.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.cli import run_script
+from common.errors import UserError
+from tools.results.page import make_tables
+from tools.results.runs import check_runs, find_runs, name_methods
+from tools.results.summary import Results
+
+CURVES = ("eval/success_at_end", "eval/success_once", "charts/success_once")
+
+
+@dataclass(frozen=True)
+class Args:
+    project: str = "furl"
+    """the W&B project whose runs are shown, and that gets the report"""
+    entity: str | None = None
+    """user or team it belongs to; default: your own"""
+    results: Path | None = None
+    """a folder of `tools.results`, for methods and table; default: the finished runs in W&B"""
+    budget: int | None = None
+    """take each run as it was after so many environment steps"""
+    title: str | None = None
+    """default: the project's name"""
+    dry_run: Path | None = None
+    """write the report's specification to this file, and send nothing"""
+
+
+def make_report(args: Args, entity: str, results: Results) -> Any:
+    """The report, not saved yet: a panel for each task and curve, a run set for each method."""
+    try:
+        import wandb_workspaces.expr as expr
+        import wandb_workspaces.reports.v2 as wr
+    except ImportError:
+        raise UserError("the report needs the package wandb-workspaces: pip install -r "
+                        "requirements.txt") from None
+
+    # Run sets that name no project show that of the report.
+    def run_sets(task: str) -> list[Any]:
+        return [wr.Runset(
+            name=name, groupby=["config.exp_name"],
+            filters=expr.And(*(expr.Config(key) == value for key, value in
+                               {"env_id": task, **what_makes(results, method)}.items())),
+        ) for method, name in results.names.items()]
+
+    blocks = [wr.TableOfContents()]
+    records, improvements = results.records(), results.improvements()
+    for table in make_tables(results, records, improvements):
+        blocks.append(wr.MarkdownBlock(text=table.markdown()))
+    for task in results.tasks:
+        panels = [wr.LinePlot(
+            title=key, x="env_steps", y=[key], groupby_aggfunc="mean", groupby_rangefunc="stderr",
+            range_y=(0, 1),
+        ) for key in CURVES]
+        blocks += [wr.H2(text=task), wr.PanelGrid(runsets=run_sets(task), panels=panels)]
+    return wr.Report(project=args.project, entity=entity, blocks=blocks, width="fluid",
+                     title=args.title or f"{args.project}: methods compared")
+
+
+def what_makes(results: Results, method: str) -> dict[str, Any]:
+    """The configuration that tells a method's runs from others': its script, and the flags in which
+    the methods of that script differ."""
+    first = {run.method: run for run in results.runs}
+    mine = first[method]
+    others = [run for run in first.values() if run.script == mine.script]
+    return {"exp_name": mine.script} | {
+        key: value for key, value in mine.args.items()
+        if any(run.args.get(key) != value for run in others)}
+
+
+def main(args: Args) -> None:
+    source = args.results or "wandb:" + "/".join(filter(None, [args.entity, args.project]))
+    runs, _ = find_runs(str(source), None)
+    results = Results(check_runs(name_methods(runs), args.budget))
+    if args.dry_run:
+        report = make_report(args, args.entity or "entity", results)
+        spec = report._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)
+        args.dry_run.write_text(json.dumps(json.loads(spec), indent=1) + "\n")
+        print(f"written: {args.dry_run}; nothing was sent")
+        return
+    import wandb
+
+    try:
+        report = make_report(args, args.entity or wandb.Api().default_entity, results)
+        report.save()
+    except UserError:
+        raise
+    except Exception as error:  # of its network, login, or server
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"W&B did not take the report ({reason}); log in with 'wandb login', or "
+                        "see it with --dry-run") from None
+    print(report.url)
+
+
+if __name__ == "__main__":
+    run_script(main, Args)
