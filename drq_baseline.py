@@ -400,11 +400,8 @@ def main(args: Args) -> dict[str, float]:
             agent, metrics = update(agent, buffers, update_key, env_steps, args)
 
         step = envs.step_wait()
-        obs = np.concatenate([obs[..., 3:], step.frames], -1)
-        first = step.reset_frames if step.truncated.all() else None  # all episodes end together
-        if first is not None:
-            obs = np.concatenate([first] * args.frame_stack, -1)
-        previous = PixelStep(step.frames, action, step.sparse_reward, step.terminated), first
+        obs, picture, first = pixels.observe(obs, step, args.frame_stack)
+        previous = PixelStep(picture, action, step.sparse_reward, step.terminated), first
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)

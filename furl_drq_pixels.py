@@ -698,11 +698,7 @@ def main(args: Args) -> dict[str, float]:
             state, metrics = update(state, buffers, vlm_inputs, update_key, env_steps, args, phase)
 
         step = envs.step_wait()
-        picture, first = np.asarray(scale_down(step.frames)), None
-        obs = np.concatenate([obs[..., 3:], picture], -1)
-        if step.truncated.all():  # all episodes end together
-            first = np.asarray(scale_down(step.reset_frames))
-            obs = np.concatenate([first] * args.frame_stack, -1)
+        obs, picture, first = pixels.observe(obs, step, args.frame_stack)
         pixel_step = PixelStep(picture, action, step.sparse_reward, step.terminated)
         previous = pixel_step, step.frames, first
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import replay
+from common.envs.workers import Step
 from common.errors import UserError
 from common.replay import Ring, Sizes, Transition
 
@@ -52,6 +53,23 @@ def scale_down(frames: jax.Array) -> jax.Array:
     shape = (frames.shape[0], PICTURE_SIZE, PICTURE_SIZE, frames.shape[3])
     resized = jax.image.resize(frames.astype(jnp.float32), shape, "linear", antialias=True)
     return resized.round().clip(0, 255).astype(jnp.uint8)
+
+
+def observe(
+    obs: np.ndarray, step: Step, frame_stack: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """What a policy that saw the stacks `obs` sees after a step.
+
+    Returns:
+        (stacks [num_envs, 84, 84, 3 frame_stack], the pictures reached [num_envs, 84, 84, 3], and
+        at an episode's end the first pictures of the next, which `obs` then shows), all uint8.
+    """
+    picture, first = np.asarray(scale_down(step.frames)), None
+    obs = np.concatenate([obs[..., 3:], picture], -1)
+    if step.truncated.all():  # all episodes end together
+        first = np.asarray(scale_down(step.reset_frames))
+        obs = np.concatenate([first] * frame_stack, -1)
+    return obs, picture, first
 
 
 def add_first(ring: Ring, pictures: np.ndarray) -> Ring:

@@ -11,11 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-# Runs of one test differ in arguments alone, not in what is compiled. Each process of pytest-xdist
-# has a folder of its own: JAX writes to it without a lock.
-compiled = tempfile.TemporaryDirectory(prefix="furl-tests-")  # until the tests end
-os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Many tests compile the same programs: all processes of a session share a folder for them, which
+# the first one makes. With a limit JAX locks it: no process reads what another has half written.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="furl-tests-")  # until the tests end
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def paper_scripts() -> list[str]:

@@ -141,7 +141,7 @@ def test_the_task_reward_is_added_only_when_asked(task_reward, shift, monkeypatc
 
 def test_sac_learns_from_the_shifted_task_reward(monkeypatch):
     args = sac.Args(**SMALL)
-    empty = sac.init_buffers(SIZES, args)
+    empty = sac.init_buffers(SIZES._replace(embedding=0), args)
     buffers = sac.Buffers(replay.add_rows(empty.transitions, transitions(None)))
     seen = {}
 
@@ -157,7 +157,7 @@ def test_sac_learns_from_the_shifted_task_reward(monkeypatch):
 
 def test_scanned_updates_equal_single_ones():
     args = sac.Args(**SMALL)
-    empty = sac.init_buffers(SIZES, args)
+    empty = sac.init_buffers(SIZES._replace(embedding=0), args)
     buffers = sac.Buffers(replay.add_rows(empty.transitions, transitions(None)))
     agent = sac.init_agent(jax.random.key(0), SIZES, args)
     key = jax.random.key(2)

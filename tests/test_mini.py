@@ -18,7 +18,7 @@ from common.envs.metaworld_tasks import (
     expert_action,
     expert_policy,
 )
-from common.envs.rendering import Renderer
+from common.envs.rendering import Camera, Renderer
 from common.errors import UserError
 from common.vlms.mini import (
     EMBED_DIM,
@@ -254,7 +254,7 @@ def test_figures_are_summarised_over_the_seeds():
 def test_a_scripted_episode_approaches_the_goal_picture_of_another(model):
     """Behaviour, on a task outside MT10: distance to the goal falls with time."""
     env = make_env("plate-slide-v3", seed=3, index=0, goal="fixed", show_goal=True)
-    renderer = Renderer(env.model, 112, 2, "fast")
+    renderer = Renderer(env.model, Camera(112))
     policy = expert_policy("plate-slide-v3")
     rng = np.random.default_rng(0)
 
