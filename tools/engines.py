@@ -4,10 +4,12 @@ An engine has `submit(cells)`, `poll()` for what has ended since the last call, 
 runs save, and `close()`. Neither package is needed before its engine is asked for.
 """
 
+import json
 import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
@@ -55,6 +57,8 @@ def share_of(args: Any, cores: float = 0, gpus: float = 0) -> Share:
 
 class RayEngine:
     """This machine, or a Ray cluster whose machines share this folder's file system."""
+
+    stopped_by = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self, args: Any):
         # All of these are read when Ray is imported or started.
@@ -125,7 +129,13 @@ class RayEngine:
 
 
 class SlurmEngine:
-    """SLURM by submitit. There may be no accounting: `squeue` tells which jobs are left."""
+    """SLURM by submitit. There may be no accounting: `squeue` tells which jobs are left.
+
+    jobs.json beside the jobs' logs says which cells are in which job, so that the same command
+    finds the jobs of one that has gone.
+    """
+
+    stopped_by = (signal.SIGINT, signal.SIGTERM)  # a closed terminal leaves the jobs as they are
 
     def __init__(self, args: Any, output: Path):
         if shutil.which("sbatch") is None:
@@ -150,11 +160,12 @@ class SlurmEngine:
             mem=f"{self.together * self.share.memory // 2**20}M",
             srun_args=[f"--cpus-per-task={cores}"],  # srun no longer takes it from sbatch
             setup=[f"export PYTHONPATH={shlex.quote(str(ROOT))}"],
-            additional_parameters={"requeue": "", **more},
+            additional_parameters={"requeue": True, **more},
             **({"gpus_per_node": max(1, int(self.share.gpus))} if self.share.gpus else {}),
         )
         self.where = f"SLURM, {self.together} runs a job"
-        self.jobs: dict[str, tuple[Any, SlurmJob]] = {}  # id -> (submitit's job, ours)
+        self.record = self.executor.folder / "jobs.json"
+        self.jobs: dict[str, tuple[Any, list[Cell]]] = {}  # id -> (submitit's job, its cells)
         self.tries: Counter[str] = Counter()  # of a job by its first cell
         self.stopping = False
 
@@ -169,38 +180,59 @@ class SlurmEngine:
             return None
 
     def submit(self, cells: list[Cell]) -> None:
+        from submitit import SlurmJob as Submitted
+
+        left, wanted = self.left() or set(), {cell.name: cell for cell in cells}
+        for id, names in self.known_jobs().items():
+            if id in left:
+                ours = [wanted.pop(name) for name in names if name in wanted]
+                self.jobs[id] = Submitted(self.executor.folder, id), ours
+        rest = list(wanted.values())
+        if rest:
+            self.submit_new([rest[i : i + self.together]
+                             for i in range(0, len(rest), self.together)])
+
+    def known_jobs(self) -> dict[str, list[str]]:
+        try:
+            return json.loads(self.record.read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def submit_new(self, groups: list[list[Cell]]) -> None:
+        """One job for each group of cells, all as one array."""
         from submitit.core.utils import FailedJobError
 
-        jobs = [SlurmJob(cells[i : i + self.together], self.share.variables, os.getcwd(),
-                         self.args.retries) for i in range(0, len(cells), self.together)]
+        jobs = [SlurmJob(cells, self.share.variables, os.getcwd(), self.args.retries)
+                for cells in groups]
         try:
-            with self.executor.batch():  # one array of jobs
+            with self.executor.batch():
                 submitted = [self.executor.submit(job) for job in jobs]
         except FailedJobError as error:
-            reason = [line for line in str(error).splitlines() if "error:" in line]
-            raise UserError(f"SLURM refused the jobs: {(reason or [str(error)])[0]}") from None
-        self.jobs |= {job.job_id: (job, ours) for job, ours in zip(submitted, jobs, strict=True)}
+            reason = next(iter(str(error).strip().splitlines()), "sbatch failed")
+            raise UserError(f"SLURM refused the jobs: {reason}") from None
+        new = {job.job_id: (job, cells) for job, cells in zip(submitted, groups, strict=True)}
+        self.jobs |= new
+        names = {id: [cell.name for cell in cells] for id, (_, cells) in new.items()}
+        self.record.write_text(json.dumps(self.known_jobs() | names, indent=1) + "\n")
 
     def poll(self) -> dict[str, Outcome]:
         outcomes: dict[str, Outcome] = {}
         left = self.left()
         for id in [id for id in self.jobs if left is not None and id not in left]:
-            submitted, ours = self.jobs.pop(id)
+            job, cells = self.jobs.pop(id)
             try:
-                ended = submitted.results()[0] if submitted.paths.result_pickle.exists() else None
+                ended = job.results()[0] if job.paths.result_pickle.exists() else None
             except Exception:  # the job's own, whatever it was
                 ended = None
             if ended is not None:
                 outcomes |= ended
-                continue
-            first = ours.cells[0].name
-            self.tries[first] += 1
-            if not self.stopping and self.tries[first] <= self.args.retries:
-                self.submit(ours.cells)  # the job was killed
-                continue
-            state = "stopped" if self.stopping else "failed"
-            outcomes |= {cell.name: Outcome(state, f"see {submitted.paths.stderr}")
-                         for cell in ours.cells}
+            elif not self.stopping and cells and self.tries[cells[0].name] < self.args.retries:
+                self.tries[cells[0].name] += 1
+                self.submit_new([cells])  # the job was killed
+            else:
+                state = "stopped" if self.stopping else "failed"
+                outcomes |= {cell.name: Outcome(state, f"see {job.paths.stderr}")
+                             for cell in cells}
         return outcomes
 
     def stop(self) -> None:

@@ -10,6 +10,7 @@ finished runs are skipped, the others resume. docs/grid.md has the rest.
 """
 
 import ast
+import contextlib
 import json
 import os
 import shlex
@@ -19,7 +20,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 
@@ -33,7 +34,6 @@ from tools.paper_tables import METHODS, PRESETS, TABLES, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"env_id", "seed", "run_dir", "resume"}  # flags that the grid gives
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Args:
     time_limit: int = 240  # SLURM, minutes; a job that meets it saves, is queued again and resumes
     signal_delay: int = 120  # SLURM, seconds before the time limit in which runs save
     sbatch: tuple[str, ...] = ()  # more for SLURM, such as account=me qos=low
+    detach: bool = False  # SLURM: submit the jobs and end; the same command finds them again
 
 
 # ----------------------------------------------------------------------------- the runs
@@ -230,22 +231,29 @@ class Screen:
 
     ROWS, SECONDS, LINE_SECONDS = 30, 2.0, 60.0
 
-    def __init__(self, cells: list[Cell]):
-        self.cells, self.outcomes = cells, {}
+    def __init__(self, cells: list[Cell], out: TextIO):
+        self.cells, self.out, self.outcomes = cells, out, {}
         self.live, self.next = None, 0.0
-        if sys.stdout.isatty():
+        if out.isatty():
+            from rich.console import Console
             from rich.live import Live
 
-            self.live = Live(auto_refresh=False)
+            self.live = Live(console=Console(file=out, markup=False, highlight=False),
+                             auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self.live.start()
 
     def say(self, text: str) -> None:
-        (self.live.console.print if self.live else print)(text, **(
-            {"markup": False, "highlight": False} if self.live else {"flush": True}))
+        if self.live:
+            self.live.console.print(text)
+        else:
+            print(text, file=self.out, flush=True)
 
     def ended(self, outcomes: dict[str, Outcome]) -> None:
-        self.outcomes |= outcomes
+        """Tell of these. A job from before may have cells that this grid does not have."""
+        mine = {cell.name for cell in self.cells}
+        outcomes = {name: outcome for name, outcome in outcomes.items() if name in mine}
         for name, outcome in outcomes.items():
+            self.outcomes[name] = outcome
             self.say(f"{outcome.state:9} {name}" + (f": {outcome.text}" if outcome.text else ""))
 
     def update(self) -> None:
@@ -269,9 +277,9 @@ class Screen:
                              f"{len(running)} running", f"{waiting} waiting or starting"])
         if not self.live:
             for name, steps, speed, success, left in rows:
-                print(f"running   {name}: {steps} steps, {speed} steps/s, success {success}, "
-                      f"{left} left")
-            print(summary, flush=True)
+                self.say(f"running   {name}: {steps} steps, {speed} steps/s, success {success}, "
+                         f"{left} left")
+            self.say(summary)
             return
         from rich.table import Table
 
@@ -289,7 +297,9 @@ class Screen:
 # -------------------------------------------------------------------------------- main
 
 
-def run_grid(engine: RayEngine | SlurmEngine, cells: list[Cell]) -> dict[str, Outcome]:
+def run_grid(
+    engine: RayEngine | SlurmEngine, cells: list[Cell], out: TextIO
+) -> dict[str, Outcome]:
     """Run the cells until each has ended; the first Ctrl-C lets them save, the second ends."""
     stops: list[int] = []
 
@@ -298,10 +308,9 @@ def run_grid(engine: RayEngine | SlurmEngine, cells: list[Cell]) -> dict[str, Ou
         if len(stops) > 1 and number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    for number in STOP_SIGNALS:  # after the engine's start: Ray sets its own
+    for number in engine.stopped_by:  # after the engine's start: Ray sets its own
         signal.signal(number, stop)
-    engine.submit(cells)
-    screen, told = Screen(cells), False
+    screen, told = Screen(cells, out), False
     try:
         while len(screen.outcomes) < len(cells):
             if stops and not told:
@@ -318,6 +327,8 @@ def run_grid(engine: RayEngine | SlurmEngine, cells: list[Cell]) -> dict[str, Ou
 
 def main(args: Args, extra: list[str]) -> int:
     """Run the grid; the exit status: 0 all finished, 1 some failed, 2 some were refused, 130."""
+    if args.detach and args.engine != "slurm":
+        raise UserError("--detach is for --engine slurm: Ray's runs end with this command")
     output, grid, cells = plan(args, extra)
     if args.dry_run:
         cores = share_of(args).cores
@@ -332,13 +343,21 @@ def main(args: Args, extra: list[str]) -> int:
     print(f"{output}: {len(cells)} runs, {len(cells) - len(todo)} finished before")
     if not todo:
         return 0
-    engine = RayEngine(args) if args.engine == "ray" else SlurmEngine(args, output)
-    try:
-        print(f"{engine.where}; a run gets {engine.share.cores} cores, {engine.share.gpus:g} GPUs, "
-              f"{args.memory_per_run:g} GiB", flush=True)
-        outcomes = run_grid(engine, todo)
-    finally:
-        engine.close()
+    out = sys.stdout
+    # Ray's own notes, of a worker that died for example, go where they do not break the table.
+    with open(output / "engine.log", "a") as log, contextlib.redirect_stdout(log):
+        engine = RayEngine(args) if args.engine == "ray" else SlurmEngine(args, output)
+        try:
+            print(f"{engine.where}; a run gets {engine.share.cores} cores, "
+                  f"{engine.share.gpus:g} GPUs, {args.memory_per_run:g} GiB", file=out, flush=True)
+            engine.submit(todo)
+            if args.detach:
+                print("submitted; the same command without --detach shows how far they are",
+                      file=out)
+                return 0
+            outcomes = run_grid(engine, todo, out)
+        finally:
+            engine.close()
     counts = Counter(outcome.state for outcome in outcomes.values())
     print(", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
     statuses = {"stopped": 130, "refused": 2, "failed": 1}
