@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
@@ -68,6 +69,13 @@ class RayEngine:
         except ImportError:
             raise UserError(f"--engine ray needs Ray: {INSTALL}") from None
         self.ray, self.args = ray, args
+        if args.address:  # Ray itself tries for minutes
+            host, _, port = args.address.rpartition(":")
+            try:
+                socket.create_connection((host, int(port)), timeout=20).close()
+            except (OSError, ValueError) as error:
+                raise UserError(f"no Ray cluster answers at {args.address} ({error}): --address "
+                                "is the head's <host>:<port>") from None
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         quiet = {"log_to_driver": False, "configure_logging": False,
                  "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}}}
@@ -209,7 +217,8 @@ class SlurmEngine:
                 submitted = [self.executor.submit(job) for job in jobs]
         except FailedJobError as error:
             reason = next(iter(str(error).strip().splitlines()), "sbatch failed")
-            raise UserError(f"SLURM refused the jobs: {reason}") from None
+            raise UserError("SLURM refused the jobs: "
+                            + reason.removeprefix("sbatch: error: ")) from None
         new = {job.job_id: (job, cells) for job, cells in zip(submitted, groups, strict=True)}
         self.jobs |= new
         names = {id: [cell.name for cell in cells] for id, (_, cells) in new.items()}

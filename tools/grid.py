@@ -344,8 +344,9 @@ def main(args: Args, extra: list[str]) -> int:
     if not todo:
         return 0
     out = sys.stdout
-    # Ray's own notes, of a worker that died for example, go where they do not break the table.
-    with open(output / "engine.log", "a") as log, contextlib.redirect_stdout(log):
+    # The engine's own notes, of a worker that died for example, do not break the table.
+    with (open(output / "engine.log", "a") as log, contextlib.redirect_stdout(log),
+          contextlib.redirect_stderr(log)):
         engine = RayEngine(args) if args.engine == "ray" else SlurmEngine(args, output)
         try:
             print(f"{engine.where}; a run gets {engine.share.cores} cores, "
