@@ -46,6 +46,23 @@ def rows(folder: Path) -> list[str]:
             if ",time/" not in line]
 
 
+@pytest.fixture
+def start():
+    """`start(words)` begins a grid in the background; none outlives its test."""
+    started: list[subprocess.Popen] = []
+
+    def begin(words: list[str]) -> subprocess.Popen:
+        started.append(subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, start_new_session=True))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)  # its runs save and end
+            process.communicate()
+
+
 def wait_until(condition, process: subprocess.Popen, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -213,7 +230,7 @@ def test_progress_is_read_from_the_folder(tmp_path):
 # -------------------------------------------------------------------------------- engines
 
 
-def test_ray_interrupted_and_killed_ends_as_by_hand(tmp_path):
+def test_ray_interrupted_and_killed_ends_as_by_hand(start, tmp_path):
     """Ctrl-C and the same command again, then Ray's worker killed by SIGKILL: the same metrics."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements-grid.txt")
     output, steps = tmp_path / "grid", 4000
@@ -221,14 +238,10 @@ def test_ray_interrupted_and_killed_ends_as_by_hand(tmp_path):
     folders = [output / Path(script).stem / "reach-v3/0" for script in scripts]
     words = command(output, steps=steps, scripts=scripts)
 
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, start_new_session=True)
-
     def steps_of(folder: Path) -> int:
         return cells.read_progress(folder).steps
 
-    first = start()
+    first = start(words)
     wait_until(lambda: any(steps_of(folder) >= 800 for folder in folders), first)
     os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to all of the group
     assert "stopping: running cells are saved first" in first.communicate()[0]
@@ -237,7 +250,7 @@ def test_ray_interrupted_and_killed_ends_as_by_hand(tmp_path):
     assert max(saved) >= 800 and not any(map(cells.is_in_use, folders))
     victim = saved.index(min(saved))
 
-    second = start()
+    second = start(words)
     wait_until(lambda: steps_of(folders[victim]) >= max(1000, saved[victim] + 200), second)
     _, worker = run_of(folders[victim])
     os.kill(worker, signal.SIGKILL)
@@ -296,7 +309,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory=4000 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """)
     monkeypatch.setenv("SLURM_CONF", str(conf))
@@ -314,11 +327,11 @@ PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
         server.wait()
 
 
-def test_slurm_requeues_at_the_time_limit_and_ends_as_by_hand(slurm, tmp_path):
+def test_slurm_requeues_at_the_time_limit_and_ends_as_by_hand(slurm, start, tmp_path):
     """Also: a job that was submitted by a command that has gone is found again."""
     output, steps = tmp_path / "grid", 20_000
     folder = output / "sac_baseline/reach-v3/0"
-    words = command(output, "--engine", "slurm", "--time-limit", "1", "--signal-delay", "30",
+    words = command(output, "--engine", "slurm", "--time-limit", "60", "--signal-delay", "100",
                     steps=steps)
     refused = subprocess.run([*words[:3], "--partition", "none", *words[3:]], cwd=ROOT, text=True,
                              capture_output=True)
@@ -326,13 +339,24 @@ def test_slurm_requeues_at_the_time_limit_and_ends_as_by_hand(slurm, tmp_path):
     assert refused.stderr == "error: SLURM refused the jobs: invalid partition specified: none\n"
     subprocess.run([*words[:3], "--detach", *words[3:]], cwd=ROOT, check=True, timeout=60)
     (job,) = json.loads((output / "slurm/jobs.json").read_text())
-    process = subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE)
-    while process.poll() is None:
-        # SLURM lets a requeued job wait for two minutes; a test need not.
-        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
-        time.sleep(2)
-    assert process.returncode == 0, process.communicate()
+    process = start(words)
+
+    def slurm_says(*words: str) -> str:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    def waits_to_begin() -> bool:
+        return "PD BeginTime" in slurm_says("squeue", "-h", "-j", job, "-o", "%t %r")
+
+    started = time.monotonic()
+    wait_until(lambda: cells.read_progress(folder).steps >= 1000, process)
+    limit = int((time.monotonic() - started) / 60) + 2  # minutes: the signal is due at once
+    slurm_says("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    wait_until(waits_to_begin, process)
+    assert (cells.saved_steps(folder) or 0) >= 1000
+    time.sleep(15)  # SLURM cleans up, and would wait for two minutes
+    slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")
+    printed = process.communicate(timeout=600)[0]
+    assert process.returncode == 0 and printed.endswith("1 finished\n"), printed
     assert list(json.loads((output / "slurm/jobs.json").read_text())) == [job]
-    log = (folder / cells.LOG).read_text()
-    assert re.search(r"saved at [\d,]+ steps", log) and "resumed at" in log
+    assert "resumed at" in (folder / cells.LOG).read_text()
     assert rows(folder) == by_hand(tmp_path / "hand", "sac_baseline.py", steps)
