@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from tools import cells, grid
+from tools import cells, engines, grid
 from tools.cells import Cell, Job, Outcome
 from tools.paper_tables import METHODS, PRESETS, TABLES
 
@@ -154,11 +154,37 @@ def test_paper_page_has_the_same_commands():
     (["table1"], ["--nonsense", "1"], "no script of this grid has the flag --nonsense"),
     (["table1"], ["--seed", "1"], "--seed is the grid's own"),
     (["table1", "--detach"], [], "--detach is for --engine slurm"),
+    (["--scripts", "'x"], [], "is no script with flags"),
+    (["table1", "--cores-per-run", "0"], [], "--cores-per-run must be 1 or more, not 0"),
+    (["table1", "--gpus-per-run", "1.5"], [], "--gpus-per-run must be a fraction or a whole"),
+    (["table1", "--memory-per-run", "nan"], [], "--memory-per-run must be above 0 GiB"),
 ])
 def test_refusals(capsys, words, extra, message):
     with pytest.raises(grid.UserError) as error:
         dry_run(capsys, *words, extra=tuple(extra))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("engine", ["ray", "slurm"])
+def test_a_missing_package_says_how_to_install_it(monkeypatch, tmp_path, engine):
+    monkeypatch.setitem(sys.modules, {"ray": "ray", "slurm": "submitit"}[engine], None)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    args = grid.Args(names=("table1",), engine=engine, output=tmp_path)
+    with pytest.raises(grid.UserError, match=r"pip install -r requirements-grid\.txt"):
+        grid.main(args, [])
+
+
+def test_what_a_run_gets():
+    """A core each without GPUs; four runs to a GPU, each with its part of the cores."""
+    args = grid.Args(memory_per_run=3)
+    assert engines.share_of(args, cores=16) == engines.Share(1, 0.0, 3 * 2**30)
+    shared = engines.share_of(args, cores=16, gpus=1)
+    assert (shared.cores, shared.gpus) == (4, 0.25)
+    assert shared.variables == {"FURL_NUM_CORES": "4", "OMP_NUM_THREADS": "4", "NPROC": "4",
+                                "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    args = grid.Args(memory_per_run=3, gpus_per_run=1, cores_per_run=2)
+    alone = engines.share_of(args, cores=16, gpus=2)
+    assert (alone.cores, alone.gpus) == (2, 1) and len(alone.variables) == 3
 
 
 def test_no_slurm_here_is_one_line(tmp_path):

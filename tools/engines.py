@@ -48,12 +48,16 @@ def share_of(args: Any, cores: float = 0, gpus: float = 0) -> Share:
     share = args.gpus_per_run
     if share is None:
         share = 1 / RUNS_PER_GPU if gpus else 0.0
-    beside = int(cores * share / gpus) if gpus else 1  # one core a run does most in total
-    chosen = Share(args.cores_per_run or max(1, beside), share, int(args.memory_per_run * 2**30))
-    if chosen.cores < 1 or share < 0 or (share > 1 and share != int(share)) or chosen.memory <= 0:
-        raise UserError("--cores-per-run must be 1 or more, --gpus-per-run a fraction or a whole "
-                        "number, --memory-per-run above 0")
-    return chosen
+    if not (0 <= share <= 1 or (share < 1000 and share == int(share))):
+        raise UserError(f"--gpus-per-run must be a fraction or a whole number, not {share:g}")
+    if not 0 < args.memory_per_run < 1e6:
+        raise UserError(f"--memory-per-run must be above 0 GiB, not {args.memory_per_run:g}")
+    chosen = args.cores_per_run
+    if chosen is None:  # one core a run does most in total
+        chosen = max(1, int(cores * share / gpus)) if gpus else 1
+    if chosen < 1:
+        raise UserError(f"--cores-per-run must be 1 or more, not {chosen}")
+    return Share(chosen, share, int(args.memory_per_run * 2**30))
 
 
 class RayEngine:

@@ -11,6 +11,7 @@ finished runs are skipped, the others resume. docs/grid.md has the rest.
 
 import ast
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -50,7 +51,7 @@ class Args:
     # --- what a run gets
     cores_per_run: int | None = None  # default: 1; beside a GPU its share of the cores
     gpus_per_run: float | None = None  # a fraction shares a GPU; default: 0.25 where there is one
-    memory_per_run: float = 3.0  # GiB; as many run at once as fit
+    memory_per_run: float | None = None  # GiB; as many run at once as fit; default: the preset's
     retries: int = 3  # of a run, worker or node that died; a user error is never tried again
     # --- where
     engine: Literal["ray", "slurm"] = "ray"  # ray: this machine, or the cluster at --address
@@ -106,7 +107,10 @@ def chosen_methods(args: Args) -> dict[str, tuple[Method, tuple[str, ...]]]:
             tasks = tuple(dict.fromkeys((*before, *TABLES[name].tasks)))
             found[method] = METHODS[method], tasks
     for words in args.scripts:
-        script, *flags = shlex.split(words)
+        try:
+            script, *flags = shlex.split(words)
+        except ValueError:  # empty, or a quotation that is not closed
+            raise UserError(f"--scripts {words!r} is no script with flags") from None
         name = "_".join([Path(script).stem, *(word.strip("-") for word in flags)])
         name = name.replace("/", "-")
         if name in found:
@@ -168,13 +172,14 @@ def plan(args: Args, extra: list[str]) -> tuple[Path, dict[str, Any], list[Cell]
     budgets = {" ".join(flags.get("total_timesteps", ["--total-timesteps"])) for flags
                in merged.values()}
     budget = budgets.pop().replace("=", " ").removeprefix("--total-timesteps").strip()
+    budget = budget.replace("_", "")
     grid = {
         "name": "+".join(args.names or methods), "preset": preset_name,
         "methods": {name: {"script": script.name, "flags": shlex.join(flags), "label": label}
                     for name, (script, flags, label, _) in methods.items()},
         "tasks": list(dict.fromkeys(task for *_, tasks in methods.values() for task in tasks)),
         "seeds": list(range(args.seeds)),
-        "total_timesteps": int(budget.replace("_", "")) if budget and not budgets else None,
+        "total_timesteps": int(budget) if budget.isdecimal() and not budgets else None,
     }
     output = args.output or Path("runs/grids") / grid["name"]
     cells = [
@@ -330,6 +335,8 @@ def main(args: Args, extra: list[str]) -> int:
     if args.detach and args.engine != "slurm":
         raise UserError("--detach is for --engine slurm: Ray's runs end with this command")
     output, grid, cells = plan(args, extra)
+    if args.memory_per_run is None:
+        args = dataclasses.replace(args, memory_per_run=PRESETS[grid["preset"]].memory)
     if args.dry_run:
         cores = share_of(args).cores
         for cell in cells:

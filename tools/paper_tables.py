@@ -38,6 +38,7 @@ class Preset:
 
     flags: str = ""
     vlms: dict[str, str] = field(default_factory=dict)  # Method.vlm -> flags
+    memory: float = 3.0  # GiB a run, with a full replay
 
 
 FURL, RELAY, SAC, VLM_RM, DRQ = (
@@ -95,7 +96,8 @@ TABLES = {
 PRESETS = {
     # The scripts' defaults are the paper's Table 5; the budget is written out to be on record.
     "paper": Preset("--total-timesteps 1000000", {"liv": "--vlm liv --quality paper",
-                                                  "clip": "--vlm clip --quality paper"}),
+                                                  "clip": "--vlm clip --quality paper"},
+                    memory=6.0),
     # What two cores do in a night: the embedded VLM and fast pictures.
     "laptop": Preset("--total-timesteps 120000 --batch-size 64 --learning-rate 3e-4 "
                      "--eval-every 2000", {"clip": "--vlm clip"}),
