@@ -68,6 +68,8 @@ class RayEngine:
     def __init__(self, args: Any):
         # All of these are read when Ray is imported or started.
         os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+        if args.address and (Path.home() / ".ray/auth_token").exists():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start` does
         try:
             import ray
         except ImportError:

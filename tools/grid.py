@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
@@ -302,6 +303,20 @@ class Screen:
 # -------------------------------------------------------------------------------- main
 
 
+@contextlib.contextmanager
+def notes_to(path: Path) -> Iterator[None]:
+    """Keep the engine's own notes, of a worker that died for example, out of the table: what is
+    printed, and what its libraries write to file descriptor 2, goes to `path`."""
+    stderr = os.dup(2)
+    try:
+        with open(path, "a") as log, contextlib.redirect_stdout(log):
+            os.dup2(log.fileno(), 2)
+            yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
 def run_grid(
     engine: RayEngine | SlurmEngine, cells: list[Cell], out: TextIO
 ) -> dict[str, Outcome]:
@@ -351,9 +366,7 @@ def main(args: Args, extra: list[str]) -> int:
     if not todo:
         return 0
     out = sys.stdout
-    # The engine's own notes, of a worker that died for example, do not break the table.
-    with (open(output / "engine.log", "a") as log, contextlib.redirect_stdout(log),
-          contextlib.redirect_stderr(log)):
+    with notes_to(output / "engine.log"):
         engine = RayEngine(args) if args.engine == "ray" else SlurmEngine(args, output)
         try:
             print(f"{engine.where}; a run gets {engine.share.cores} cores, "
