@@ -6,6 +6,7 @@ runs save, and `close()`. Neither package is needed before its engine is asked f
 
 import json
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -164,7 +165,11 @@ class SlurmEngine:
         if self.left() is None:
             raise UserError("--engine slurm: SLURM's controller does not answer (see squeue)")
         # A job asks for whole GPUs, so runs that share one share a job.
-        self.together = int(1 / self.share.gpus) if 0 < self.share.gpus < 1 else 1
+        whole = int(1 / self.share.gpus) if 0 < self.share.gpus < 1 else 1
+        self.together = whole if args.runs_per_job is None else args.runs_per_job
+        if self.together < 1:
+            raise UserError(f"--runs-per-job must be 1 or more, not {self.together}")
+        gpus = math.ceil(self.together * self.share.gpus - 1e-9)
         more = dict(pair.partition("=")[::2] for pair in args.sbatch)
         cores = self.together * self.share.cores
         self.executor = SlurmExecutor(output.resolve() / "slurm", max_num_timeout=MANY)
@@ -175,7 +180,7 @@ class SlurmEngine:
             srun_args=[f"--cpus-per-task={cores}"],  # srun no longer takes it from sbatch
             setup=[f"export PYTHONPATH={shlex.quote(str(ROOT))}"],
             additional_parameters={"requeue": True, **more},
-            **({"gpus_per_node": max(1, int(self.share.gpus))} if self.share.gpus else {}),
+            **({"gpus_per_node": gpus} if gpus else {}),
         )
         self.where = f"SLURM, {self.together} runs a job"
         self.record = self.executor.folder / "jobs.json"

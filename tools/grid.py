@@ -58,6 +58,7 @@ class Args:
     engine: Literal["ray", "slurm"] = "ray"  # ray: this machine, or the cluster at --address
     address: str | None = None  # <host>:<port> of a running Ray cluster
     partition: str | None = None  # of SLURM
+    runs_per_job: int | None = None  # SLURM; default: as many as share a GPU
     time_limit: int = 240  # SLURM, minutes; a job that meets it saves, is queued again and resumes
     signal_delay: int = 120  # SLURM, seconds before the time limit in which runs save
     sbatch: tuple[str, ...] = ()  # more for SLURM, such as account=me qos=low
