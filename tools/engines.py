@@ -86,16 +86,21 @@ class RayEngine:
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         quiet = {"log_to_driver": False, "configure_logging": False,
                  "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}}}
-        try:
-            if args.address:
-                ray.init(address=args.address, **quiet)
-            else:
-                ray.init(address="local", num_cpus=num_cores(), include_dashboard=False,
-                         object_store_memory=80 * 2**20, **quiet)
-        except Exception as error:  # Ray's have no common class
-            where = f"at {args.address}" if args.address else "on this machine"
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"no Ray cluster answers {where}: {reason}") from None
+        settings = {"address": args.address} if args.address else {
+            "address": "local", "num_cpus": num_cores(), "include_dashboard": False,
+            "object_store_memory": 80 * 2**20}
+        for again in (True, True, False):  # it gives itself 30 s, which a busy machine exceeds
+            try:
+                ray.init(**settings, **quiet)
+                break
+            except Exception as error:  # Ray's have no common class
+                ray.shutdown()
+                if again and not args.address:
+                    continue
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                where = (f"no Ray cluster answers at {args.address}" if args.address
+                         else "Ray does not start on this machine")
+                raise UserError(f"{where}: {reason}") from None
         total = ray.cluster_resources()
         self.share = share_of(args, total.get("CPU", 0), total.get("GPU", 0))
         wanted = {"CPU": self.share.cores, "GPU": self.share.gpus, "memory": self.share.memory}
