@@ -22,12 +22,17 @@ ifneq ($(shell [ -n "$$HOME" ] && [ -w "$$HOME" ] && echo yes),yes)
 export HOME := $(CURDIR)/$(VENV)/home
 endif
 
-.PHONY: help train test doctor setup lint clean
+# What `make grid` runs, e.g. make grid GRID_ARGS="table1 --seeds 5"; see docs/grid.md.
+GRID_ARGS = --help
+GRID_STAMP := $(VENV)/installed-grid-$(shell cat requirements.txt requirements-grid.txt | cksum | cut -d' ' -f1)
+
+.PHONY: help train test doctor grid setup lint clean
 
 help:
 	@echo "make train   set up, then train FuRL: furl_sac_state.py $(TRAIN_ARGS)"
 	@echo "make test    set up, then run the tests"
 	@echo "make doctor  set up, then check in a minute that this machine can train"
+	@echo "make grid    set up, Ray and submitit too, then many runs: GRID_ARGS=\"table1 --seeds 5\""
 	@echo "make setup   only set up: $(VENV), pinned packages, headless EGL"
 	@echo "make lint    ruff"
 	@echo "make clean   remove $(VENV), caches and compiled programs; runs/ is kept"
@@ -35,11 +40,14 @@ help:
 train: setup
 	$(PY) furl_sac_state.py $(TRAIN_ARGS)
 
-test: setup
+test: setup $(GRID_STAMP)
 	@$(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 doctor: setup
 	@$(PY) -m tools.doctor
+
+grid: setup $(GRID_STAMP)
+	@$(PY) -m tools.grid $(GRID_ARGS)
 
 setup: $(STAMP)
 	@mkdir -p "$$HOME"
@@ -61,4 +69,10 @@ $(STAMP):
 	@[ $(GPU) = 1 ] || $(PY) -m pip uninstall -q -y jax-cuda13-plugin jax-cuda13-pjrt 2>/dev/null
 	@echo "Installing $(REQUIREMENTS) (several GB, a few minutes)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r $(REQUIREMENTS)
+	@touch $@
+
+# After $(STAMP), which removes it.
+$(GRID_STAMP): $(STAMP)
+	@echo "Installing requirements-grid.txt (Ray and submitit, 0.1 GB)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-grid.txt
 	@touch $@

@@ -1,0 +1,224 @@
+"""The runs of a grid, one at a time or several side by side, as processes that are looked after.
+
+A cell is one run: a method on a task with a seed. This module is what a worker of Ray or SLURM
+imports; tools/grid.py decides what runs where.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+POLL_SECONDS = 0.5
+TAIL_BYTES = 65_536  # of metrics.csv: holds the last evaluation
+LOG = "output.log"  # what the runs of a folder print
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. `script` and `folder` are absolute; `flags` lack only --run-dir."""
+
+    name: str  # <method>/<task>/<seed>
+    script: str
+    flags: tuple[str, ...]
+    folder: Path
+
+    def command(self) -> list[str]:
+        """What a user would type after `python`: to begin, or to go on where it was saved."""
+        if saved_steps(self.folder) is not None:
+            return [self.script, "--resume", str(self.folder)]
+        return [self.script, *self.flags, "--run-dir", str(self.folder)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended: finished, stopped, refused (a user error) or failed; and why."""
+
+    state: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run folder tells of a run; None where it says nothing yet."""
+
+    steps: int = 0
+    total: int | None = None
+    speed: float | None = None  # steps a second, lately
+    success: float | None = None  # eval/success_once of the last evaluation
+
+    @property
+    def seconds_left(self) -> float | None:
+        return (self.total - self.steps) / self.speed if self.total and self.speed else None
+
+
+def saved_steps(folder: Path) -> int | None:
+    """Environment steps of a run's newest checkpoint, if it has any."""
+    steps = [int(path.name.removeprefix("step_"))
+             for path in (folder / "checkpoints").glob("step_*")]
+    return max(steps, default=None)
+
+
+def planned_steps(folder: Path) -> int | None:
+    """The run's --total-timesteps, in whole iterations as config.json has it."""
+    try:
+        return json.loads((folder / "config.json").read_text())["args"]["total_timesteps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_finished(folder: Path) -> bool:
+    saved = saved_steps(folder)
+    return saved is not None and saved == planned_steps(folder)
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process holds the run folder's lock; the lock is asked, not taken."""
+    try:
+        with open(folder / "lock", "r+") as file:
+            query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, query)
+    except OSError:  # no such file, or a file system without locks
+        return False
+    return struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far a run is, by its metrics.csv."""
+    values: dict[str, float] = {}
+    steps = 0
+    try:
+        with open(folder / "metrics.csv", "rb") as file:
+            file.seek(-min(TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            lines = file.read().decode(errors="replace").splitlines()
+        for line in lines[1:]:  # the first is the header or was cut
+            env_steps, key, value = line.split(",")
+            steps, values[key] = int(env_steps), float(value)
+    except (OSError, ValueError):  # not there yet, or a line that is being written
+        pass
+    return Progress(max(steps, saved_steps(folder) or 0), planned_steps(folder),
+                    values.get("time/steps_per_second"), values.get("eval/success_once"))
+
+
+def last_words(folder: Path) -> str:
+    """The last line that a run printed."""
+    try:
+        lines = (folder / LOG).read_text(errors="replace").split("\n")
+        return next(line.strip() for line in reversed(lines) if line.strip())
+    except (OSError, StopIteration):
+        return "it printed nothing"
+
+
+@dataclass
+class Job:
+    """Cells that share what an engine gives one task, run side by side.
+
+    Attributes:
+        cells: what to run.
+        variables: for the runs' environment, beside this process's own.
+        cwd: where they start.
+        retries: how often a cell that died is started again. A user error is never.
+    """
+
+    cells: list[Cell]
+    variables: dict[str, str]
+    cwd: str
+    retries: int = 3
+
+    def __post_init__(self) -> None:
+        self._running: dict[str, subprocess.Popen] = {}
+        self._deaths: Counter[str] = Counter()
+
+    def run(self) -> dict[str, Outcome]:
+        """Run the cells to their ends; whatever interrupts this lets them save first.
+
+        It polls: a worker that waits in a system call cannot be cancelled.
+        """
+        outcomes: dict[str, Outcome] = {}
+        try:
+            while len(outcomes) < len(self.cells):
+                for cell in self.cells:
+                    if cell.name not in outcomes and (outcome := self._look_after(cell)):
+                        outcomes[cell.name] = outcome
+                if len(outcomes) < len(self.cells):
+                    time.sleep(POLL_SECONDS)
+        finally:
+            self.stop()
+        return outcomes
+
+    def stop(self) -> None:
+        """Tell the runs to save, and wait for them."""
+        for process in self._running.values():
+            process.terminate()
+        for process in self._running.values():
+            process.wait()
+
+    def _look_after(self, cell: Cell) -> Outcome | None:
+        process = self._running.get(cell.name)
+        if process is None:
+            if is_finished(cell.folder):
+                return Outcome("finished")
+            # The run of a worker that was killed is saving, or another grid has the same cell.
+            if not is_in_use(cell.folder):
+                self._running[cell.name] = self._start(cell)
+            return None
+        status = process.poll()
+        if status is None:
+            return None
+        del self._running[cell.name]
+        if status == 0:
+            return Outcome("finished")
+        if status == 2:
+            return Outcome("refused", last_words(cell.folder))
+        self._deaths[cell.name] += 1
+        if self._deaths[cell.name] > self.retries:
+            how = signal.Signals(-status).name if status < 0 else f"status {status}"
+            return Outcome("failed", f"{how}, {self._deaths[cell.name]} times: "
+                                     f"{last_words(cell.folder)} ({cell.folder / LOG})")
+        return None
+
+    def _start(self, cell: Cell) -> subprocess.Popen:
+        command = [sys.executable, *cell.command()]
+        if shutil.which("setpriv"):  # should this process be killed, the run saves and ends
+            command = ["setpriv", "--pdeathsig", "TERM", *command]
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        with open(cell.folder / LOG, "ab") as log:
+            # A session of its own: Ctrl-C in a terminal is for the grid, which tells its runs.
+            return subprocess.Popen(
+                command, cwd=self.cwd, env={**os.environ, **self.variables},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+
+def run_job(job: Job) -> dict[str, Outcome]:
+    """`Job.run` as a function, for Ray."""
+    return job.run()
+
+
+class SlurmJob(Job):
+    """The same for submitit, which calls `checkpoint` before SLURM's time limit and then requeues
+    the job."""
+
+    def __call__(self) -> dict[str, Outcome]:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # scancel: the runs save
+        return self.run()
+
+    def checkpoint(self) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        self.stop()
+        return DelayedSubmission(dataclasses.replace(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_running": {}}

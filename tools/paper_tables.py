@@ -1,0 +1,105 @@
+"""The paper's tables and figures as grids of runs, and the presets: flags and budgets with a name.
+
+docs/paper.md shows the same commands; tests/test_grid.py holds the two together.
+"""
+
+from dataclasses import dataclass, field
+
+from common.envs.metaworld_tasks import MT10
+
+
+@dataclass(frozen=True)
+class Method:
+    """A column of a table, or a curve of a figure.
+
+    Attributes:
+        label: what the paper calls it.
+        script, flags: the command, without task, seed and VLM.
+        vlm: which of a preset's VLMs it has; None: none.
+    """
+
+    label: str
+    script: str
+    flags: str = ""
+    vlm: str | None = "liv"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Names in `METHODS`, and the tasks of the paper."""
+
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...] = MT10
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Flags for every run, and those of its VLM; a script without such a flag runs without it."""
+
+    flags: str = ""
+    vlms: dict[str, str] = field(default_factory=dict)  # Method.vlm -> flags
+    memory: float = 3.0  # GiB a run, with a full replay
+
+
+FURL, RELAY, SAC, VLM_RM, DRQ, PIXELS = (
+    "furl_sac_state.py", "relay_baseline.py", "sac_baseline.py", "vlm_rm_baseline.py",
+    "drq_baseline.py", "furl_drq_pixels.py",
+)
+METHODS = {
+    "sac": Method("SAC", SAC, vlm=None),
+    "vlm-rm": Method("VLM-RMs", VLM_RM),
+    "vlm-rm-gb": Method("VLM-RMs-GB", VLM_RM, "--alpha 0.5"),
+    "liv": Method("LIV", VLM_RM, "--task-reward"),
+    "liv-proj": Method("LIV-Proj", VLM_RM, "--task-reward --projection"),
+    "relay": Method("Relay", RELAY),
+    "furl-no-goal-image": Method("FuRL w/o goal-image", FURL, "--no-goal-image"),
+    "furl": Method("FuRL", FURL),
+    "sac-random": Method("SAC", SAC, "--goal random", vlm=None),
+    "relay-random": Method("Relay", RELAY, "--goal random"),
+    "furl-random": Method("FuRL", FURL, "--goal random"),
+    "clip": Method("CLIP", VLM_RM, "--task-reward", vlm="clip"),
+    "clip-furl": Method("CLIP-FuRL", FURL, vlm="clip"),
+    "prompt-none": Method("none", FURL, "--prompt none"),
+    "prompt-short": Method("short", FURL, "--prompt short"),
+    "prompt-long": Method("long", FURL, "--prompt long"),
+    "drq-pixels": Method("DrQ", DRQ, "--goal random", vlm=None),
+    "furl-pixels": Method("FuRL", PIXELS, "--goal random"),
+    "no-align": Method("no reward alignment", FURL, "--no-align"),
+    "no-stage1": Method("no stage 1 (Eq. 5)", FURL, "--no-stage1"),
+    "no-stage2": Method("no stage 2 (Eq. 4)", FURL, "--no-stage2"),
+    "no-relay": Method("no relay", FURL, "--no-relay"),
+    "no-pretrained": Method("without the pretrained VLM", FURL, "--no-pretrained"),
+    "rho-0.01": Method("rho 0.01", FURL, "--goal random --rho 0.01"),
+    "rho-0.05": Method("rho 0.05", FURL, "--goal random --rho 0.05"),
+    "rho-0.2": Method("rho 0.2", FURL, "--goal random --rho 0.2"),
+}
+
+TWO = ("button-press-topdown-v3", "drawer-open-v3")
+TABLE1 = Table(("sac", "vlm-rm", "vlm-rm-gb", "liv", "liv-proj", "relay", "furl-no-goal-image",
+                "furl"))
+TABLE2 = Table(("sac-random", "relay-random", "furl-random"))
+TABLE6 = Table(("prompt-none", "prompt-short", "prompt-long"), TWO)
+TABLES = {
+    "table1": TABLE1,
+    "table2": TABLE2,
+    "table3": Table(("clip", "clip-furl")),
+    "table6": TABLE6,
+    "figure6": TABLE1,
+    "figure7": Table(("drq-pixels", "furl-pixels"), ("window-open-v3",)),
+    "figure8": Table(("furl", "no-align", "no-stage1", "no-stage2", "no-relay")),
+    "figure9": Table(("furl", "no-pretrained", "sac")),
+    "figure10": Table(("rho-0.01", "rho-0.05", "rho-0.2"), TWO),
+    "figure13": TABLE2,
+    "figure15": TABLE6,
+}
+
+PRESETS = {
+    # The scripts' defaults are the paper's Table 5; the budget is written out to be on record.
+    "paper": Preset("--total-timesteps 1000000", {"liv": "--vlm liv --quality paper",
+                                                  "clip": "--vlm clip --quality paper"},
+                    memory=6.0),
+    # What two cores do in a night: the embedded VLM and fast pictures.
+    "laptop": Preset("--total-timesteps 120000 --batch-size 64 --learning-rate 3e-4 "
+                     "--eval-every 2000", {"clip": "--vlm clip"}),
+    "none": Preset(vlms={"clip": "--vlm clip"}),
+}
