@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common.envs import metaworld, metaworld_tasks, rendering
+from common.envs.workers import WorkerError
 from common.vlms import mini
 from tools import doctor, golden
 from tools.doctor import Args, Finding
@@ -107,7 +108,7 @@ def test_long_findings_are_wrapped_on_a_terminal_alone():
 
 
 def test_a_failed_worker_is_reported_by_the_end_of_its_traceback():
-    error = metaworld.WorkerError("an environment worker failed:\nTraceback ...\nKeyError: 'arm'\n")
+    error = WorkerError("an environment worker failed:\nTraceback ...\nKeyError: 'arm'\n")
     assert doctor.one_line(error) == "WorkerError: an environment worker failed: KeyError: 'arm'"
 
 

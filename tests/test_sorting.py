@@ -65,7 +65,7 @@ def test_positives_are_all_up_to_the_last_success(name, tmp_path, monkeypatch, p
         jax.tree.map(np.asarray, a[3])) or save(*a))
     script.main(replace(args, run_dir=str(tmp_path / "run")))
     rings = saved[-1]
-    embeddings = rings["transitions" if name == "furl" else "pixels"].data.embedding
+    embeddings = rings["transitions" if name == "furl" else "steps"].data.embedding
 
     def frames(episode: int, env: int, count: int) -> np.ndarray:
         start = episode * length

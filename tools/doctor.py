@@ -316,7 +316,7 @@ def check_devices(_args: Args) -> Finding:
     import torch
 
     from common.envs.rendering import gpu_present
-    from tools.detect_gpu import problem
+    from tools.setup.detect_gpu import problem
 
     torch_device = "cuda" if torch.cuda.is_available() else "cpu"
     text = (f"JAX {jax.__version__} on {', '.join(map(str, jax.devices()))}; torch "
