@@ -14,6 +14,7 @@ import furl_sac_state as furl
 import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
 from common.envs.metaworld import make_env
+from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from tools import reward_report as report
@@ -113,18 +114,18 @@ def test_the_goal_picture_is_of_a_goal_on_which_the_expert_succeeds(monkeypatch)
     """Random goals: up to five are tried, none of them the report's own; a fixed goal: that one."""
     tried, works = [], {1_000_007}
 
-    def picture(env_id, *, seed, goal):
+    def picture(env_id, *, seed, goal, camera):
         tried.append(seed)
         if seed in works:
             return "picture"
         raise UserError("the scripted expert fails on it")
 
     monkeypatch.setattr(report, "goal_image", picture)
-    assert report.goal_picture("reach-v3", "random", 3) == "picture"
+    assert report.goal_picture("reach-v3", "random", 3, Camera(48)) == "picture"
     assert tried == [1_000_006, 1_000_007]
     works.clear()
-    assert report.goal_picture("reach-v3", "random", 3) is None and len(tried) == 7
-    assert report.goal_picture("reach-v3", "fixed", 3) is None and tried[7:] == [3]
+    assert report.goal_picture("reach-v3", "random", 3, Camera(48)) is None and len(tried) == 7
+    assert report.goal_picture("reach-v3", "fixed", 3, Camera(48)) is None and tried[7:] == [3]
 
 
 # ---------------------------------------------------------------------------- episodes
@@ -141,7 +142,7 @@ def test_the_expert_gives_up_when_told():
 
 
 def test_one_goal_three_behaviours_whatever_was_drawn_before():
-    scene = Scene("drawer-close-v3", "random", 3, 100, 20, 48)
+    scene = Scene("drawer-close-v3", "random", 3, 100, 20, Camera(48))
     first, second = draw_episodes(scene, 0), draw_episodes(scene, 1)
     assert second.frames.shape == (3, 6, 48, 48, 3) and second.success.shape == (3, 6)
     assert second.first_success[0] > 0 and second.success[0, -1]
