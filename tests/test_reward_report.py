@@ -194,10 +194,10 @@ def test_a_report_of_two_prompts_and_two_runs(runs, tmp_path, capsys):
     pictures = {f.stem for f in (tmp_path / "out").glob("*.png")}
     assert pictures == {"curves", "frames", "histograms", "epic", "paths"}
     page = (tmp_path / "out/report.html").read_text()
-    embedded = re.findall(r"src='data:image/png;base64,([^']+)'", page)
+    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(embedded) == 5
     assert all(base64.b64decode(e).startswith(b"\x89PNG") for e in embedded)
-    text = re.sub(r"base64,[^']+", "", page)  # pictures may spell anything
+    text = re.sub(r'base64,[^"]+', "", page)  # pictures may spell anything
     assert "http" not in text and "<b>Open</b>" not in text
     assert "&lt;b&gt;Open&lt;/b&gt; &amp; shut" in page
     with pytest.raises(ValueError, match="exists: choose another --output"):

@@ -1,10 +1,11 @@
 """The plots and the page of `tools.reward_report`."""
 
 import base64
-import html
 import math
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import matplotlib
 import numpy as np
 
@@ -153,30 +154,6 @@ def plot_paths(ways: dict[str, dict[str, list[np.ndarray]]]):
 
 # -------------------------------------------------------------------------------- page
 
-STYLE = """
-body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:#1f2933;
-background:#f5f7f9;margin:0}main{max-width:1040px;margin:0 auto;padding:32px 20px 64px}
-h1{font-size:1.6rem;margin:0 0 4px}h2{font-size:1.15rem;margin:36px 0 8px}p{margin:6px 0}
-.quiet{color:#5f6b77;font-size:.9rem}.card{background:#fff;border:1px solid #e3e7eb;
-border-radius:8px;padding:14px 18px;margin:12px 0;overflow-x:auto}
-.good{border-left:6px solid #2e7d32}.fuzzy{border-left:6px solid #f9a825}
-.misleading{border-left:6px solid #c62828}.unknown{border-left:6px solid #8a94a0}
-img{max-width:100%;display:block;margin:0 auto}table{border-collapse:collapse;width:100%;
-font-size:.9rem}th,td{padding:6px 10px;text-align:right;border-bottom:1px solid #e9edf0;
-white-space:nowrap}th:first-child,td:first-child{text-align:left;white-space:normal}
-th{color:#5f6b77;font-weight:600}"""
-CAPTIONS = {
-    "curves": ("Reward over time", "Mean over the goals, and a band of one standard deviation. A "
-               "reward to trust rises along the expert's curve and keeps it apart from the others "
-               "(FuRL, Figures 11 and 17)."),
-    "frames": ("One goal, picture by picture", "Green frames: success (FuRL, Figures 1 and 16)."),
-    "histograms": ("Goal states against other states", "The further apart the dashed means, the "
-                   "lower the EPIC distance (VLM-RM, Figure 7)."),
-    "epic": ("Goal-baseline regularisation", "EPIC distance to the sparse reward by alpha; 0 is "
-             "perfect (VLM-RM, Lemma 1 and Figure 4a)."),
-    "paths": ("Where the policies go", "The end effector from above, beside the expert's path on "
-              "the same goals (FuRL, Figure 2)."),
-}
 COLUMNS = ("Spearman with progress", "AUC success", "AUC, sub-optimal", "fooled", "EPIC")
 
 
@@ -198,38 +175,14 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def page(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    """One HTML page with everything in it."""
-    text = html.escape
-    body = [f"<h1>{text(results['env_id'])}: can {text(results['vlm'])} reward it?</h1>",
-            f"<p>Instruction: “{text(results['instruction'])}”</p>"
-            f"<p class=quiet>{text(results['setting'])}</p>"]
-    for name, f in results["rewards"].items():
-        if f["kind"] == "goal picture":
-            continue
-        body.append(f"<div class='card {f['verdict']}'><b>{text(name)}: {f['verdict']}</b>"
-                    f"<p>{text(f['in_words'])}</p></div>")
-    body += [f"<p>{text(note)}</p>" for note in results["notes"]]
-    head = "".join(f"<th>{text(c)}</th>" for c in ("reward", *COLUMNS))
-    rows = "".join("<tr>" + "".join(f"<td>{text(c)}</td>" for c in row) + "</tr>"
-                   for row in table_rows(results))
-    body.append(f"<h2>Numbers</h2><div class=card><table><tr>{head}</tr>{rows}</table></div>")
-    body.append(
-        "<p class=quiet>Spearman: rank correlation of the reward with time until success, mean "
-        "over the expert's episodes ± its standard error. AUC: how often a success frame scores "
-        "above another one, of all episodes or of sub-optimal ones alone; in brackets the 95% "
-        "interval of a bootstrap over goals. Fooled: sub-optimal episodes with a failure that "
-        "scores like the median success. EPIC: distance to the sparse reward, 0 to 1, 0.71 without "
-        "correlation. The goal-picture rows need no text: they are minus the distance to the "
-        "picture of another success, a baseline to beat.</p>")
-    for name, data in pictures.items():
-        title, caption = CAPTIONS[name]
-        if name == "epic":
-            caption += f" Baseline: “{results['baseline_prompt']}”"
-        encoded = base64.b64encode(data).decode()
-        body.append(f"<h2>{title}</h2><p class=quiet>{text(caption)}</p><div class=card><img "
-                    f"alt='{text(title)}' src='data:image/png;base64,{encoded}'></div>")
-    body.append(f"<p class=quiet>{text(results['vlm_id'])}, commit {text(results['commit'])}</p>")
-    return ("<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport "
-            "content='width=device-width,initial-scale=1'>"
-            f"<title>{text(results['env_id'])}: VLM reward report</title><style>{STYLE}</style>"
-            f"</head><body><main>{''.join(body)}</main></body></html>\n")
+    """One HTML page with everything in it: report_page.html, filled in.
+
+    Args:
+        results: what the report's JSON holds.
+        pictures: PNG files by the names that the template has captions for.
+    """
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        Path(__file__).with_suffix(".html").read_text())
+    encoded = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
+    return template.render(results=results, head=["reward", *COLUMNS], rows=table_rows(results),
+                           pictures=encoded) + "\n"
