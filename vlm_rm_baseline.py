@@ -10,7 +10,7 @@ Fu et al., ICML 2024, Eq. 1). Baselines 2 to 5 of the FuRL paper's section 5.1:
     python vlm_rm_baseline.py --task-reward --projection # LIV-Proj: random, fixed projection heads
 
 each with --env-id drawer-open-v3, and with --vlm liv --quality paper for the paper's own.
-docs/baselines.md explains every metric.
+docs/vlm_rm_baseline.md explains every metric.
 
 Deviations from the paper, whose Table 5 is the default, and choices where it is silent, as in
 furl_sac_state.py:

@@ -2,7 +2,7 @@
 
 What differs from the official environments: the bundled MuJoCo is newer, a goal is drawn at every
 reset and cannot be fixed, there are no pictures, and the state of an episode cannot be saved.
-docs/baselines.md has the list.
+docs/sac_baseline.md has the list.
 """
 
 from importlib import metadata
