@@ -44,7 +44,7 @@ ACTION_STREAM = 0  # of random numbers on the host, beside the seed
 
 
 @dataclass(frozen=True)
-class Args(flags.RunArgs):
+class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs: common/flags.py
     # --- environment
     goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow

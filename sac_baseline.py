@@ -41,7 +41,7 @@ ENGINES = {"metaworld": metaworld.VecMetaWorld, "envpool": EnvPoolMetaWorld}
 
 
 @dataclass(frozen=True)
-class Args(flags.RunArgs):
+class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs: common/flags.py
     # --- environment
     goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
     engine: Literal["metaworld", "envpool"] = "metaworld"  # envpool: faster, random goals only

@@ -35,7 +35,7 @@ class RunArgs:
     num_envs: PositiveInt = 8  # environments stepped side by side
     utd: float = 1.0  # updates per environment step (per action, where actions are repeated)
     eval_every: PositiveInt = 10_000  # environment steps between evaluations of the mean action
-    eval_episodes: NotNegativeInt = 0  # 0: 1 with a fixed goal (deterministic), else 10
+    eval_episodes: NotNegativeInt = 0  # per evaluation; 0: 1 with a fixed goal, else 10
     checkpoint_every: NotNegativeInt = 50_000  # steps between checkpoints; 0: only at the end
     log_every: PositiveInt = 1_000  # environment steps between rows of metrics
     run_dir: str | None = None  # default: runs/<env>__<script>__<seed>__<time>
