@@ -11,19 +11,14 @@ docs/relay_baseline.md explains every metric. `furl_sac_state.py --no-align` com
 number by number: a test holds both to it.
 
 Deviations from the paper, whose Table 5 is the default, and choices where it is silent, as in
-furl_sac_state.py:
- 1. Eight environments, one update per environment step in total. Updates lag one iteration behind
-    the data, so that environments step and draw while the last frames are embedded and learned.
- 2. Each environment draws its own relay period and its own first policy.
- 3. Relaying ends at 2,500 positives, frames of an episode up to its last success (Figure 5). The
+furl_sac_state.py (the page has all of them):
+ 1. Eight environments, one update per environment step in total, one iteration behind the data.
+    Each environment draws its own relay period and its own first policy.
+ 2. Relaying ends at 2,500 positives, frames of an episode up to its last success (Figure 5). The
     authors' code for Relay counts steps in success instead.
- 4. As in the authors' code, where the paper does not say: 10,000 random steps before learning, and
-    noise of 0.2 on the relay agent's actions.
- 5. The temperature starts at 0.1, DrQ's value (authors: 1; the paper does not say): at 1, 30,000
-    updates pass before the sparse reward counts for more than entropy.
- 6. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv. It
-    sees the part of the picture that the authors keep for FuRL (their Relay keeps all of it), as
-    RGB, where they feed it BGR. Prompts have Table 4's capitals and full stop.
+ 3. 10,000 random steps before learning and noise of 0.2 on the relay agent's actions, as in the
+    authors' code. The temperature starts at 0.1 (authors: 1).
+ 4. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv.
 """
 
 from collections.abc import Callable

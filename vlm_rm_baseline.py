@@ -13,16 +13,11 @@ each with --env-id drawer-open-v3, and with --vlm liv --quality paper for the pa
 docs/vlm_rm_baseline.md explains every metric.
 
 Deviations from the paper, whose Table 5 is the default, and choices where it is silent, as in
-furl_sac_state.py:
- 1. Eight environments, one update per environment step in total. Updates lag one iteration behind
-    the data, so that environments step and draw while the last frames are embedded and learned.
- 2. 10,000 random steps before learning, as in the authors' code; the paper does not say.
- 3. The temperature starts at 0.1, DrQ's value (authors: 1; the paper does not say): at 1, 30,000
-    updates pass before the sparse reward counts for more than entropy.
- 4. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv. It
-    sees the part of the picture that the FuRL authors keep, as RGB, where they feed it BGR. Prompts
-    have Table 4's capitals and full stop.
- 5. VLM-RM's reward has no weight and no shift; the FuRL paper does not give VLM-RM's alpha.
+furl_sac_state.py (the page has all of them):
+ 1. Eight environments, one update per environment step in total, one iteration behind the data.
+ 2. 10,000 random steps before learning, as in the authors' code; the temperature starts at 0.1.
+ 3. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv.
+ 4. VLM-RM's reward has no weight and no shift; the FuRL paper does not give VLM-RM's alpha.
 """
 
 from collections.abc import Callable

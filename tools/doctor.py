@@ -294,7 +294,7 @@ def check_vlm(args: Args) -> Finding:
         return Finding("ok", f"{text}; embeddings are finite")
     if not vlm.id.startswith(MINI_ID):
         return Finding("FAIL", f"the weights are not the shipped ones ({MINI_ID}...): {text}",
-                       "git checkout common/assets, and leave out --vlm-weights")
+                       "git checkout common/vlms, and leave out --vlm-weights")
     off = np.abs(scores - np.array(list(MINI_SCORES.values()))).max()
     if not off < MINI_TOLERANCE:
         return Finding("FAIL", f"scores of known pictures are off by {off:.3f} (allowed "
@@ -432,7 +432,7 @@ CHECKS = (
           "mend 'drawing' first, then git checkout tests/golden"),
     Check("experts", check_experts, INSTALL),
     Check("determinism", check_determinism, f"mend 'drawing' first, then {INSTALL}"),
-    Check("VLM", check_vlm, "check --vlm and --vlm-weights; for mini: git checkout common/assets"),
+    Check("VLM", check_vlm, "check --vlm and --vlm-weights; for mini: git checkout common/vlms"),
     Check("devices", check_devices, f"{INSTALL}; without a working GPU: make setup GPU=0"),
     Check("memory", check_memory, INSTALL),
     Check("disk", check_disk, "free some space, or train with another --run-dir"),
