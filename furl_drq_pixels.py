@@ -23,7 +23,7 @@ Deviations from the paper, whose Table 5 is the default, and choices where it is
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -654,9 +654,7 @@ def main(args: Args) -> dict[str, float]:
     buffers = buffers._replace(steps=pixels.add_first(buffers.steps, first))
     state, buffers, _ = run.begin(state, buffers, envs)
 
-    def store(
-        buffers: Buffers, step: PixelStep, frames: np.ndarray, first: np.ndarray | None
-    ) -> Buffers:
+    def store(buffers: Buffers, step: PixelStep, frames: np.ndarray, first: Any) -> Buffers:
         """Add a step, and after an episode's last one the first pictures of the next episodes."""
         step = step._replace(embedding=vlm.embed_images(view.crop(frames)))
         steps = replay.add_rows(buffers.steps, step)
