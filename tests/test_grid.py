@@ -256,9 +256,19 @@ def test_progress_is_read_from_the_folder(tmp_path):
 # -------------------------------------------------------------------------------- engines
 
 
-def test_ray_interrupted_and_killed_ends_as_by_hand(start, tmp_path):
-    """Ctrl-C and the same command again, then Ray's worker killed by SIGKILL: the same metrics."""
+@pytest.fixture
+def ray_starts() -> None:
+    """Skips where Ray itself cannot start: it gives up after 30 s on a machine that is too busy."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements-grid.txt")
+    code = "import ray; ray.init(num_cpus=1, include_dashboard=False); ray.shutdown()"
+    try:
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=150)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"Ray does not start on this machine: {error}")
+
+
+def test_ray_interrupted_and_killed_ends_as_by_hand(ray_starts, start, tmp_path):
+    """Ctrl-C and the same command again, then Ray's worker killed by SIGKILL: the same metrics."""
     output, steps = tmp_path / "grid", 4000
     scripts = ("sac_baseline.py", "vlm_rm_baseline.py")
     folders = [output / Path(script).stem / "reach-v3/0" for script in scripts]
@@ -287,7 +297,7 @@ def test_ray_interrupted_and_killed_ends_as_by_hand(start, tmp_path):
         assert rows(folder) == by_hand(tmp_path / script, script, steps)
 
     before = [(folder / "metrics.csv").stat().st_mtime_ns for folder in folders]
-    third = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, timeout=60)
+    third = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, timeout=180)
     assert third.returncode == 0 and "2 runs, 2 finished before" in third.stdout
     assert before == [(folder / "metrics.csv").stat().st_mtime_ns for folder in folders]
 
