@@ -373,11 +373,6 @@ def main(args: Args) -> dict[str, float]:
     buffers = Buffers(pixels.add_first(buffers.steps, envs.reset()[1]))
     agent, buffers, _ = run.begin(agent, buffers, envs)
 
-    def store(buffers: Buffers, step: PixelStep, first: np.ndarray | None) -> Buffers:
-        """Add a step, and after an episode's last one the first pictures of the next episodes."""
-        steps = replay.add_rows(buffers.steps, step)
-        return Buffers(steps if first is None else pixels.add_first(steps, first))
-
     obs = np.asarray(pixels.newest_stack(buffers.steps, args.layout))
     # Environments step while the device learns, so a step is stored and learned from one iteration
     # later, when the next one is under way. Until then it is `previous`.
@@ -395,7 +390,7 @@ def main(args: Args) -> dict[str, float]:
 
         # ... while the step before is stored and learned from.
         if previous is not None:
-            buffers = store(buffers, *previous)
+            buffers = Buffers(pixels.add_step(buffers.steps, *previous))
         if env_steps >= max(args.learning_starts, 1):
             agent, metrics = update(agent, buffers, update_key, env_steps, args)
 
@@ -412,7 +407,7 @@ def main(args: Args) -> dict[str, float]:
                 **metrics, "charts/num_updates": agent.opt[0].count,
             })
         if run.must_save():
-            buffers, previous = store(buffers, *previous), None
+            buffers, previous = Buffers(pixels.add_step(buffers.steps, *previous)), None
             run.save(agent, buffers, envs)
 
     for thing in (run, evaluate, envs):

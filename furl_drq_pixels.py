@@ -23,7 +23,7 @@ Deviations from the paper, whose Table 5 is the default, and choices where it is
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -654,11 +654,9 @@ def main(args: Args) -> dict[str, float]:
     buffers = buffers._replace(steps=pixels.add_first(buffers.steps, first))
     state, buffers, _ = run.begin(state, buffers, envs)
 
-    def store(buffers: Buffers, step: PixelStep, frames: np.ndarray, first: Any) -> Buffers:
-        """Add a step, and after an episode's last one the first pictures of the next episodes."""
+    def store(buffers: Buffers, step: PixelStep, first: np.ndarray | None, frames) -> Buffers:
         step = step._replace(embedding=vlm.embed_images(view.crop(frames)))
-        steps = replay.add_rows(buffers.steps, step)
-        return buffers._replace(steps=steps if first is None else pixels.add_first(steps, first))
+        return buffers._replace(steps=pixels.add_step(buffers.steps, step, first))
 
     phase = choose_phase(buffers, args)
     obs = np.asarray(pixels.newest_stack(buffers.steps, args.layout))
@@ -698,7 +696,7 @@ def main(args: Args) -> dict[str, float]:
         step = envs.step_wait()
         obs, picture, first = pixels.observe(obs, step, args.frame_stack)
         pixel_step = PixelStep(picture, action, step.sparse_reward, step.terminated)
-        previous = pixel_step, step.frames, first
+        previous = pixel_step, first, step.frames
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)

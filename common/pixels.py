@@ -78,6 +78,12 @@ def add_first(ring: Ring, pictures: np.ndarray) -> Ring:
     return replay.add_rows(ring, nothing._replace(picture=pictures))
 
 
+def add_step(ring: Ring, step: PixelStep, first: np.ndarray | None) -> Ring:
+    """Write a step, and after an episode's last one the `first` pictures of the next episodes."""
+    ring = replay.add_rows(ring, step)
+    return ring if first is None else add_first(ring, first)
+
+
 def stack(ring: Ring, block: jax.Array, env: jax.Array, layout: Layout) -> jax.Array:
     """The pictures up to row `block` [n] of environment `env` [n]: [n, 84, 84, 3 frame_stack].
 
