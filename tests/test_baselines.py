@@ -241,6 +241,7 @@ TINY = [
     "--env-id", "drawer-close-v3", "--num-envs", "4", "--total-timesteps", "1600",
     "--learning-starts", "400", "--batch-size", "32", "--eval-every", "800",
     "--checkpoint-every", "800", "--log-every", "400", "--buffer-size", "1200", "--utd", "0.5",
+    "--hidden-features", "16", "16",
 ]
 
 

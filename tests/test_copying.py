@@ -71,7 +71,7 @@ def test_a_copy_with_a_new_loss_is_as_good_as_the_script(checkout):
 
     # The mere copy trains under its own name; its run is older than the flags that come next.
     shutil.copy(checkout / "furl_sac_state.py", checkout / "my_idea.py")
-    run(checkout, "my_idea.py", *TINY, "--total-timesteps", "800", "--run-dir", "runs/old")
+    run(checkout, "my_idea.py", *TINY, "--total-timesteps", "400", "--run-dir", "runs/old")
     config = json.loads((checkout / "runs/old/config.json").read_text())
     assert config["script"] == "my_idea"
     assert (checkout / "runs/old/my_idea.py").read_bytes() == before["furl_sac_state.py"]
@@ -96,11 +96,11 @@ def test_a_copy_with_a_new_loss_is_as_good_as_the_script(checkout):
     assert args["contrastive"] == 0.5 and args["weights"] == [-2, 0] and args["names"] == ["a"]
 
     # The older run goes on, and is evaluated, with the new flags' defaults.
-    out = run(checkout, "my_idea.py", "--resume", "runs/old", "--total-timesteps", "1200")
+    out = run(checkout, "my_idea.py", "--resume", "runs/old", "--total-timesteps", "600")
     assert "made before these flags, which take their defaults" in out
     assert "my_idea.py has changed since this run began" in out
     out = run(checkout, "-m", "tools.evaluate", "runs/old", "--videos", "0")
-    assert "--contrastive" in out and "my_idea.py, 1,200 steps" in out
+    assert "--contrastive" in out and "my_idea.py, 600 steps" in out
 
     # The tools know it like any other script.
     out = run(checkout, "-m", "tools.evaluate", "runs/new")
