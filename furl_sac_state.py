@@ -66,7 +66,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     # --- VLM reward
-    vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
+    vlm: str = "mini"  # mini, mini2, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
     prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
@@ -76,6 +76,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     goal_image: bool = True  # --no-goal-image: no Eq. 5, so no alignment before a success
     stage1: bool = True  # --no-stage1: without Eq. 5
     stage2: bool = True  # --no-stage2: Eq. 5 only
+    stage2_after: flags.PositiveInt = 1  # positives (after k steps) at which Eq. 4 replaces Eq. 5
     projection_features: flags.PositiveInts = (256, 64)  # layers of both projection heads
     lag: flags.PositiveInt = 10  # k of Eq. 4, environment steps
     reward_margin: flags.NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
@@ -490,7 +491,8 @@ def choose_phase(buffers: Buffers, args: Args) -> Phase:
     """Algorithm 1's branches, from the samples collected so far; waits for the device."""
     positives = buffers.positives
     alignment = "none"
-    if args.align and args.stage2 and (positives.data.time >= args.lag).any():
+    old_enough = (positives.data.time >= args.lag).sum()
+    if args.align and args.stage2 and old_enough >= args.stage2_after:
         alignment = "success"
     elif args.uses_goal_image and buffers.negatives.total > 0:
         alignment = "goal-image"

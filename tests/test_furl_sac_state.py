@@ -650,12 +650,15 @@ def test_phase_table(flags, num_positives, num_negatives, relaying, alignment):
     assert phase == Phase(relaying, alignment)
 
 
-@pytest.mark.parametrize(("num_positives", "alignment"), [(2, "goal-image"), (3, "success")])
-def test_eq_4_waits_for_a_positive_with_a_predecessor(num_positives, alignment):
+@pytest.mark.parametrize(("num_positives", "stage2_after", "alignment"), [
+    (2, 1, "goal-image"), (3, 1, "success"), (4, 3, "goal-image"), (5, 3, "success"),
+])
+def test_eq_4_waits_for_positives_with_a_predecessor(num_positives, stage2_after, alignment):
     """As in the authors' code: from the k-th step of a successful episode on; k = 2 here."""
     negatives = frames(0)._replace(total=jnp.int32(500))
     buffers = script.Buffers(None, frames(num_positives), negatives)
-    assert script.choose_phase(buffers, SMALL) == Phase(True, alignment)
+    args = replace(SMALL, stage2_after=stage2_after)
+    assert script.choose_phase(buffers, args) == Phase(True, alignment)
 
 
 def test_phases_are_named_after_what_happens_in_them():

@@ -1,4 +1,4 @@
-"""The embedded VLM: its file, its text side, its losses, and that MT10 is unseen."""
+"""The embedded VLMs: their files, its text side, its losses, and that MT10 is unseen."""
 
 import math
 
@@ -22,7 +22,6 @@ from common.envs.rendering import Camera, Renderer
 from common.errors import UserError
 from common.vlms.mini import (
     EMBED_DIM,
-    WEIGHTS,
     Mini,
     init_mini,
     load_mini,
@@ -30,33 +29,55 @@ from common.vlms.mini import (
     save_mini,
     word_pieces,
 )
+from common.vlms.mini2 import (
+    CROP_LEFT,
+    CROP_SIZE,
+    CROP_TOP,
+    FRAME_SIZE,
+    Mini2,
+    crop,
+    keypoints,
+)
+from tools.measures import auc
+from tools.mini import scenes
 from tools.mini.pretrain import (
-    HELD_OUT,
+    NUM_PICTURES,
     SHARPNESS,
+    SPLITS,
     SUMMARY,
-    TRAINING_TASKS,
-    Episodes,
-    auc,
+    add_norms,
     batch_loss,
-    draw_batch,
+    draw_sample,
+    fold_norms,
     ranking,
     summarise,
 )
-from tools.mini.sentences import MT10_PARAPHRASES, TRAINING_SENTENCES, overlap
+from tools.mini.scenes import TRAINING_TASKS, Places, scene_distance
+from tools.mini.sentences import (
+    MT10_PARAPHRASES,
+    OPPOSITE_SENTENCES,
+    TRAINING_SENTENCES,
+    overlap,
+)
+
+
+@pytest.fixture(scope="module", params=[Mini, Mini2])
+def kind(request) -> type[Mini]:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def model() -> Mini:
-    return load_mini()
+def model(kind) -> Mini:
+    return load_mini(kind=kind)
 
 
-def pictures(n: int, size: int = 112) -> torch.Tensor:
+def pictures(n: int, size: int = FRAME_SIZE) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
-def test_the_shipped_file_is_small():
-    assert WEIGHTS.stat().st_size <= 8 * 2**20
+def test_the_shipped_file_is_small(kind):
+    assert kind.weights.stat().st_size <= 8 * 2**20
 
 
 def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(model):
@@ -76,7 +97,7 @@ def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(model):
 def test_any_prompt_works(model, prompt):
     text = model.encode_text([prompt])
     torch.testing.assert_close(text.norm(dim=-1), torch.ones(1))
-    torch.testing.assert_close(text, load_mini().encode_text([prompt]))
+    torch.testing.assert_close(text, load_mini(kind=type(model)).encode_text([prompt]))
 
 
 def test_words_have_meaning_beyond_their_letters(model):
@@ -106,34 +127,34 @@ def test_quantised_vectors_are_near(model):
 
 def test_saved_and_loaded_weights_give_the_same_embeddings(model, tmp_path):
     save_mini(model, tmp_path / "copy.safetensors")
-    copy = load_mini(tmp_path / "copy.safetensors")
+    copy = load_mini(tmp_path / "copy.safetensors", type(model))
     assert torch.equal(copy.encode_images(pictures(3)), model.encode_images(pictures(3)))
     assert torch.equal(copy.encode_text(["lift"]), model.encode_text(["lift"]))
 
 
 def test_random_weights_belong_to_their_seed(model):
-    one, again, two = (init_mini(seed).encode_images(pictures(2)) for seed in (1, 1, 2))
+    one, again, two = (init_mini(seed, type(model)).encode_images(pictures(2)) for seed in (1, 1, 2))
     assert torch.equal(one, again) and not torch.allclose(one, two)
     assert not torch.allclose(one, model.encode_images(pictures(2)))
 
 
-def test_damaged_files_are_one_clear_line(tmp_path):
+def test_damaged_files_are_one_clear_line(tmp_path, kind):
     path = tmp_path / "weights.safetensors"
-    for content in (WEIGHTS.read_bytes()[:-1000], b"garbage", b""):
+    for content in (kind.weights.read_bytes()[:-1000], b"garbage", b""):
         path.write_bytes(content)
         with pytest.raises(UserError) as error:
-            load_mini(path)
+            load_mini(path, kind)
         assert "\n" not in str(error.value) and "weights.safetensors" in str(error.value)
     with pytest.raises(UserError, match="cannot read"):
-        load_mini(tmp_path / "missing.safetensors")
+        load_mini(tmp_path / "missing.safetensors", kind)
 
 
-def test_files_that_hold_something_else_are_one_clear_line(tmp_path):
+def test_files_that_hold_something_else_are_one_clear_line(tmp_path, kind):
     """Found at loading, not when the first sentence comes."""
     path = tmp_path / "weights.safetensors"
-    with safe_open(WEIGHTS, "pt") as file:
+    with safe_open(kind.weights, "pt") as file:
         metadata, good = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
-    dense = "image_head.1.weight"
+    dense = "image_head.0.weight" if kind is Mini2 else "image_head.1.weight"
     cases = [
         ({"token_vectors": good["token_vectors"][:9].clone()}, metadata, "token_vectors has shape"),
         ({"token_weights": good["token_weights"][:9].clone()}, metadata, "token_weights has shape"),
@@ -153,15 +174,17 @@ def test_files_that_hold_something_else_are_one_clear_line(tmp_path):
         tensors = {k: v for k, v in (good | changes).items() if v is not None}
         save_file(tensors, path, metadata=words)
         with pytest.raises(UserError, match=message) as error:
-            load_mini(path)
+            load_mini(path, kind)
         assert "\n" not in str(error.value) and "weights.safetensors" in str(error.value)
 
 
 def test_mt10_is_unseen_in_pictures_and_words():
     assert set(TRAINING_TASKS) == set(ENV_IDS) - set(MT10) == set(TRAINING_SENTENCES)
-    assert set(HELD_OUT) < set(TRAINING_TASKS)
+    for held_out in SPLITS.values():
+        assert set(held_out) < set(TRAINING_TASKS)
+    assert set(OPPOSITE_SENTENCES) < set(TRAINING_TASKS)
     unseen = [*MT10_INSTRUCTIONS.values(), *(s for p in MT10_PARAPHRASES.values() for s in p)]
-    for sentences in TRAINING_SENTENCES.values():
+    for sentences in (*TRAINING_SENTENCES.values(), *OPPOSITE_SENTENCES.values()):
         for sentence in sentences:
             worst = max(unseen, key=lambda other: overlap(sentence, other))
             assert overlap(sentence, worst) < 0.6, (sentence, worst)
@@ -183,47 +206,150 @@ def test_ranking_by_hand():
 
 
 def test_batch_loss_by_hand():
-    """One sample in the plane: success is the goal, the far hand opposite, all else 90 degrees."""
+    """One sample in the plane: the success is the goal, the counterfactual opposite, all else at 90
+    degrees and equally far."""
     success, other = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    images = torch.stack([other, success, success, success, other, other, -success])[None]
-    losses = batch_loss(images, success[None], torch.ones(1))
-    far, similar = math.sqrt(2), 1.0
-    for name, gap in (("goal_time", far), ("goal_counterfactual", far), ("goal_failure", far),
-                      ("goal_hand", 2 - far), ("text_time", similar), ("text_failure", similar)):
-        assert losses[name].item() == pytest.approx(
-            math.log1p(math.exp(-SHARPNESS * gap)), rel=1e-4, abs=1e-7)
+    images = torch.stack([success, other, other, success, -success, *[other] * 4])[None]
+    distance = torch.tensor([[1.0, 1.0, 0.0, 2.0, 1.0, 1.0, 1.0, 1.0]])
+    one = torch.ones(1)
+    losses = batch_loss(images, success[None], one, distance, one)
+
+    def loss(gap: float) -> float:
+        return math.log1p(math.exp(-SHARPNESS * gap))
+
+    far = math.sqrt(2)
+    # Pairs: the success before six and before the counterfactual, and six before that.
+    assert losses["goal"].item() == pytest.approx(
+        (6 * loss(far) + loss(2) + 6 * loss(2 - far)) / 13, rel=1e-4, abs=1e-9)
+    assert losses["goal_counterfactual"].item() == pytest.approx(loss(2), rel=1e-4, abs=1e-9)
+    assert losses["text"].item() == pytest.approx((12 * loss(1) + loss(2)) / 13, rel=1e-4)
     assert losses["contrast"].item() == pytest.approx(0, abs=1e-6)  # one task: nothing to confuse
+    untold = batch_loss(images, success[None], 0 * one, distance, 0 * one)
+    for name in ("text", "text_counterfactual", "goal_counterfactual", "contrast"):
+        assert untold[name] == 0
+    assert untold["goal"] == losses["goal"]
 
 
-def test_draws_are_what_they_are_called():
-    """Two tasks of four episodes: rows, groups, and the nearer hand first."""
-    data = Episodes.__new__(Episodes)  # without files
-    rng = np.random.default_rng(0)
-    data.hands, data.successes, data.failures = rng.uniform(size=(200, 3)), [], []
-    for task in range(2):
-        start = 100 * task
-        data.successes.append([
-            {"group": k // 2, "path": np.arange(start + 20 * k, start + 20 * k + 10),
-             "done": np.arange(start + 20 * k + 9, start + 20 * k + 12),
-             "counterfactual": np.arange(start + 20 * k + 12, start + 20 * k + 12 + 3 * task)}
-            for k in range(4)
-        ])
-        data.failures.append(np.arange(start + 80, start + 100))
-    data.trainable = [0, 1]
-    rows, tasks, has_counterfactual = draw_batch(data, rng, 300)
-    assert set(tasks) == {0, 1}
-    np.testing.assert_array_equal(has_counterfactual, tasks == 1)
-    assert (rows // 100 == tasks[:, None]).all()
-    earlier, later, success, goal, counterfactual, near, far = (rows % 100).T
-    assert (earlier < later).all() and (later // 20 == success // 20).all()
-    assert (success // 20 != goal // 20).all() and (success % 20 >= 9).all()
-    same_goal = (success // 40 == goal // 40).mean()
-    assert 0.75 < same_goal < 0.92  # three quarters on purpose, a third of the rest by chance
-    assert ((near >= 80) & (far >= 80)).all()
-    distance = np.linalg.norm(data.hands[rows[:, 5:]] - data.hands[rows[:, 3:4]], axis=-1)
-    assert (distance[:, 0] <= distance[:, 1]).all()
-    assert (np.diff(distance) > 0.05).mean() > 0.95
-    np.testing.assert_array_equal(counterfactual[tasks == 0], near[tasks == 0])
+def places(hand, part) -> Places:
+    """One moving part, at `part`, its axis tips with it."""
+    parts = np.full((1, scenes.NUM_PARTS, 4, 3), np.nan)
+    if part is not None:
+        parts[0, 0] = part
+    return Places(np.array([hand], float), parts)
+
+
+def test_scene_distance_by_hand():
+    goal = places([0.3, 0, 0], [0.3, 0, 0])
+    there = scene_distance(goal, goal)[0]
+    unmoved_at_part = scene_distance(places([0, 0, 0], [0, 0, 0]), goal)[0]
+    unmoved_at_goal = scene_distance(places([0.3, 0, 0], [0, 0, 0]), goal)[0]
+    moved_far_hand = scene_distance(places([0.3, 0.2, 0], [0.3, 0, 0]), goal)[0]
+    o, g, h = scenes.OBJECT_WEIGHT, scenes.GRASP_WEIGHT, scenes.HAND_WEIGHT
+    assert there == 0
+    assert unmoved_at_part == pytest.approx(0.3 * o + 0.3 * h)
+    assert unmoved_at_goal == pytest.approx(0.3 * o + 0.3 * g)
+    assert moved_far_hand == pytest.approx(0.2 * g + 0.2 * h)
+    # The hand belongs to the part before it is where the goal picture has it.
+    assert there < moved_far_hand < unmoved_at_part < unmoved_at_goal
+    # Where nothing moves, the hand alone counts.
+    nothing = scene_distance(places([0, 0, 0], None), places([0.1, 0, 0], None))[0]
+    assert nothing == pytest.approx(0.1 * (g + h))
+
+
+def test_drawn_scenes(tmp_path):
+    """A task's pictures and an invented scene's: objects are where each kind of picture says."""
+    with np.load(scenes.collect_task(tmp_path / "plate-slide-v3.npz", 4, 0, varied=True)) as file:
+        rows = dict(file)
+    assert rows["frames"].shape[1:] == (scenes.STORED_SIZE, scenes.STORED_SIZE, 3)
+    kinds, episodes = rows["kind"], rows["episode"]
+    assert set(kinds) == {scenes.ORDINARY, scenes.COUNTERFACTUAL, scenes.MIXED}
+    assert set(episodes) == set(range(4)) and (rows["success_step"][episodes == 3] < 0).all()
+    first = [np.flatnonzero(episodes == episode)[0] for episode in range(4)]
+    for row in np.flatnonzero(kinds == scenes.COUNTERFACTUAL):
+        start = first[episodes[row]]
+        np.testing.assert_allclose(rows["parts"][row], rows["parts"][start], atol=1e-4)
+        assert np.linalg.norm(rows["hand"][row] - rows["hand"][start]) > 0.05
+    done = np.flatnonzero(rows["success"])
+    moved = np.linalg.norm(rows["parts"][done, 0, 0] - rows["parts"][first[0], 0, 0], axis=-1)
+    assert (moved > 0.1).all() and len(done) >= 3
+
+    seen, (there, back) = scenes.draw_invented(
+        np.random.default_rng(0), rows["robot"], rows["hand"], 7)
+    assert set(seen["group"]) == {7} and len(seen["frames"]) == 55
+    assert bool(there) == bool(back) and set(there).isdisjoint(back)
+    at_start = seen["step"] == 0
+    assert {*seen["step"][seen["success"]]} == {100} and at_start.sum() >= 18
+    parts = seen["parts"][at_start]
+    np.testing.assert_allclose(parts, parts[:1].repeat(len(parts), 0), atol=1e-5)
+    end = seen["parts"][seen["success"]][0]
+    assert np.nanmax(np.linalg.norm(end - parts[0], axis=-1)) > 0.02
+    assert (np.ptp(seen["frames"].astype(int), axis=0) > 20).any()
+
+
+def test_samples_are_what_they_are_called():
+    """The way there, and one time in three the way back, where the object has not moved."""
+    scene = {
+        "goals": np.arange(10, 13), "counterfactual": np.arange(20, 23),
+        "mixed": np.arange(30, 40), "failures": np.arange(40, 50), "unmoved": [3],
+        "paths": [np.arange(0, 10)],
+    }
+    rng, backs = np.random.default_rng(0), 0
+    for _ in range(300):
+        sample = draw_sample(scene, ["there"], ["back"], rng)
+        goal, earlier, later, success, counterfactual, *others = sample.rows
+        assert len(sample.rows) == NUM_PICTURES and sample.has_counterfactual
+        assert earlier < later < 10 and min(others) >= 30
+        if sample.sentence == "back":
+            backs += 1
+            assert goal == success == 3 and 10 <= counterfactual < 13
+        else:
+            assert sample.sentence == "there" and 20 <= counterfactual < 23
+            assert 10 <= goal < 13 and 10 <= success < 13
+    assert 70 < backs < 140
+    lonely = scene | {"counterfactual": np.arange(0), "mixed": np.arange(0)}
+    sample = draw_sample(lonely, ["there"], [], rng)
+    assert not sample.has_counterfactual and min(sample.rows[4:]) >= 40
+
+
+def test_folded_normalisation_gives_the_same_embeddings():
+    torch.manual_seed(0)
+    model = init_mini(0, Mini2)
+    add_norms(model)
+    model.requires_grad_(True).train()
+    for _ in range(3):  # running means and variances that are not the first ones
+        model.encode_images(pictures(8))
+    model.eval()
+    with torch.inference_mode():
+        before = model.encode_images(pictures(4))
+        fold_norms(model)
+        torch.testing.assert_close(model.encode_images(pictures(4)), before, atol=1e-5, rtol=1e-4)
+    assert model.state_dict().keys() == init_mini(0, Mini2).state_dict().keys()
+
+
+def test_keypoints_are_where_a_map_is_high():
+    maps = torch.zeros(1, 2, 5, 5)
+    maps[0, 0, 0, 4] = maps[0, 1, 2, 2] = 50.0  # upper right corner, middle
+    row, middle_row, column, middle_column = keypoints(maps)[0]
+    assert (row, column) == pytest.approx((-1, 1), abs=1e-4)
+    assert (middle_row, middle_column) == pytest.approx((0, 0), abs=1e-4)
+
+
+def test_the_crop_shows_where_the_hand_can_be():
+    """All corners of the hand's workspace are inside, and pictures of other sizes are scaled."""
+    env = make_env("faucet-open-v3", seed=0, index=0, goal="fixed", show_goal=False)
+    env.reset()
+    camera = env.model.camera("corner2").id
+    rotation = env.data.cam_xmat[camera].reshape(3, 3)
+    focal = 0.5 / np.tan(np.radians(env.model.cam_fovy[camera]) / 2)
+    low, high = [*env.mocap_low[:2], 0.05], env.mocap_high  # above the table
+    for corner in np.ndindex(2, 2, 2):
+        x, y, z = rotation.T @ (np.where(corner, high, low) - env.data.cam_xpos[camera])
+        # Upright: Meta-World mounts this camera upside down.
+        column, row = (FRAME_SIZE * (0.5 + focal * v / -z) for v in (x, y))
+        assert CROP_LEFT - 3 <= column <= CROP_LEFT + CROP_SIZE + 3
+        assert CROP_TOP - 3 <= row <= CROP_TOP + CROP_SIZE + 3
+    assert crop(pictures(2)).shape == crop(pictures(2, size=224)).shape == (
+        2, 3, CROP_SIZE, CROP_SIZE)
 
 
 def test_auc_of_many_float32_scores_is_exact():
@@ -259,7 +385,7 @@ def test_figures_are_summarised_over_the_seeds():
 def test_a_scripted_episode_approaches_the_goal_picture_of_another(model):
     """Behaviour, on a task outside MT10: distance to the goal falls with time."""
     env = make_env("plate-slide-v3", seed=3, index=0, goal="fixed", show_goal=True)
-    renderer = Renderer(env.model, Camera(112))
+    renderer = Renderer(env.model, Camera(model.frame_size))
     policy = expert_policy("plate-slide-v3")
     rng = np.random.default_rng(0)
 

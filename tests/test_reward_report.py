@@ -134,9 +134,9 @@ def test_the_goal_picture_is_of_a_goal_on_which_the_expert_succeeds(monkeypatch)
 def test_the_expert_gives_up_when_told():
     env = make_env("drawer-close-v3", seed=0, index=0, goal="fixed", show_goal=True)
     rng = np.random.default_rng(0)
-    whole, success = play_episode(env, "drawer-close-v3", 0.0, rng, num_steps=120)
+    whole, success, _ = play_episode(env, "drawer-close-v3", 0.0, rng, num_steps=120)
     assert whole.shape[0] == success.shape[0] == 121 and success[-1] and not success[0]
-    part, failed = play_episode(env, "drawer-close-v3", 0.0, rng, num_steps=120, give_up=20)
+    part, failed, _ = play_episode(env, "drawer-close-v3", 0.0, rng, num_steps=120, give_up=20)
     np.testing.assert_array_equal(part[:21], whole[:21])
     assert np.abs(part[22] - whole[22]).max() > 1e-6 and not failed[:40].any()
 

@@ -35,21 +35,23 @@ def play_episode(
         give_up: the step at which the expert gives up and wanders.
 
     Returns:
-        physics [steps + 1, size] and success [steps + 1] bool; the first belong to the start.
+        physics [steps + 1, size], success [steps + 1] bool and the task's dense reward
+        [steps + 1]; the first belong to the start, whose reward is 0.
     """
     policy = expert_policy(task)
     obs, _ = env.reset()
-    states, success = [], []
+    states, success, rewards = [], [], []
     drift, target = np.zeros(4), None
     steps_left = num_steps or (150 if isinstance(noise, str) else MAX_STEPS)
 
-    def record(is_success: bool) -> None:
+    def record(is_success: bool, reward: float) -> None:
         physics = np.empty(mujoco.mj_stateSize(env.model, PHYSICS))
         mujoco.mj_getState(env.model, env.data, physics, PHYSICS)
         states.append(physics)
         success.append(is_success)
+        rewards.append(reward)
 
-    record(False)
+    record(False, 0.0)
     while steps_left > 0:
         if noise == "uniform":
             action = rng.uniform(-1, 1, 4)
@@ -63,13 +65,13 @@ def play_episode(
             action = np.clip([*(10 * (target - obs[:3])), grip], -1, 1)
         else:
             action = np.clip(expert_action(policy, obs) + noise * rng.normal(size=4), -1, 1)
-        obs, _, _, _, info = env.step(action.astype(np.float32))
-        record(bool(info["success"]))
+        obs, reward, _, _, info = env.step(action.astype(np.float32))
+        record(bool(info["success"]), float(reward))
         # Success holds: a few more steps and the end.
         if num_steps is None and sum(success) == 2 and success[-2]:
             steps_left = min(steps_left, 10)
         steps_left -= 1
-    return np.array(states), np.array(success)
+    return np.array(states), np.array(success), np.array(rewards)
 
 
 class Scene(NamedTuple):
@@ -128,7 +130,7 @@ def draw_episodes(scene: Scene, number: int) -> Drawn:
         if kind == KINDS[SUBOPTIMAL]:
             way = first[0] if first[0] > 0 else scene.num_steps
             give_up = max(1, round(rng.uniform(0.3, 0.9) * way))
-        states, success = play_episode(
+        states, success, _ = play_episode(
             env, scene.env_id, "uniform" if kind == KINDS[RANDOM] else noise, rng,
             num_steps=scene.num_steps, give_up=give_up,
         )

@@ -1,9 +1,13 @@
 """Figures of merit that several tools share."""
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import binomtest, mannwhitneyu, norm, sem, spearmanr
+
+if TYPE_CHECKING:
+    import torch
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -80,3 +84,10 @@ def goal_baseline_reward(
     direction = (goal - base) / np.linalg.norm(goal - base)
     projected = base + ((state - base) @ direction)[:, None] * direction
     return 1 - 0.5 * ((alpha * projected + (1 - alpha) * state - goal) ** 2).sum(-1)
+
+
+def pixel_embedding(crops: "torch.Tensor") -> np.ndarray:
+    """What embeddings are compared with: pictures float [n, 3, size, size] at 32 px, flat."""
+    from torch.nn import functional as F
+
+    return F.interpolate(crops, (32, 32), mode="area").flatten(1).numpy()

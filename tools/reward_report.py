@@ -48,7 +48,14 @@ from tools.episodes import (
     Scene,
     draw_episodes,
 )
-from tools.measures import auc, epic_distance, goal_baseline_reward, spearman, standard_error
+from tools.measures import (
+    auc,
+    epic_distance,
+    goal_baseline_reward,
+    pixel_embedding,
+    spearman,
+    standard_error,
+)
 from tools.report_page import (
     COLUMNS,
     cell,
@@ -109,7 +116,12 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
 
     `goal`: the goal picture as it is drawn, of which the VLM sees its own view.
     """
-    from tools.mini.pretrain import pixels
+    import torch
+
+    from common.vlms.mini import centre_crop
+
+    def pixels(frames: np.ndarray) -> np.ndarray:
+        return pixel_embedding(centre_crop(torch.from_numpy(frames)))
 
     view = view_for(vlm)
     if goal is not None:

@@ -29,7 +29,7 @@ WEIGHTS = Path(__file__).with_name("mini.safetensors")
 
 
 class Mini(nn.Module):
-    """The image and the text encoder.
+    """The image and the text encoder. `common.vlms.mini2` has another image encoder.
 
     Args:
         vocabulary: word pieces in BERT's notation (continuations start with '##').
@@ -37,6 +37,10 @@ class Mini(nn.Module):
         token_scale: [TOKEN_DIM] float32, vector = int8 * scale.
         token_weights: [len(vocabulary)] float32, rarer pieces count more.
     """
+
+    weights = WEIGHTS
+    view = f"{FRAME_SIZE}px-crop{CROP_SIZE}"
+    frame_size = FRAME_SIZE
 
     def __init__(
         self,
@@ -51,6 +55,12 @@ class Mini(nn.Module):
         self.register_buffer("token_vectors", token_vectors)
         self.register_buffer("token_scale", token_scale)
         self.register_buffer("token_weights", token_weights)
+        self.build_image_encoder()
+        self.text_head = nn.Sequential(
+            nn.Linear(TOKEN_DIM, 256), nn.ReLU(), nn.Linear(256, EMBED_DIM)
+        )
+
+    def build_image_encoder(self) -> None:
         self.convolutions = nn.Sequential(
             nn.Conv2d(3, 24, 3, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(24, 48, 3, stride=2, padding=1), nn.ReLU(),
@@ -60,9 +70,6 @@ class Mini(nn.Module):
         )  # [B, 3, 84, 84] -> [B, 32, 11, 11]: where things are must survive, so no pooling
         self.image_head = nn.Sequential(
             nn.Flatten(), nn.Linear(32 * 11 * 11, 256), nn.ReLU(), nn.Linear(256, EMBED_DIM)
-        )
-        self.text_head = nn.Sequential(
-            nn.Linear(TOKEN_DIM, 256), nn.ReLU(), nn.Linear(256, EMBED_DIM)
         )
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -93,18 +100,21 @@ class Mini(nn.Module):
 
 
 class MiniVLM(VLM):
-    """`Mini` as a VLM."""
+    """`Mini`, or another `kind` of it, as a VLM."""
 
     crops_itself = True
 
-    def __init__(self, weights: Path | None, pretrained: bool, device: torch.device, seed: int):
+    def __init__(
+        self, weights: Path | None, pretrained: bool, device: torch.device, seed: int,
+        kind: type[Mini] = Mini,
+    ):
         super().__init__(device)
-        self.name = "mini"
-        model = load_mini(weights) if pretrained else init_mini(seed)
+        self.name = kind.__name__.lower()
+        model = load_mini(weights, kind) if pretrained else init_mini(seed, kind)
         digest = state_digest(model)
         self._model = model.to(device)
-        self.embed_dim, self.frame_size = EMBED_DIM, FRAME_SIZE
-        self.id = f"mini-{digest}-{FRAME_SIZE}px-crop{CROP_SIZE}-x{EMBEDDING_SCALE:g}"
+        self.embed_dim, self.frame_size = EMBED_DIM, kind.frame_size
+        self.id = f"{self.name}-{digest}-{kind.view}-x{EMBEDDING_SCALE:g}"
 
     def _encode_images(self, frames: torch.Tensor) -> torch.Tensor:
         return EMBEDDING_SCALE * self._model.encode_images(frames)
@@ -154,28 +164,28 @@ def save_mini(model: Mini, path: Path) -> None:
     save_file(tensors, path, metadata={"vocabulary": json.dumps(model.vocabulary)})
 
 
-def load_mini(path: Path | None = None) -> Mini:
+def load_mini(path: Path | None = None, kind: type[Mini] = Mini) -> Mini:
     """The shipped model, or the one in the file `path` (safetensors written by `save_mini`).
 
     Raises:
         UserError: there is no such file, it is damaged, or it holds something else.
     """
-    path = WEIGHTS if path is None else Path(path)
+    path = kind.weights if path is None else Path(path)
     vocabulary, tensors = _read(path)
-    _check(path, vocabulary, tensors)
-    model = Mini(vocabulary, *(tensors[f"token_{k}"] for k in ("vectors", "scale", "weights")))
+    _check(path, vocabulary, tensors, kind)
+    model = kind(vocabulary, *(tensors[f"token_{k}"] for k in ("vectors", "scale", "weights")))
     model.load_state_dict(
         {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
     )
     return model.eval().requires_grad_(False)
 
 
-def init_mini(seed: int) -> Mini:
+def init_mini(seed: int, kind: type[Mini] = Mini) -> Mini:
     """The same network and token vectors with untrained weights drawn from `seed`."""
-    vocabulary, tensors = _read(WEIGHTS)
+    vocabulary, tensors = _read(kind.weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Mini(vocabulary, *(tensors[f"token_{k}"] for k in ("vectors", "scale", "weights")))
+        model = kind(vocabulary, *(tensors[f"token_{k}"] for k in ("vectors", "scale", "weights")))
     return model.eval().requires_grad_(False)
 
 
@@ -192,13 +202,15 @@ def _read(path: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
         raise UserError(f"{path} is a safetensors file, but not of mini") from None
 
 
-def _check(path: Path, vocabulary: list[str], tensors: dict[str, torch.Tensor]) -> None:
-    """Raise UserError unless the file holds exactly what `Mini` needs: names, shapes, numbers."""
+def _check(
+    path: Path, vocabulary: list[str], tensors: dict[str, torch.Tensor], kind: type[Mini]
+) -> None:
+    """Raise UserError unless the file holds exactly what `kind` needs: names, shapes, numbers."""
     if not isinstance(vocabulary, list) or not all(isinstance(v, str) for v in vocabulary):
         raise UserError(f"{path} does not hold mini's weights: its vocabulary is no list of words")
     n = len(vocabulary)
     with torch.device("meta"):  # shapes alone, nothing is allocated
-        like = Mini(vocabulary, torch.empty(n, TOKEN_DIM, dtype=torch.int8),
+        like = kind(vocabulary, torch.empty(n, TOKEN_DIM, dtype=torch.int8),
                     torch.empty(TOKEN_DIM), torch.empty(n)).state_dict()
     if tensors.keys() != like.keys():
         wrong = sorted(tensors.keys() ^ like.keys())[0]

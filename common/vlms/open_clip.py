@@ -158,7 +158,7 @@ def _look_up(name: str, tag_needed: bool) -> tuple[str, dict[str, Any]]:
         return architecture, dict(open_clip.get_pretrained_cfg(architecture, tag))
     if not tag and not tag_needed and architecture in open_clip.list_models():
         return architecture, {}
-    names = ["mini", "liv", "clip", *pairs]
+    names = ["mini", "mini2", "liv", "clip", *pairs]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     tagged = [pair for pair in pairs if pair.startswith(f"{architecture}/")]
     hint = f"; did you mean {', '.join(tagged[:5] or close)}?" if tagged or close else ""

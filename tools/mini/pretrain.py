@@ -1,8 +1,8 @@
-"""Train the embedded vision-language model `mini` from nothing, and measure it.
+"""Train the embedded vision-language model `mini2` from nothing, and measure it.
 
-    python -m tools.mini.pretrain collect              # render 40 tasks (and MT10, for the end)
+    python -m tools.mini.pretrain collect              # draw 40 tasks, invented scenes, and MT10
     python -m tools.mini.pretrain distill              # token vectors from a sentence encoder
-    python -m tools.mini.pretrain train --holdout      # design choices: 34 tasks, judged on 6
+    python -m tools.mini.pretrain train --holdout 1    # design choices: judged on ten other tasks
     python -m tools.mini.pretrain train --seed 0       # the real thing: 40 tasks
     python -m tools.mini.pretrain evaluate             # MT10, once, all seeds -> docs/
 
@@ -14,45 +14,47 @@ import json
 import multiprocessing
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
-import mujoco
 import numpy as np
 import torch
 import tyro
 from scipy.stats import spearmanr
 from torch.nn import functional as F
 
-from common.envs.metaworld import PHYSICS, make_env
-from common.envs.metaworld_tasks import ENV_IDS, INSTRUCTIONS, MT10
-from common.envs.rendering import Camera, Renderer
-from common.vlms.mini import (
-    CROP_SIZE,
-    FRAME_SIZE,
-    TOKEN_DIM,
-    WEIGHTS,
-    Mini,
-    centre_crop,
-    load_mini,
-    quantise,
-    save_mini,
+from common.envs.metaworld_tasks import INSTRUCTIONS, MT10
+from common.vlms.mini import TOKEN_DIM, load_mini, quantise, save_mini
+from common.vlms.mini2 import CROP_SIZE, Mini2
+from tools.measures import auc, pixel_embedding
+from tools.mini.scenes import (
+    COUNTERFACTUAL,
+    DATA,
+    EVALUATION,
+    MARGIN,
+    MIXED,
+    ORDINARY,
+    TRAINING_TASKS,
+    Places,
+    collect_invented,
+    collect_task,
+    scene_distance,
 )
-from tools.episodes import play_episode
-from tools.measures import auc
-from tools.mini.sentences import MT10_PARAPHRASES, TRAINING_SENTENCES
+from tools.mini.sentences import MT10_PARAPHRASES, OPPOSITE_SENTENCES, TRAINING_SENTENCES
 
-DATA = Path("data/mini")
-TRAINING_TASKS = tuple(task for task in ENV_IDS if task not in MT10)
-# One of each family, so that a held-out task has relatives, but no twin, among the other 34.
-HELD_OUT = ("faucet-open-v3", "plate-slide-v3", "handle-press-v3", "coffee-pull-v3",
-            "peg-unplug-side-v3", "sweep-into-v3")
-NOISE_LEVELS = (0.0, 0.1, 0.3, 0.5, 0.7)
-FRAMES_PER_EPISODE = 24
-GROUP = 4  # episodes with one goal
-ROBOT_JOINTS = ("right_j", "r_close", "l_close")
-ORDINARY, COUNTERFACTUAL = 0, 1
+# Held out to make choices: articulated and loose objects, and their closest relatives, so that none
+# has a twin among the others.
+SPLITS = {
+    1: ("faucet-open-v3", "faucet-close-v3", "handle-press-v3", "handle-pull-v3", "coffee-pull-v3",
+        "coffee-push-v3", "push-back-v3", "sweep-into-v3", "door-lock-v3", "door-unlock-v3"),
+    2: ("door-close-v3", "lever-pull-v3", "plate-slide-v3", "plate-slide-back-v3", "sweep-v3",
+        "peg-unplug-side-v3", "button-press-v3", "button-press-wall-v3", "soccer-v3"),
+}
+NUM_PICTURES = 9  # of a sample, the goal first
+INVENTED_FILES, INVENTED_SCENES = 60, 20  # files of so many scenes
 
 
 @dataclass(frozen=True)
@@ -61,90 +63,35 @@ class Args:
         Literal["collect", "distill", "train", "evaluate"], tyro.conf.Positional
     ]  # what to do
     seed: int = 0  # of training
-    holdout: bool = False  # train without the six held-out tasks and judge by them
-    steps: int = 1200  # gradient steps
-    batch_size: int = 32  # episodes per step, seven pictures of each
+    holdout: Literal[0, 1, 2] = 0  # train without the held-out tasks of a split and judge by them
+    steps: int = 2600  # gradient steps
+    batch_size: int = 24  # samples per step, nine pictures of each
     learning_rate: float = 2e-3  # Adam's peak
-    episodes: int = 28  # per training task; a quarter of them random behaviour
+    invented: float = 0.4  # share of the samples that are of invented scenes
+    episodes: int = 28  # per training task; a quarter of them fail
     workers: int = 2  # rendering processes
 
 
 # --------------------------------------------------------------------------- data
 
 
-def collect_task(task: str, episodes: int, seed: int) -> Path:
-    """Render `episodes` episodes of a task to DATA/<task>.npz, in groups of four with one goal.
-
-    Three of a group are the expert's, with different noise; one is random behaviour, which drifts
-    and wanders by turns. Arrays, one row a picture: frames uint8 [n, 112, 112, 3]; hand [n, 3], m;
-    episode, group, step, success_step int32 (-1: the episode fails); success bool; kind: ORDINARY
-    or COUNTERFACTUAL, the robot where it is at that step with the object where it was at the start.
-    """
-    path = DATA / f"{task}.npz"
-    if path.exists():
-        return path
-    rng = np.random.default_rng((seed, ENV_IDS.index(task)))
-    env = make_env(task, seed=seed, index=ENV_IDS.index(task), goal="random", show_goal=True)
-    renderer = Renderer(env.model, Camera(FRAME_SIZE))
-    joints = [env.model.joint(i) for i in range(env.model.njnt)]
-    robot = np.zeros(env.model.nq, bool)
-    for joint in joints:
-        if joint.name.startswith(ROBOT_JOINTS):
-            robot[joint.qposadr[0]] = True
-    names = ("frames", "hand", "episode", "group", "step", "success_step", "success", "kind")
-    rows: dict[str, list] = {name: [] for name in names}
-
-    def draw(physics, episode, step, success_step, success, kind, start=None) -> None:
-        mujoco.mj_setState(env.model, env.data, physics, PHYSICS)
-        if start is not None:
-            env.data.qpos[~robot] = start[~robot]
-        mujoco.mj_forward(env.model, env.data)
-        rows["frames"].append(renderer.render(env.model, env.data))
-        rows["hand"].append(env.get_endeff_pos().copy())
-        values = {"episode": episode, "group": episode // GROUP, "step": step,
-                  "success_step": success_step, "success": success, "kind": kind}
-        for key, value in values.items():
-            rows[key].append(value)
-
-    for episode in range(episodes):
-        env._freeze_rand_vec = episode % GROUP > 0  # the first of a group draws its goal
-        noise = NOISE_LEVELS[episode % len(NOISE_LEVELS)]
-        if episode % GROUP == GROUP - 1:
-            noise = ("wander", "drift")[episode // GROUP % 2]
-        states, success = play_episode(env, task, noise, rng)
-        success_step = int(np.argmax(success)) if success.any() else -1
-        last = success_step if success_step > 0 else len(states) - 1
-        steps = np.unique(np.linspace(0, last, FRAMES_PER_EPISODE).round().astype(int))
-        after = np.flatnonzero(success)[1::4] if success.any() else []
-        qpos = []
-        for step in [*steps, *after]:
-            draw(states[step], episode, step, success_step, success[step], ORDINARY)
-            qpos.append(env.data.qpos.copy())
-        if success_step > 0:
-            moved = [np.abs(q - qpos[0])[~robot].max(initial=0) > 0.02 for q in qpos]
-            chosen = [i for i, step in enumerate(steps) if moved[i]][-6:]
-            for i in chosen:
-                draw(states[steps[i]], episode, steps[i], success_step, False, COUNTERFACTUAL,
-                     start=qpos[0])
-    renderer.close()
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, **{k: np.array(v) for k, v in rows.items()})
-    temporary.replace(path)
-    return path
-
-
 def collect(args: Args) -> None:
     """Render everything, in `args.workers` processes."""
-    DATA.mkdir(parents=True, exist_ok=True)
+    EVALUATION.mkdir(parents=True, exist_ok=True)
     start = time.time()
-    jobs = [(task, args.episodes, 0) for task in TRAINING_TASKS]
-    jobs += [(task, 24, 1) for task in MT10]
+    jobs = [(DATA / f"{task}.npz", args.episodes, 0, True) for task in TRAINING_TASKS]
+    jobs += [(EVALUATION / f"{task}.npz", 24, 1, False)
+             for task in (*MT10, *SPLITS[1], *SPLITS[2])]
     with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
         for path in pool.starmap(collect_task, jobs, chunksize=1):
             with np.load(path) as rows:
                 succeeded = np.unique(rows["episode"][rows["success_step"] > 0])
                 print(f"{path.stem}: {len(rows['step'])} pictures, {len(succeeded)} successful "
                       f"episodes, {np.sum(rows['kind'] == COUNTERFACTUAL)} counterfactuals")
+        scenes = [(DATA / f"invented{number:03d}.npz", number, INVENTED_SCENES)
+                  for number in range(INVENTED_FILES)]
+        for path in pool.starmap(collect_invented, scenes, chunksize=1):
+            print(path.stem)
     print(f"collected in {time.time() - start:.0f} s")
 
 
@@ -183,50 +130,85 @@ def distill() -> None:
     weights = torch.from_numpy((1e-3 / (1e-3 + frequency)).astype(np.float32))
     torch.manual_seed(0)
     DATA.mkdir(parents=True, exist_ok=True)
-    save_mini(Mini(vocabulary, quantised, scale, weights), DATA / "untrained.safetensors")
+    save_mini(Mini2(vocabulary, quantised, scale, weights), DATA / "untrained.safetensors")
     print(f"{len(vocabulary)} word pieces -> {DATA / 'untrained.safetensors'}")
 
 
 # ------------------------------------------------------------------------- training
 
 
-class Episodes:
-    """All pictures of some tasks in one array, with the rows of each successful episode."""
+class Pictures:
+    """All pictures of some files, and the rows of each scene by what they show."""
 
-    def __init__(self, tasks: tuple[str, ...]):
-        self.tasks = tasks
-        frames, hands, self.successes, self.failures = [], [], [], []
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+        files = []
+        for name in names:
+            with np.load(DATA / f"{name}.npz") as stored:
+                files.append(dict(stored))
+        self.frames, self.hand, self.grip, self.parts, self.step = (
+            np.concatenate([file[column] for file in files])
+            for column in ("frames", "hand", "grip", "parts", "step"))
+        self.scenes: list[list[dict]] = []  # per file
         offset = 0
-        for task in tasks:
-            with np.load(DATA / f"{task}.npz") as stored:
-                rows = dict(stored)
-            frames.append(rows["frames"])
-            hands.append(rows["hand"])
-            number = np.arange(len(rows["step"])) + offset
-            ordinary = rows["kind"] == ORDINARY
-            episodes = []
-            for episode in np.unique(rows["episode"][rows["success_step"] > 0]):
-                mine = rows["episode"] == episode
-                before = mine & ordinary & (rows["step"] <= rows["success_step"])
-                if before.sum() >= 4:
-                    episodes.append({
-                        "group": int(rows["group"][mine][0]),
-                        "path": number[before],
-                        "done": number[mine & ordinary & rows["success"]],
-                        "counterfactual": number[mine & (rows["kind"] == COUNTERFACTUAL)],
-                    })
-            self.successes.append(episodes)
-            self.failures.append(number[ordinary & (rows["success_step"] < 0)])
-            offset += len(number)
-        self.frames, self.hands = np.concatenate(frames), np.concatenate(hands)
-        self.trainable = [i for i, e in enumerate(self.successes)
-                          if len(e) >= 2 and len(self.failures[i])]
+        for file in files:
+            scenes = []
+            for i, group in enumerate(np.unique(file["group"])):
+                rows = np.flatnonzero(file["group"] == group) + offset
+                local = rows - offset
+                ordinary = file["kind"][local] == ORDINARY
+                scene = {
+                    "goals": rows[ordinary & file["success"][local]],
+                    "counterfactual": rows[file["kind"][local] == COUNTERFACTUAL],
+                    "mixed": rows[file["kind"][local] == MIXED],
+                    "paths": [], "failures": [], "unmoved": [],
+                }
+                if "there" in file:  # invented: all poses at the handle are its path
+                    at_handle = rows[ordinary][:16]
+                    scene["paths"], scene["failures"] = [at_handle], rows[ordinary][20:]
+                    scene["unmoved"] = at_handle[self.step[at_handle] == 0]
+                    scene["sentences"] = [list(filter(None, str(file[way][i]).split("|")))
+                                          for way in ("there", "back")]
+                else:
+                    failures = []
+                    for episode in np.unique(file["episode"][local]):
+                        mine = ordinary & (file["episode"][local] == episode)
+                        success_step = file["success_step"][local][mine][0]
+                        if success_step > 0:
+                            path = rows[mine & (file["step"][local] <= success_step)]
+                            if len(path) >= 4:
+                                scene["paths"].append(path)
+                                scene["unmoved"].append(self.last_unmoved(path))
+                        else:
+                            failures.append(rows[mine])
+                    scene["failures"] = np.concatenate(failures) if failures else rows[:0]
+                if len(scene["goals"]) and len(scene["paths"]) and len(scene["failures"]):
+                    scenes.append(scene)
+            self.scenes.append(scenes)
+            offset += len(file["step"])
+
+    def last_unmoved(self, path: np.ndarray) -> int:
+        """The row of a path before the objects begin to move."""
+        moved = np.linalg.norm(self.parts[path] - self.parts[path[0]], axis=-1).mean(-1)
+        still = np.nan_to_num(moved, nan=0.0).max(-1) < 0.005
+        return path[max(0, np.argmin(still) - 1) if not still.all() else 0]
+
+    def places(self, rows: np.ndarray) -> Places:
+        return Places(self.hand[rows], self.parts[rows])
+
+    def places_to_tell(self, rows: np.ndarray) -> np.ndarray:
+        """Hand, gripper opening, and the centre of what moves (NaN if nothing does), 10 cm each."""
+        centre = self.parts[rows][:, :, 0]
+        known = np.isfinite(centre).all(-1).sum(1)[:, None]
+        centre = np.where(known, np.nansum(centre, axis=1) / np.maximum(known, 1), np.nan)
+        return 10 * np.concatenate([
+            self.hand[rows] - [0, 0.6, 0.2], self.grip[rows][:, None], centre - [0, 0.6, 0.1]], 1)
 
 
 SHARPNESS = 20.0
-# What the prototype and the held-out tasks found hardest: the object, and how far away the hand is.
-LOSS_WEIGHTS = {"goal_counterfactual": 4.0, "goal_hand": 4.0, "text_counterfactual": 2.0,
-                "contrast": 0.5}
+LOSS_WEIGHTS = {"goal": 4.0, "goal_counterfactual": 3.0, "text": 1.0, "text_counterfactual": 1.0,
+                "contrast": 0.3, "places": 1.0}
+LEAST_DIFFERENCE = 0.05  # of the scene distance, for two pictures to be ranked
 
 
 def ranking(better: torch.Tensor, worse: torch.Tensor, mask: torch.Tensor | float = 1.0):
@@ -236,132 +218,193 @@ def ranking(better: torch.Tensor, worse: torch.Tensor, mask: torch.Tensor | floa
     return (losses * weights).sum() / weights.sum().clamp(min=1)
 
 
-def other_episodes(episodes: list[dict], number: int, same_goal: bool) -> list[int]:
-    """The other successful episodes, those of the same group alone when asked and possible."""
-    others = [i for i in range(len(episodes)) if i != number]
-    twins = [i for i in others if episodes[i]["group"] == episodes[number]["group"]]
-    return twins if same_goal and twins else others
+class Sample(NamedTuple):
+    """A goal, eight pictures of its scene, and a sentence."""
+
+    rows: np.ndarray  # [NUM_PICTURES]: goal, earlier, later, success, counterfactual, 4 others
+    has_counterfactual: bool
+    sentence: str | None
 
 
-def draw_batch(data: Episodes, rng: np.random.Generator, batch_size: int):
-    """Rows [batch, 7]: earlier, later, success, goal, counterfactual, two failures of which the
-    hand of the first is nearer to where it is in the goal, by 5 cm or more if four draws find such
-    a pair; and their tasks.
+def draw_sample(
+    scene: dict, there: Sequence[str], back: Sequence[str], rng: np.random.Generator
+) -> Sample:
+    """Of the way there; or, one time in three where there are sentences for it, of the way back:
+    then the goal is where the objects have not moved yet, and what was the goal is the
+    counterfactual."""
+    path = scene["paths"][rng.integers(len(scene["paths"]))]
+    has_counterfactual = len(scene["counterfactual"]) > 0
+    if len(back) and has_counterfactual and rng.random() < 0.35:
+        goal, success = rng.choice(scene["unmoved"], 2)
+        counterfactual, sentence = rng.choice(scene["goals"]), str(rng.choice(back))
+    else:
+        goal, success = rng.choice(scene["goals"], 2)
+        counterfactual = rng.choice(
+            scene["counterfactual" if has_counterfactual else "failures"])
+        sentence = str(rng.choice(there)) if len(there) else None
+    earlier_and_later = path[np.sort(rng.choice(len(path), 2, replace=False))]
+    mixed = scene["mixed" if len(scene["mixed"]) else "failures"]
+    rows = np.array([goal, *earlier_and_later, success, counterfactual, *rng.choice(mixed, 2),
+                     *rng.choice(scene["failures"], 2)])
+    return Sample(rows, has_counterfactual, sentence)
 
-    The goal is the success of another episode, three times in four one with the same goal: that is
-    what Eq. 5 compares with, and the rest keeps the distance from meaning the goal alone. Without
-    a counterfactual (the task moves nothing) the failure stands in for it.
-    """
-    rows = np.empty((batch_size, 7), np.int64)
-    tasks = rng.choice(data.trainable, batch_size)
-    has_counterfactual = np.zeros(batch_size, bool)
-    for b, task in enumerate(tasks):
-        first = rng.integers(len(data.successes[task]))
-        others = other_episodes(data.successes[task], first, same_goal=rng.random() < 0.75)
-        episode, other = data.successes[task][first], data.successes[task][rng.choice(others)]
-        i, j = np.sort(rng.choice(len(episode["path"]), 2, replace=False))
-        goal = rng.choice(other["done"])
-        for _ in range(4):
-            failures = rng.choice(data.failures[task], 2)
-            distances = np.linalg.norm(data.hands[failures] - data.hands[goal], axis=-1)
-            if abs(distances[0] - distances[1]) > 0.05:
-                break
-        counterfactual, *_ = failures = failures[np.argsort(distances)]
-        if len(episode["counterfactual"]):
-            counterfactual = rng.choice(episode["counterfactual"])
-            has_counterfactual[b] = True
-        rows[b] = (episode["path"][i], episode["path"][j], rng.choice(episode["done"]), goal,
-                   counterfactual, *failures)
-    return rows, tasks, has_counterfactual
+
+class Batch(NamedTuple):
+    """B samples."""
+
+    frames: np.ndarray  # [B, NUM_PICTURES, STORED_SIZE, STORED_SIZE, 3] uint8
+    distance: np.ndarray  # [B, NUM_PICTURES - 1], `scene_distance` to the goal
+    has_counterfactual: np.ndarray  # [B] bool
+    sentences: list[str | None]
+    places: np.ndarray  # [B, NUM_PICTURES, 7], units of 10 cm; NaN where nothing moves
+
+
+def draw_batch(
+    tasks: Pictures, invented: Pictures, rng: np.random.Generator, batch_size: int, share: float
+) -> Batch:
+    """`share` of it of invented scenes; all tasks equally often."""
+    columns: list[tuple] = []
+    trainable = [i for i, scenes in enumerate(tasks.scenes) if scenes]
+    for _ in range(batch_size):
+        if rng.random() < share:
+            source, number = invented, rng.integers(len(invented.scenes))
+        else:
+            source, number = tasks, rng.choice(trainable)
+        scene = source.scenes[number][rng.integers(len(source.scenes[number]))]
+        there, back = scene.get("sentences") or (
+            TRAINING_SENTENCES[source.names[number]],
+            OPPOSITE_SENTENCES.get(source.names[number], ()))
+        rows, has_counterfactual, sentence = draw_sample(scene, there, back, rng)
+        goal = np.full(NUM_PICTURES - 1, rows[0])
+        distance = scene_distance(source.places(rows[1:]), source.places(goal))
+        columns.append((source.frames[rows], distance, has_counterfactual, sentence,
+                        source.places_to_tell(rows)))
+    frames, distances, counterfactuals, sentences, places = zip(*columns, strict=True)
+    return Batch(np.stack(frames), np.stack(distances), np.array(counterfactuals), list(sentences),
+                 np.stack(places))
 
 
 def augmented_crops(frames: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """[batch, 7, 112, 112, 3] uint8 -> [batch * 7, 3, 84, 84].
+    """[batch, n, STORED, STORED, 3] uint8 -> [batch * n, 3, CROP_SIZE, CROP_SIZE].
 
-    Per picture: shifts by up to 5 px, brightness, contrast. Per sample, the same for its seven
-    pictures: mirror image and order of the colours, which turn 40 scenes into many more.
+    The pictures of a sample are shifted and recoloured alike, since what is to be learned are small
+    differences of place between them.
     """
-    frames = frames.copy()
-    for sample in range(len(frames)):
-        if rng.random() < 0.5:
-            frames[sample] = frames[sample, :, :, ::-1]
-        if rng.random() < 0.5:
-            frames[sample] = frames[sample][..., rng.permutation(3)]
-    frames = frames.reshape(-1, *frames.shape[2:])
-    n = len(frames)
-    margin = (FRAME_SIZE - CROP_SIZE) // 2
-    crops = np.empty((n, CROP_SIZE, CROP_SIZE, 3), np.uint8)
-    for k, (dy, dx) in enumerate(rng.integers(margin - 5, margin + 6, (n, 2))):
-        crops[k] = frames[k, dy : dy + CROP_SIZE, dx : dx + CROP_SIZE]
-    images = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
-    contrast = torch.from_numpy(rng.uniform(0.8, 1.2, (n, 1, 1, 1))).float()
-    brightness = torch.from_numpy(rng.uniform(-0.1, 0.1, (n, 1, 1, 1))).float()
-    return (images - 0.5) * contrast + 0.5 + brightness
+    batch, n = frames.shape[:2]
+    crops = np.empty((batch, n, CROP_SIZE, CROP_SIZE, 3), np.uint8)
+    for k, (dy, dx) in enumerate(rng.integers(MARGIN - 1, MARGIN + 2, (batch, 2))):
+        crops[k] = frames[k, :, dy : dy + CROP_SIZE, dx : dx + CROP_SIZE]
+        if rng.random() < 0.3:
+            crops[k] = crops[k][..., rng.permutation(3)]
+    images = torch.from_numpy(crops).permute(0, 1, 4, 2, 3).float() / 255
+    contrast = torch.from_numpy(rng.uniform(0.8, 1.2, (batch, 1, 1, 1, 1))).float()
+    brightness = torch.from_numpy(rng.uniform(-0.1, 0.1, (batch, 1, 1, 1, 1))).float()
+    images = (images - 0.5) * contrast + 0.5 + brightness
+    return images.flatten(0, 1)
 
 
 def batch_loss(
-    images: torch.Tensor, texts: torch.Tensor, has_counterfactual: torch.Tensor
+    images: torch.Tensor, texts: torch.Tensor, has_text: torch.Tensor, distance: torch.Tensor,
+    has_counterfactual: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Ranking losses on distance to the goal picture and on similarity to the sentence.
 
     Args:
-        images: unit vectors [batch, 7, D] in the order of `draw_batch`.
+        images: unit vectors [batch, NUM_PICTURES, D] in the order of `Sample`.
         texts: unit vectors [batch, D].
-        has_counterfactual: [batch] float, 1 where the fifth picture is one.
+        has_text, has_counterfactual: [batch] float, 1 where there is one.
+        distance: [batch, NUM_PICTURES - 1], `scene_distance` to the goal.
     """
-    earlier, later, success, goal, counterfactual, near, far = images.unbind(1)
+    goal, others = images[:, :1], images[:, 1:]
+    closeness = -(others - goal).norm(dim=-1)  # [batch, 8]
+    reward = (others * texts[:, None]).sum(-1)
+    # [batch, 8, 8]: the row's picture is nearer than the column's.
+    nearer = (distance[:, :, None] < distance[:, None, :] - LEAST_DIFFERENCE).float()
 
-    def closeness(x: torch.Tensor) -> torch.Tensor:
-        return -(x - goal).norm(dim=-1)
+    def ranked(score: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return ranking(score[:, :, None], score[:, None, :], mask)
 
-    def reward(x: torch.Tensor) -> torch.Tensor:
-        return (x * texts).sum(-1)
-
-    logits = success @ texts.T / 0.1
-    same_task = (texts @ texts.T) > 0.999
-    targets = same_task.float() / same_task.sum(1, keepdim=True)
+    logits = others[:, 2] @ texts.T / 0.1
+    same = (texts @ texts.T) > 0.999
+    targets = same.float() / same.sum(1, keepdim=True)
+    contrast = F.cross_entropy(logits, targets, reduction="none")
     return {
-        "goal_time": ranking(closeness(later), closeness(earlier)),
-        "goal_counterfactual": ranking(
-            closeness(success), closeness(counterfactual), has_counterfactual
-        ),
-        "goal_failure": ranking(closeness(success), closeness(near)),
-        "goal_hand": ranking(closeness(near), closeness(far)),
-        "text_time": ranking(reward(later), reward(earlier)),
-        "text_counterfactual": ranking(
-            reward(success), reward(counterfactual), has_counterfactual
-        ),
-        "text_failure": ranking(reward(success), reward(near)),
-        "contrast": F.cross_entropy(logits, targets),
+        "goal": ranked(closeness, nearer),
+        "goal_counterfactual": ranking(closeness[:, 2], closeness[:, 3], has_counterfactual),
+        "text": ranked(reward, nearer * has_text[:, None, None]),
+        "text_counterfactual": ranking(reward[:, 2], reward[:, 3], has_counterfactual * has_text),
+        "contrast": (contrast * has_text).mean(),
     }
 
 
+def add_norms(model: Mini2) -> None:
+    """Batch normalisation behind each convolution, He initialisation: it learns several times
+    faster. `fold_norms` takes them out again."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            torch.nn.init.zeros_(module.bias)
+    for name in ("early", "late"):
+        layers = []
+        for layer in getattr(model, name):
+            layers.append(layer)
+            if isinstance(layer, torch.nn.Conv2d):
+                layers.append(torch.nn.BatchNorm2d(layer.out_channels))
+        setattr(model, name, torch.nn.Sequential(*layers))
+
+
+def fold_norms(model: Mini2) -> None:
+    """What a normalisation does in evaluation becomes part of the convolution before it."""
+    model.eval()
+    for name in ("early", "late"):
+        layers = list(getattr(model, name))
+        folded = []
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            if isinstance(layer, torch.nn.Conv2d):
+                folded.append(torch.nn.utils.fusion.fuse_conv_bn_eval(layer, following))
+            elif not isinstance(layer, torch.nn.BatchNorm2d):
+                folded.append(layer)
+        setattr(model, name, torch.nn.Sequential(*folded))
+
+
 def train(args: Args) -> Path:
-    """Train one seed; the file is DATA/seed<k>.safetensors or DATA/holdout<k>.safetensors."""
+    """Train one seed; the file is DATA/seed<k>.safetensors or DATA/holdout<split>-<k>..."""
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    tasks = tuple(t for t in TRAINING_TASKS if not (args.holdout and t in HELD_OUT))
-    data = Episodes(tasks)
-    base = load_mini(DATA / "untrained.safetensors")
-    model = Mini(base.vocabulary, base.token_vectors, base.token_scale, base.token_weights)
+    held_out = SPLITS.get(args.holdout, ())
+    tasks = Pictures(tuple(t for t in TRAINING_TASKS if t not in held_out))
+    invented = Pictures(tuple(f"invented{n:03d}" for n in range(INVENTED_FILES)))
+    base = load_mini(DATA / "untrained.safetensors", Mini2)
+    model = Mini2(base.vocabulary, base.token_vectors, base.token_scale, base.token_weights)
+    add_norms(model)
     model.train()
-    sentences = [torch.stack([model.token_mean(s) for s in TRAINING_SENTENCES[t]]) for t in tasks]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=1e-2)
+    places_head = torch.nn.Linear(256, 7)  # of no use but to teach; thrown away
+    parameters = [*model.parameters(), *places_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps,
                                                    pct_start=0.1)
+    token_mean = cache(model.token_mean)
     start = time.time()
     totals: dict[str, float] = {}
     for step in range(1, args.steps + 1):
-        rows, batch_tasks, has_counterfactual = draw_batch(data, rng, args.batch_size)
-        crops = augmented_crops(data.frames[rows], rng)
-        images = model.encode_crops(crops).reshape(args.batch_size, 7, -1)
-        means = torch.stack([sentences[t][rng.integers(len(sentences[t]))] for t in batch_tasks])
+        batch = draw_batch(tasks, invented, rng, args.batch_size, args.invented)
+        hidden = model.hidden(augmented_crops(batch.frames, rng))
+        images = model.embed_hidden(hidden).reshape(args.batch_size, NUM_PICTURES, -1)
+        means = torch.stack([token_mean(sentence or "") for sentence in batch.sentences])
         # A little noise, so that paraphrases of a sentence stay near it.
-        means = F.normalize(means + 0.03 * torch.randn_like(means), dim=-1)
-        losses = batch_loss(images, model.encode_token_means(means),
-                            torch.from_numpy(has_counterfactual).float())
+        means = F.normalize(means + 0.05 * torch.randn_like(means), dim=-1)
+        losses = batch_loss(
+            images, model.encode_token_means(means),
+            torch.tensor([float(sentence is not None) for sentence in batch.sentences]),
+            torch.from_numpy(batch.distance).float(),
+            torch.from_numpy(batch.has_counterfactual).float(),
+        )
+        places = torch.from_numpy(batch.places).float().flatten(0, 1)
+        error = (places_head(hidden) - places.nan_to_num()) ** 2 * ~places.isnan()
+        losses["places"] = error.sum() / (~places.isnan()).sum()
         optimizer.zero_grad(set_to_none=True)
-        sum(LOSS_WEIGHTS.get(k, 1.0) * v for k, v in losses.items()).backward()
+        sum(LOSS_WEIGHTS[k] * v for k, v in losses.items()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
         schedule.step()
         for name, value in losses.items():
@@ -370,93 +413,139 @@ def train(args: Args) -> Path:
             row = ", ".join(f"{k} {v / 100:.4f}" for k, v in totals.items())
             print(f"{step}/{args.steps} ({time.time() - start:.0f} s): {row}", flush=True)
             totals = {}
-    path = DATA / f"{'holdout' if args.holdout else 'seed'}{args.seed}.safetensors"
-    save_mini(model.eval(), path)
+    name = f"holdout{args.holdout}-{args.seed}" if args.holdout else f"seed{args.seed}"
+    path = DATA / f"{name}.safetensors"
+    fold_norms(model)
+    save_mini(model, path)
     print(f"trained {sum(p.numel() for p in model.parameters()):,} parameters in "
           f"{time.time() - start:.0f} s -> {path}")
     if args.holdout:
-        rows = {task: measure(load_mini(path), task) for task in HELD_OUT}
-        print_table(rows)
+        for name, measured in (("mini2", load_mini(path, Mini2)), ("pixels", None)):
+            print(f"\n{name}")
+            print_table({task: measure(measured, task) for task in held_out})
     return path
 
 
 # ----------------------------------------------------------------------- evaluation
 
 
-def pixels(frames: np.ndarray) -> np.ndarray:
-    """The baseline's embedding: the same crop at 32 px, flat."""
-    crops = centre_crop(torch.from_numpy(frames))
-    return F.interpolate(crops, (32, 32), mode="area").flatten(1).numpy()
+def seen(frames: np.ndarray) -> torch.Tensor:
+    """What `mini2` sees of stored pictures: float [n, 3, CROP_SIZE, CROP_SIZE]."""
+    crops = frames[:, MARGIN : MARGIN + CROP_SIZE, MARGIN : MARGIN + CROP_SIZE]
+    return torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
+
+
+class Episode(NamedTuple):
+    """Rows of a successful episode."""
+
+    group: int
+    path: np.ndarray
+    done: np.ndarray
+    counterfactual: np.ndarray
 
 
 def measure(
-    model: Mini | None, task: str, sentences: tuple[str, ...] | None = None, *,
+    model: Mini2 | None, task: str, sentences: tuple[str, ...] | None = None, *,
     same_goal: bool = True,
 ) -> dict[str, float]:
-    """The figures of docs/mini.md for one task; `model` None: raw pixels.
+    """The figures of docs/mini2.md for one task; `model` None: raw pixels.
 
     The goal picture is always another episode's success: of an episode with the same goal, as in
     the paper's main setting, or with `same_goal` False of one with another goal. Spearman: per
     successful episode up to its first success, then the mean.
     """
-    data = Episodes((task,))
-    if model is None:
-        embeddings = pixels(data.frames)
-    else:
-        with torch.inference_mode():
-            embeddings = torch.cat([
-                model.encode_images(torch.from_numpy(chunk))
-                for chunk in np.array_split(data.frames, max(1, len(data.frames) // 256))
-            ]).numpy()
-    episodes, failures = data.successes[0], data.failures[0]
-    groups = [e["group"] for e in episodes]
-    goals = []
-    for k in range(len(episodes)):
-        others = other_episodes(episodes, k, same_goal)
-        if not same_goal:
-            others = [i for i in others if groups[i] != groups[k]] or others
-        goals.append(embeddings[episodes[others[0]]["done"][0]])
+    with np.load(EVALUATION / f"{task}.npz") as stored:
+        rows = dict(stored)
+    with torch.inference_mode():
+        chunks = np.array_split(rows["frames"], max(1, len(rows["frames"]) // 256))
+        embeddings = np.concatenate([
+            pixel_embedding(crops) if model is None else model.encode_crops(crops).numpy()
+            for crops in map(seen, chunks)
+        ])
+    number, ordinary = np.arange(len(rows["step"])), rows["kind"] == ORDINARY
+    episodes = []
+    for episode in np.unique(rows["episode"][rows["success_step"] > 0]):
+        mine = rows["episode"] == episode
+        before = mine & ordinary & (rows["step"] <= rows["success_step"])
+        if before.sum() >= 4:
+            done = mine & ordinary & rows["success"]
+            counterfactual = mine & (rows["kind"] == COUNTERFACTUAL)
+            episodes.append(Episode(int(rows["group"][mine][0]), number[before], number[done],
+                                    number[counterfactual]))
+    failures = number[ordinary & (rows["success_step"] < 0)]
+    goals, goal_rows = [], []
+    for k, episode in enumerate(episodes):
+        others = [i for i in range(len(episodes)) if i != k]
+        twins = [i for i in others if (episodes[i].group == episode.group) == same_goal]
+        goal_rows.append(episodes[(twins or others)[0]].done[0])
+        goals.append(embeddings[goal_rows[-1]])
 
     def closeness(rows: np.ndarray, goal: np.ndarray) -> np.ndarray:
         return -np.linalg.norm(embeddings[rows] - goal, axis=-1)
 
     def counterfactual_auc(score) -> float:
         """Within an episode, where the goal is one; the mean over episodes."""
-        aucs = [auc(score(e["done"], g), score(e["counterfactual"], g))
-                for e, g in zip(episodes, goals, strict=True) if len(e["counterfactual"])]
+        aucs = [auc(score(e.done, g), score(e.counterfactual, g))
+                for e, g in zip(episodes, goals, strict=True) if len(e.counterfactual)]
         return float(np.mean(aucs)) if aucs else float("nan")
 
     def spearman(score) -> float:
-        return float(np.mean([spearmanr(np.arange(len(e["path"])), score(e["path"], g)).statistic
+        return float(np.mean([spearmanr(np.arange(len(e.path)), score(e.path, g)).statistic
                               for e, g in zip(episodes, goals, strict=True)]))
 
     def hand_spearman() -> float:
         """Of closeness with the hand's distance, over the failures; the mean over goals."""
         values = []
         for e, g in zip(episodes, goals, strict=True):
-            distance = np.linalg.norm(data.hands[failures] - data.hands[e["done"][0]], axis=-1)
+            distance = np.linalg.norm(rows["hand"][failures] - rows["hand"][e.done[0]], axis=-1)
             values.append(spearmanr(-distance, closeness(failures, g)).statistic)
         return float(np.mean(values))
 
+    def everywhere() -> tuple[float, float, float]:
+        """Over all states of a goal's episodes, failures among them: Spearman with the dense
+        reward; of two states whose hands are within 5 cm, how often the better is nearer; the share
+        of unsuccessful ones nearer than the median success."""
+        correlations, local, fooled = [], [], []
+        for group in np.unique([e.group for e in episodes]):
+            mine = [i for i, e in enumerate(episodes) if e.group == group]
+            goal = goals[mine[0]]
+            states = number[ordinary & (rows["group"] == group) & (rows["step"] > 0)]
+            score, reward = closeness(states, goal), rows["reward"][states]
+            correlations.append(spearmanr(score, reward).statistic)
+            hand = rows["hand"][states]
+            near = np.linalg.norm(hand[:, None] - hand, axis=-1) < 0.05
+            better = near & (reward[:, None] > reward + 0.5)
+            if better.any():
+                local.append((score[:, None] > score)[better].mean())
+            done = states[rows["success"][states]]
+            others = number[(rows["group"] == group) & ~rows["success"]]
+            fooled.append(np.mean(closeness(others, goal) > np.median(closeness(done, goal))))
+        return (float(np.mean(correlations)), float(np.mean(local)) if local else float("nan"),
+                float(np.mean(fooled)))
+
+    dense, local, fooled = everywhere()
     figures = {
         "goal_spearman": spearman(closeness),
         "hand_spearman": hand_spearman(),
         "goal_counterfactual_auc": counterfactual_auc(closeness),
+        "dense_spearman": dense,
+        "local_ranking": local,
+        "fooled": fooled,
     }
     if model is None:
         return figures
     figures["path_length"] = float(np.mean([
-        np.linalg.norm(embeddings[e["path"][0]] - g) for e, g in zip(episodes, goals, strict=True)
+        np.linalg.norm(embeddings[e.path[0]] - g) for e, g in zip(episodes, goals, strict=True)
     ]))
     text_figures = []
-    for sentence in sentences or (INSTRUCTIONS[task],):
+    for sentence in sentences or (INSTRUCTIONS.get(task) or TRAINING_SENTENCES[task][0],):
         with torch.inference_mode():
             text = model.encode_text([sentence])[0].numpy()
 
         def reward(rows: np.ndarray, _goal: np.ndarray, text=text) -> np.ndarray:
             return embeddings[rows] @ text
 
-        done = np.concatenate([reward(e["done"], text) for e in episodes])
+        done = np.concatenate([reward(e.done, text) for e in episodes])
         text_figures.append({
             "text_spearman": spearman(reward),
             "text_auc": auc(done, reward(failures, text)),
@@ -479,6 +568,9 @@ SUMMARY = {
     "goal Spearman, other goal": (", other goal", "goal_spearman"),
     "hand Spearman": ("", "hand_spearman"),
     "goal counterfactual AUC": ("", "goal_counterfactual_auc"),
+    "dense reward Spearman": ("", "dense_spearman"),
+    "local ranking": ("", "local_ranking"),
+    "fooled": ("", "fooled"),
     "goal distance at the start": ("", "path_length"),
     "text Spearman": ("", "text_spearman"),
     "text AUC": ("", "text_auc"),
@@ -511,8 +603,8 @@ def summarise(results: dict[str, dict]) -> dict[str, dict[str, str]]:
 def evaluate() -> None:
     """MT10, unseen in training: every seed, raw pixels and an untrained network."""
     files = sorted(DATA.glob("seed*.safetensors"))
-    models = {file.stem: load_mini(file) for file in files}
-    models["untrained"] = load_mini(DATA / "untrained.safetensors")
+    models = {file.stem: load_mini(file, Mini2) for file in files}
+    models["untrained"] = load_mini(DATA / "untrained.safetensors", Mini2)
     results: dict[str, dict] = {
         "pixels": {task: measure(None, task) for task in MT10},
         "pixels, other goal": {task: measure(None, task, same_goal=False) for task in MT10},
@@ -535,7 +627,7 @@ def evaluate() -> None:
     for task, row in summarise(results).items():
         print("| " + " | ".join([task.removesuffix("-v3"), *(row[c] for c in columns)]) + " |")
     Path("docs").mkdir(exist_ok=True)
-    Path("docs/mini_results.json").write_text(json.dumps(results, indent=1) + "\n")
+    Path("docs/mini2_results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main(args: Args) -> None:
@@ -546,9 +638,8 @@ def main(args: Args) -> None:
     elif args.command == "train":
         path = train(args)
         if not args.holdout and args.seed == 0:
-            WEIGHTS.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, WEIGHTS)
-            print(f"shipped as {WEIGHTS}")
+            shutil.copyfile(path, Mini2.weights)
+            print(f"shipped as {Mini2.weights}")
     else:
         evaluate()
 

@@ -247,6 +247,22 @@ TRAINING_SENTENCES: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# The way back, where no other training task has it.
+OPPOSITE_SENTENCES: dict[str, tuple[str, ...]] = {
+    "door-close-v3": ("Swing the gate wide.", "Move the hinged panel out of its frame."),
+    "box-close-v3": ("Take the lid off the box.", "Uncover the container."),
+    "lever-pull-v3": ("Push the lever downwards.", "Lower the crank."),
+    "plate-slide-side-v3": ("Slide the plate out of the cabinet to the side.",),
+    "coffee-push-v3": ("Drag the cup towards you.",),
+    "coffee-pull-v3": ("Slide the cup below the spout.",),
+    "handle-press-v3": ("Raise the bar.", "Pull the handle up."),
+    "handle-pull-v3": ("Lower the bar.", "Press the handle down."),
+    "faucet-open-v3": ("Turn the tap off.", "Rotate the faucet's handle clockwise."),
+    "faucet-close-v3": ("Turn the tap on.", "Rotate the faucet's handle counter-clockwise."),
+    "door-lock-v3": ("Unlock the safe.",),
+    "door-unlock-v3": ("Lock the safe.",),
+}
+
 # Only for the evaluation on MT10.
 MT10_PARAPHRASES: dict[str, tuple[str, ...]] = {
     "button-press-topdown-v3": ("Push the button down.", "Hit the red button from above."),
