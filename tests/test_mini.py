@@ -20,6 +20,7 @@ from common.envs.metaworld_tasks import (
 )
 from common.envs.rendering import Camera, Renderer
 from common.errors import UserError
+from common.vlms import load_vlm, view_for
 from common.vlms.mini import (
     EMBED_DIM,
     Mini,
@@ -80,6 +81,15 @@ def test_the_shipped_file_is_small(kind):
     assert kind.weights.stat().st_size <= 8 * 2**20
 
 
+@pytest.mark.parametrize(("name", "size"), [("mini", 112), ("mini2", 176)])
+def test_loaded_by_name(name, size):
+    vlm = load_vlm(name, device="cpu")
+    assert view_for(vlm).size == vlm.frame_size == size and vlm.name == name
+    assert vlm.id.startswith(f"{name}-") and f"-{size}px-" in vlm.id
+    images = np.asarray(vlm.embed_images(pictures(2, size).numpy()))
+    np.testing.assert_allclose(np.linalg.norm(images, axis=-1), 4, rtol=1e-5)
+
+
 def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(model):
     images = model.encode_images(pictures(5))
     assert images.shape == (5, EMBED_DIM) and images.dtype == torch.float32
@@ -133,7 +143,8 @@ def test_saved_and_loaded_weights_give_the_same_embeddings(model, tmp_path):
 
 
 def test_random_weights_belong_to_their_seed(model):
-    one, again, two = (init_mini(seed, type(model)).encode_images(pictures(2)) for seed in (1, 1, 2))
+    models = [init_mini(seed, type(model)) for seed in (1, 1, 2)]
+    one, again, two = (random.encode_images(pictures(2)) for random in models)
     assert torch.equal(one, again) and not torch.allclose(one, two)
     assert not torch.allclose(one, model.encode_images(pictures(2)))
 
