@@ -269,7 +269,7 @@ def ray_starts() -> None:
 
 def test_ray_interrupted_and_killed_ends_as_by_hand(ray_starts, start, tmp_path):
     """Ctrl-C and the same command again, then Ray's worker killed by SIGKILL: the same metrics."""
-    output, steps = tmp_path / "grid", 3000
+    output, steps = tmp_path / "grid", 5000
     scripts = ("sac_baseline.py", "vlm_rm_baseline.py")
     folders = [output / Path(script).stem / "reach-v3/0" for script in scripts]
     words = command(output, steps=steps, scripts=scripts)
