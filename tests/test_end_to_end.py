@@ -38,6 +38,10 @@ def metrics(run_dir: Path) -> dict[tuple[int, str], str]:
     return {(int(step), key): value for step, key, value in rows[1:]}
 
 
+def without_times(rows: dict[tuple[int, str], str]) -> dict[tuple[int, str], str]:
+    return {k: v for k, v in rows.items() if not k[1].startswith("time/")}
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
@@ -67,6 +71,25 @@ def test_a_run_leaves_everything_that_its_reader_needs(whole_run):
     assert all(np.isfinite(float(value)) for value in rows.values())
     assert len(list((whole_run / "videos").glob("*.mp4"))) == 2
     assert list((whole_run / "tensorboard").glob("events.*"))
+
+
+def test_a_killed_and_resumed_run_equals_one_that_was_not(whole_run, tmp_path):
+    """Killed with SIGKILL after its second checkpoint; the replay wraps in what follows."""
+    run_dir = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *TINY, "--run-dir", str(run_dir), "--capture-video"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 200
+    while not (run_dir / "checkpoints" / "step_0000001600").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    result = run("--resume", str(run_dir))
+    assert result.returncode == 0, result.stderr
+    assert "resumed at 1,600 steps" in result.stdout
+    assert without_times(metrics(run_dir)) == without_times(metrics(whole_run))
 
 
 def test_a_worker_that_dies_ends_the_run_which_can_be_resumed(tmp_path):

@@ -28,14 +28,14 @@ TINY = [
     "--embedding-buffer-size", "500", "--eval-every", "1200", "--checkpoint-every", "40",
     "--log-every", "80",
 ]
-NUM_KILLS = 8
+NUM_KILLS = 20
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
     """Compiled programs are kept as scripts do it, in a folder of these tests' own.
 
-    So eight starts need not compile eight times, and kills meet programs that are being written.
+    So twenty starts need not compile twenty times, and kills meet programs that are being written.
     """
     caches = tmp_path_factory.mktemp("caches")
     for folder in cache_dir().glob("*"):
@@ -118,7 +118,7 @@ def whole_run(tmp_path_factory, environment) -> Path:
     return run_dir
 
 
-def test_killed_many_times_at_random_moments(whole_run, tmp_path, environment):
+def test_killed_twenty_times_at_random_moments(whole_run, tmp_path, environment):
     """Every fourth kill comes at any moment of the start, the others soon after a checkpoint.
 
     None later than two or three checkpoints on, so that a fast machine has steps left for all.
@@ -155,10 +155,10 @@ def test_killed_in_its_first_seconds(tmp_path, environment):
     """What is left goes on: with --resume once it has a checkpoint, else with the same command.
 
     The first kill comes when the run folder appears, the second when its first checkpoint does, the
-    third at any moment from the one to a little after the other.
+    others at any moment from the one to a little after the other.
     """
     rng, seconds, continued = random.Random(0), 0.0, []
-    for number in range(3):
+    for number in range(4):
         run_dir = tmp_path / f"run{number}"
         flags = [*TINY, "--run-dir", str(run_dir)]
         script = Script(environment, tmp_path / f"{number}", *flags)

@@ -1,4 +1,4 @@
-"""SAC of another library on the same task: steps a second, for `tools.benchmark --only peers`.
+"""SAC of another library on the same task: steps a second, for `tools.dev.benchmark --only peers`.
 
     pip install stable-baselines3 sbx-rl tfp-nightly    # sbx-rl's own tfp is too old for this JAX
     python -m tools.dev.peer_sac --package sbx
