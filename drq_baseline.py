@@ -17,7 +17,7 @@ Deviations from the paper, and choices where it is silent, are those of furl_drq
     code divides by 255 and initialises orthogonally.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -29,11 +29,10 @@ import optax
 from flax import struct
 
 from common import flags, pixels, replay
-from common.cli import check_args, check_episodes_fit, run_script
+from common.cli import check_args, run_script
 from common.convolution import convolve, few_at_a_time
 from common.envs import metaworld
 from common.envs.rendering import Camera
-from common.errors import UserError
 from common.evaluate import Evaluator
 from common.pixels import PICTURE_SIZE, Layout, PixelStep, scale_down
 from common.replay import Ring, Sizes, Transition
@@ -355,7 +354,7 @@ def policy(agent: AgentState, frames: jax.Array) -> jax.Array:
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_pixel_args(check_args(args, metaworld))
+    args = pixels.check_args(check_args(args, metaworld), metaworld.MAX_EPISODE_STEPS)
     camera = Camera(PICTURE_SIZE, args.camera_id, args.quality)
     envs = metaworld.VecMetaWorld(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
@@ -413,19 +412,6 @@ def main(args: Args) -> dict[str, float]:
     for thing in (run, evaluate, envs):
         thing.close()
     return run.evaluation
-
-
-def check_pixel_args(args: Args) -> Args:
-    """`args`, with room for whole steps of all environments in the replay.
-
-    Raises:
-        UserError: names the flag whose value cannot work, and what can.
-    """
-    if metaworld.MAX_EPISODE_STEPS % args.action_repeat:
-        raise UserError(f"--action-repeat must divide {metaworld.MAX_EPISODE_STEPS}, the steps of "
-                        f"an episode, not {args.action_repeat}")
-    check_episodes_fit(args, args.layout.episode_length)
-    return replace(args, buffer_size=pixels.whole_blocks(args.buffer_size, args.layout))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@ All episodes begin and end together, so rows come in blocks of `num_envs`: block
 step.
 """
 
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from common import replay
+from common.cli import check_episodes_fit
 from common.envs.workers import Step
 from common.errors import UserError
 from common.replay import Ring, Sizes, Transition
@@ -129,6 +131,23 @@ def sample(
         terminated=rows.terminated,
         embedding=rows.embedding,
     )
+
+
+def check_args(args: Any, max_episode_steps: int) -> Any:
+    """A script's arguments, with room for whole steps of all environments in the replay.
+
+    Args:
+        args: with `action_repeat`, `layout`, and what `common.cli.check_episodes_fit` looks at.
+        max_episode_steps: of the environments, physics steps.
+
+    Raises:
+        UserError: names the flag whose value cannot work, and what can.
+    """
+    if max_episode_steps % args.action_repeat:
+        raise UserError(f"--action-repeat must divide {max_episode_steps}, the steps of an "
+                        f"episode, not {args.action_repeat}")
+    check_episodes_fit(args, args.layout.episode_length)
+    return replace(args, buffer_size=whole_blocks(args.buffer_size, args.layout))
 
 
 def whole_blocks(buffer_size: int, layout: Layout) -> int:
