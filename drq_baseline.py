@@ -34,7 +34,6 @@ from common.convolution import convolve, few_at_a_time
 from common.envs import metaworld
 from common.envs.rendering import Camera
 from common.evaluate import Evaluator
-from common.pixels import PICTURE_SIZE, Layout, PixelStep, scale_down
 from common.replay import Ring, Sizes, Transition
 from common.run import start_run
 
@@ -64,9 +63,9 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     encoder_dim: flags.PositiveInt = 50  # numbers that actor and critics get of a stack of pictures
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> pixels.Layout:
         length = metaworld.MAX_EPISODE_STEPS // self.action_repeat  # actions
-        return Layout(self.num_envs, length, self.frame_stack)
+        return pixels.Layout(self.num_envs, length, self.frame_stack)
 
 
 # ------------------------------------------------------------------------------ state
@@ -83,7 +82,7 @@ class AgentState:
 
 
 class Buffers(NamedTuple):
-    steps: Ring  # of PixelStep, num_envs rows at a time
+    steps: Ring  # of pixels.PixelStep, num_envs rows at a time
 
 
 # --------------------------------------------------------------------------- networks
@@ -108,9 +107,8 @@ class Encoder(nn.Module):
     def __call__(self, pictures: jax.Array) -> jax.Array:
         x = pictures.astype(jnp.float32) / 255 - 0.5
         for i, features in enumerate(self.features):
-            strides = 2 if i == 0 else 1
             x = nn.relu(nn.Conv(
-                features, (3, 3), strides, padding="VALID", conv_general_dilated=convolve
+                features, (3, 3), 2 if i == 0 else 1, padding="VALID", conv_general_dilated=convolve
             )(x))
         return x.reshape(*x.shape[:-3], -1)
 
@@ -231,10 +229,9 @@ def actor_loss(
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> tuple[jax.Array, dict]:
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> jax.Array:
     """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
-    alpha = jnp.exp(log_alpha)
-    return alpha * (jax.lax.stop_gradient(entropy) + action_dim / 2), {"alpha": alpha}
+    return jnp.exp(log_alpha) * (jax.lax.stop_gradient(entropy) + action_dim / 2)
 
 
 def drq_loss(
@@ -246,10 +243,9 @@ def drq_loss(
     critic, (features, critic_metrics) = critic_loss(params, agent, batch, reward, critic_key, args)
     features = jax.lax.stop_gradient(features)
     actor, actor_metrics = actor_loss(params["actor"], agent, features, actor_key)
-    alpha, alpha_metrics = alpha_loss(
-        params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1]
-    )
-    return critic + actor + alpha, critic_metrics | actor_metrics | alpha_metrics
+    alpha = alpha_loss(params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1])
+    metrics = critic_metrics | actor_metrics | {"alpha": jnp.exp(params["log_alpha"])}
+    return critic + actor + alpha, metrics
 
 
 # ---------------------------------------------------------------------------- updates
@@ -268,7 +264,8 @@ def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
     actor = Actor(sizes.action, args.hidden_features, args.encoder_dim)
     critic = CriticPair(args.hidden_features, args.encoder_dim)
     encoder_key, actor_key, critic_key = jax.random.split(key, 3)
-    pictures = jnp.zeros((1, PICTURE_SIZE, PICTURE_SIZE, 3 * args.frame_stack), jnp.uint8)
+    shape = (1, pixels.PICTURE_SIZE, pixels.PICTURE_SIZE, 3 * args.frame_stack)
+    pictures = jnp.zeros(shape, jnp.uint8)
     encoder_params = encoder.init(encoder_key, pictures)
     features = encode(encoder, encoder_params, pictures)
     params = {
@@ -316,10 +313,9 @@ def update(
     agent: AgentState, buffers: Buffers, key: jax.Array, env_steps: int, args: Args
 ) -> tuple[AgentState, dict]:
     """All updates of an iteration in one dispatch; the means of their metrics."""
+    keys = jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration)
     agent, metrics = jax.lax.scan(
-        lambda carry, update_key: update_once(carry, buffers, update_key, args),
-        agent,
-        jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration),
+        lambda agent, key: update_once(agent, buffers, key, args), agent, keys
     )
     return agent, jax.tree.map(jnp.mean, metrics)
 
@@ -344,7 +340,7 @@ init_state = init_agent
 @jax.jit
 def policy(agent: AgentState, frames: jax.Array) -> jax.Array:
     """The agent's mean action for stacked frames of any size: [n, action_dim]."""
-    features = encode(agent.encoder, agent.params["encoder"], scale_down(frames))
+    features = encode(agent.encoder, agent.params["encoder"], pixels.scale_down(frames))
     mean, _ = agent.actor.apply(agent.params["actor"], features)
     return jnp.tanh(mean)
 
@@ -355,7 +351,7 @@ def policy(agent: AgentState, frames: jax.Array) -> jax.Array:
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = pixels.check_args(check_args(args, metaworld), metaworld.MAX_EPISODE_STEPS)
-    camera = Camera(PICTURE_SIZE, args.camera_id, args.quality)
+    camera = Camera(pixels.PICTURE_SIZE, args.camera_id, args.quality)
     envs = metaworld.VecMetaWorld(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         action_repeat=args.action_repeat, draw_resets=True,
@@ -375,8 +371,7 @@ def main(args: Args) -> dict[str, float]:
     obs = np.asarray(pixels.newest_stack(buffers.steps, args.layout))
     # Environments step while the device learns, so a step is stored and learned from one iteration
     # later, when the next one is under way. Until then it is `previous`.
-    previous = None
-    metrics: dict[str, jax.Array] = {}
+    previous, metrics = None, {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
         if env_steps < args.learning_starts:
@@ -395,7 +390,7 @@ def main(args: Args) -> dict[str, float]:
 
         step = envs.step_wait()
         obs, picture, first = pixels.observe(obs, step, args.frame_stack)
-        previous = PixelStep(picture, action, step.sparse_reward, step.terminated), first
+        previous = pixels.PixelStep(picture, action, step.sparse_reward, step.terminated), first
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)

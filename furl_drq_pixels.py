@@ -1,23 +1,19 @@
 """FuRL on pixels: DrQ instead of SAC, on three stacked pictures instead of states.
 
-Section 5.4 of Fu et al., ICML 2024, arXiv 2406.00645. FuRL itself is that of furl_sac_state.py; the
-agents are DrQ (Kostrikov et al., 2021, arXiv 2004.13649): SAC behind a convolutional encoder that
-the critics train, on pictures shifted at random. drq_baseline.py is DrQ alone.
+Section 5.4 of Fu et al., ICML 2024, arXiv 2406.00645. The agents are DrQ (Kostrikov et al., 2021,
+arXiv 2004.13649): SAC behind a convolutional encoder that the critics train, on pictures shifted at
+random. FuRL itself is that of furl_sac_state.py; drq_baseline.py is DrQ alone.
 
     python furl_drq_pixels.py --env-id window-open-v3 --goal random
 
 docs/furl_drq_pixels.md explains every metric and says what a run costs.
 
-Deviations from the paper, whose Table 5 is the default, and choices where it is silent:
- 1. Those of furl_sac_state.py: eight environments, relay and alignment, random steps, temperature.
- 2. One picture serves both: it is drawn in the VLM's size and scaled down for the policy.
- 3. A step is a physics step: an action is repeated for two of them, is learned from once, and one
-    frame is drawn. Success at either counts as one success.
- 4. --lag counts frames, as many as --action-repeat steps apart.
- 5. Each agent has an encoder of its own, of which its actor uses the convolutions.
- 6. Pictures are divided by 255, less 0.5, and layers have flax's LeCun initialisation; DrQ's own
-    code divides by 255 and initialises orthogonally.
- 7. The policy sees the whole picture, also where the VLM sees a part of it.
+Defaults are the paper's Table 5. Deviations are those of furl_sac_state.py, and (the page has all):
+ 1. One picture serves both: drawn in the VLM's size, all of it scaled down for the policy.
+ 2. A step is a physics step. An action is repeated for two of them, learned from once, and one
+    frame is drawn, of which success at either is one success; --lag counts frames.
+ 3. Each agent has an encoder of its own, of which its actor uses the convolutions. Pictures are
+    divided by 255, less 0.5, and layers have flax's LeCun initialisation (DrQ: orthogonal).
 """
 
 from collections.abc import Callable
@@ -36,13 +32,11 @@ from common import flags, pixels, replay
 from common.cli import check_args, run_script
 from common.convolution import convolve, few_at_a_time
 from common.envs import metaworld
-from common.envs.metaworld_tasks import prompt_for
 from common.envs.rendering import Camera
 from common.evaluate import Evaluator
-from common.pixels import PICTURE_SIZE, Layout, PixelStep, scale_down
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
-from common.vlms import VLM, View, load_vlm, view_for
+from common.vlms import VLM, load_vlm, view_for
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
 ACTION_STREAM, RELAY_STREAM = 0, 1  # of random numbers on the host, beside the seed
@@ -76,9 +70,8 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     rho: flags.NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1)
     # --- alignment
     align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
-    goal_image: bool = True  # --no-goal-image: no Eq. 5, so no alignment before a success
-    stage1: bool = True  # --no-stage1: without Eq. 5
-    stage2: bool = True  # --no-stage2: Eq. 5 only
+    goal_image: bool = True  # --no-goal-image: no Eq. 5 (stage 1): no alignment before a success
+    stage2: bool = True  # --no-stage2: no Eq. 4, Eq. 5 only
     stage2_after: flags.PositiveInt = 1  # positives (after k steps) at which Eq. 4 replaces Eq. 5
     projection_features: flags.PositiveInts = (256, 64)  # layers of both projection heads
     lag: flags.PositiveInt = 10  # k of Eq. 4, frames
@@ -92,13 +85,9 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
 
     @property
-    def uses_goal_image(self) -> bool:
-        return self.align and self.stage1 and self.goal_image
-
-    @property
-    def layout(self) -> Layout:
+    def layout(self) -> pixels.Layout:
         length = metaworld.MAX_EPISODE_STEPS // self.action_repeat  # actions
-        return Layout(self.num_envs, length, self.frame_stack)
+        return pixels.Layout(self.num_envs, length, self.frame_stack)
 
 
 # ------------------------------------------------------------------------------ state
@@ -122,7 +111,7 @@ class FuRLState(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    steps: Ring  # of PixelStep, num_envs rows at a time
+    steps: Ring  # of pixels.PixelStep, num_envs rows at a time
     positives: Ring  # of EmbeddedFrame
     negatives: Ring  # of EmbeddedFrame
 
@@ -165,9 +154,8 @@ class Encoder(nn.Module):
     def __call__(self, pictures: jax.Array) -> jax.Array:
         x = pictures.astype(jnp.float32) / 255 - 0.5
         for i, features in enumerate(self.features):
-            strides = 2 if i == 0 else 1
             x = nn.relu(nn.Conv(
-                features, (3, 3), strides, padding="VALID", conv_general_dilated=convolve
+                features, (3, 3), 2 if i == 0 else 1, padding="VALID", conv_general_dilated=convolve
             )(x))
         return x.reshape(*x.shape[:-3], -1)
 
@@ -300,10 +288,9 @@ def actor_loss(
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> tuple[jax.Array, dict]:
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> jax.Array:
     """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
-    alpha = jnp.exp(log_alpha)
-    return alpha * (jax.lax.stop_gradient(entropy) + action_dim / 2), {"alpha": alpha}
+    return jnp.exp(log_alpha) * (jax.lax.stop_gradient(entropy) + action_dim / 2)
 
 
 def drq_loss(
@@ -315,10 +302,9 @@ def drq_loss(
     critic, (features, critic_metrics) = critic_loss(params, agent, batch, reward, critic_key, args)
     features = jax.lax.stop_gradient(features)
     actor, actor_metrics = actor_loss(params["actor"], agent, features, actor_key)
-    alpha, alpha_metrics = alpha_loss(
-        params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1]
-    )
-    return critic + actor + alpha, critic_metrics | actor_metrics | alpha_metrics
+    alpha = alpha_loss(params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1])
+    metrics = critic_metrics | actor_metrics | {"alpha": jnp.exp(params["log_alpha"])}
+    return critic + actor + alpha, metrics
 
 
 # ----------------------------------------------------------------------- FuRL's losses
@@ -332,6 +318,7 @@ def cosine_similarity(text: jax.Array, images: jax.Array) -> jax.Array:
 
 def vlm_reward(projection_params: dict, images: jax.Array, vlm: VLMInputs, args: Args) -> jax.Array:
     """Eq. 3, images [n, D] -> r_VLM [n]; the raw similarity of Eq. 2 with --no-align."""
+    images = images.astype(jnp.float32)
     if not args.align:
         return cosine_similarity(vlm.text, images)
     return cosine_similarity(
@@ -391,12 +378,10 @@ def sort_episodes(
     time = jnp.arange(episode_length)
 
     def sort(rings: tuple[Ring, Ring], env: jax.Array) -> tuple[tuple[Ring, Ring], None]:
-        rows, number = replay.newest_episode(steps, env, num_envs, episode_length)
+        rows = replay.newest_episode(steps, env, num_envs, episode_length)
         success = rows.sparse_reward > 0
-        frames = EmbeddedFrame(
-            rows.embedding, trajectory=jnp.full_like(time, number), time=time,
-            before_success=jnp.cumsum(success) - success == 0,
-        )
+        before_success = jnp.cumsum(success) - success == 0
+        frames = EmbeddedFrame(rows.embedding, time, before_success)
         num_positives = jnp.max(jnp.where(success, time + 1, 0))
         num_negatives = jnp.where(num_positives == 0, episode_length, 0)
         positives = replay.add(rings[0], frames, num_positives)
@@ -411,14 +396,10 @@ def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax
     A frame has none in the first `lag` steps of its trajectory, after its first success, nor when
     that part of the ring has been overwritten.
     """
-    earlier = (slots - lag) % ring.capacity
     frames: EmbeddedFrame = ring.data
-    exists = (
-        (frames.trajectory[earlier] == frames.trajectory[slots])
-        & (frames.time[earlier] == frames.time[slots] - lag)
-        & frames.before_success[slots]
-    )
-    return earlier, exists & (slots < ring.size)
+    age = (ring.total - 1 - slots) % ring.capacity  # number of frames added since
+    exists = (frames.time[slots] >= lag) & (age + lag < ring.capacity)
+    return (slots - lag) % ring.capacity, exists & frames.before_success[slots]
 
 
 # ---------------------------------------------------------------------------- updates
@@ -437,7 +418,8 @@ def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
     actor = Actor(sizes.action, args.hidden_features, args.encoder_dim)
     critic = CriticPair(args.hidden_features, args.encoder_dim)
     encoder_key, actor_key, critic_key = jax.random.split(key, 3)
-    pictures = jnp.zeros((1, PICTURE_SIZE, PICTURE_SIZE, 3 * args.frame_stack), jnp.uint8)
+    shape = (1, pixels.PICTURE_SIZE, pixels.PICTURE_SIZE, 3 * args.frame_stack)
+    pictures = jnp.zeros(shape, jnp.uint8)
     encoder_params = encoder.init(encoder_key, pictures)
     features = encode(encoder, encoder_params, pictures)
     params = {
@@ -489,21 +471,18 @@ def update_projection(
 ) -> tuple[FuRLState, dict]:
     """One step of the alignment that belongs to the phase: Eq. 5 or Eq. 4."""
     negatives_key, positives_key = jax.random.split(key)
-
-    def images(ring: Ring, slots: jax.Array) -> jax.Array:
-        return ring.data.embedding[slots].astype(jnp.float32)  # [batch, D]
-
     slots = replay.sample_slots(buffers.negatives, negatives_key, args.batch_size)
-    negatives = images(buffers.negatives, slots)
+    negatives = buffers.negatives.data.embedding[slots]
     if phase.alignment == "goal-image":
         loss_fn = partial(negatives_loss, images=negatives, vlm=vlm, args=args)
     else:
+        frames: EmbeddedFrame = buffers.positives.data
         slots = replay.sample_slots(buffers.positives, positives_key, args.batch_size)
         earlier_slots, earlier_exists = lagged_slots(buffers.positives, slots, args.lag)
         loss_fn = partial(
-            positives_loss, positives=images(buffers.positives, slots),
-            old_enough=buffers.positives.data.time[slots] >= args.lag,
-            earlier=images(buffers.positives, earlier_slots), earlier_exists=earlier_exists,
+            positives_loss, positives=frames.embedding[slots],
+            old_enough=frames.time[slots] >= args.lag,
+            earlier=frames.embedding[earlier_slots], earlier_exists=earlier_exists,
             negatives=negatives, negatives_exist=buffers.negatives.size > 0, vlm=vlm, args=args,
         )
     projection, opt, metrics = adam_step(loss_fn, state.projection, state.projection_opt, args)
@@ -519,7 +498,7 @@ def update_once(
     if phase.alignment != "none":
         state, metrics = update_projection(state, buffers, vlm, projection_key, args, phase)
     batch = sample_batch(buffers.steps, sample_key, args)
-    vlm_rewards = vlm_reward(state.projection, batch.embedding.astype(jnp.float32), vlm, args)
+    vlm_rewards = vlm_reward(state.projection, batch.embedding, vlm, args)
     task_reward = batch.sparse_reward - 1  # constant shaping (B.2)
     shaped_reward = task_reward + args.rho * vlm_rewards  # Eq. 1
     furl, furl_metrics = update_agent(state.furl, batch, shaped_reward, furl_key, args)
@@ -541,10 +520,9 @@ def update(
     args: Args, phase: Phase,
 ) -> tuple[FuRLState, dict]:
     """All updates of an iteration in one dispatch; the means of their metrics."""
+    keys = jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration)
     state, metrics = jax.lax.scan(
-        lambda carry, update_key: update_once(carry, buffers, vlm, update_key, args, phase),
-        state,
-        jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration),
+        lambda state, key: update_once(state, buffers, vlm, key, args, phase), state, keys
     )
     return state, jax.tree.map(jnp.mean, metrics)
 
@@ -553,10 +531,9 @@ def update(
 
 
 def relay_acts(episode: int, time: int, args: Args) -> np.ndarray:
-    """Where the relay agent acts at step `time` of episode number `episode`, bool [num_envs].
+    """Where the relay agent acts at step `time` of an episode, bool [num_envs].
 
-    In each episode each environment draws its own T_i, after which the agents change, and which of
-    them comes first.
+    In each episode each environment draws its own T_i and which agent comes first.
     """
     rng = np.random.default_rng((args.seed, RELAY_STREAM, episode))
     period = rng.choice(args.relay_periods, args.num_envs)
@@ -566,14 +543,13 @@ def relay_acts(episode: int, time: int, args: Args) -> np.ndarray:
 
 def choose_phase(buffers: Buffers, args: Args) -> Phase:
     """Algorithm 1's branches, from the samples collected so far; waits for the device."""
-    positives = buffers.positives
     alignment = "none"
-    old_enough = (positives.data.time >= args.lag).sum()
+    old_enough = (buffers.positives.data.time >= args.lag).sum()
     if args.align and args.stage2 and old_enough >= args.stage2_after:
         alignment = "success"
-    elif args.uses_goal_image and buffers.negatives.total > 0:
+    elif args.align and args.goal_image and buffers.negatives.total > 0:
         alignment = "goal-image"
-    return Phase(args.relay and int(positives.total) < args.relay_until, alignment)
+    return Phase(args.relay and int(buffers.positives.total) < args.relay_until, alignment)
 
 
 def explore(agent: AgentState, pictures: jax.Array, key: jax.Array) -> jax.Array:
@@ -598,16 +574,6 @@ def act(
     return jnp.where(use_relay[:, None], relay_action, furl_action)
 
 
-def embed_task(vlm: VLM, view: View, camera: Camera, args: Args) -> VLMInputs:
-    """What the reward, and Eq. 5, compare pictures with."""
-    text = vlm.embed_text([prompt_for(args.env_id, args.prompt)])[0]
-    goal = np.zeros_like(text)
-    if args.uses_goal_image:
-        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
-        goal = vlm.embed_images(view.crop(picture[None]))[0]
-    return VLMInputs(jnp.asarray(text), jnp.asarray(goal))
-
-
 # --------------------------------------------- what evaluation and tools use of a script
 
 
@@ -615,14 +581,14 @@ def embed_task(vlm: VLM, view: View, camera: Camera, args: Args) -> VLMInputs:
 def policy(state: FuRLState, frames: jax.Array) -> jax.Array:
     """The evaluated agent's mean action for stacked frames of any size: [n, action_dim]."""
     agent = state.furl
-    features = encode(agent.encoder, agent.params["encoder"], scale_down(frames))
+    features = encode(agent.encoder, agent.params["encoder"], pixels.scale_down(frames))
     mean, _ = agent.actor.apply(agent.params["actor"], features)
     return jnp.tanh(mean)
 
 
 def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
     """The VLM reward that was learned, before its weight rho: embeddings [n, D] -> [n]."""
-    text = jnp.asarray(vlm.embed_text([prompt_for(args.env_id, args.prompt)])[0])
+    text = jnp.asarray(vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0])
     inputs = VLMInputs(text, goal=jnp.zeros_like(text))  # which only Eq. 5 looks at
     return jax.jit(partial(vlm_reward, state.projection, vlm=inputs, args=args))
 
@@ -633,11 +599,16 @@ def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array],
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = pixels.check_args(check_args(args, metaworld), metaworld.MAX_EPISODE_STEPS)
-    prompt = prompt_for(args.env_id, args.prompt)
+    prompt = metaworld.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm)
     camera = Camera(view.size, args.camera_id, args.quality)
-    vlm_inputs = embed_task(vlm, view, camera, args)
+    text = vlm.embed_text([prompt])[0]
+    goal = np.zeros_like(text)
+    if args.align and args.goal_image:
+        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
+        goal = vlm.embed_images(view.crop(picture[None]))[0]
+    vlm_inputs = VLMInputs(jnp.asarray(text), jnp.asarray(goal))
     envs = metaworld.VecMetaWorld(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         action_repeat=args.action_repeat, draw_resets=True,
@@ -651,11 +622,11 @@ def main(args: Args) -> dict[str, float]:
     init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
     state, buffers = init_state(init_key, sizes, args), init_buffers(sizes, args)
     run = start_run(args, buffers, sizes, envs, evaluate, vlm=vlm, view=view, prompt=prompt)
-    first = np.asarray(scale_down(envs.reset()[1]))
+    first = np.asarray(pixels.scale_down(envs.reset()[1]))
     buffers = buffers._replace(steps=pixels.add_first(buffers.steps, first))
     state, buffers, _ = run.begin(state, buffers, envs)
 
-    def store(buffers: Buffers, step: PixelStep, first: np.ndarray | None, frames) -> Buffers:
+    def store(buffers: Buffers, step: pixels.PixelStep, first, frames: np.ndarray) -> Buffers:
         step = step._replace(embedding=vlm.embed_images(view.crop(frames)))
         return buffers._replace(steps=pixels.add_step(buffers.steps, step, first))
 
@@ -663,8 +634,7 @@ def main(args: Args) -> dict[str, float]:
     obs = np.asarray(pixels.newest_stack(buffers.steps, args.layout))
     # Environments step while the device learns, so a step is stored and learned from one iteration
     # later, when the next one is under way. Until then it is `previous`.
-    previous = None
-    metrics: dict[str, jax.Array] = {}
+    previous, metrics = None, {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
         actions_done = env_steps // (args.num_envs * args.action_repeat)
@@ -674,9 +644,8 @@ def main(args: Args) -> dict[str, float]:
             action = rng.uniform(-1, 1, (args.num_envs, sizes.action)).astype(np.float32)
         else:
             use_relay = relay_acts(episode, time * args.action_repeat, args)
-            action = np.asarray(  # waits for the updates before
-                act(state, obs, use_relay, act_key, env_steps, args, phase.relaying)
-            )
+            action = act(state, obs, use_relay, act_key, env_steps, args, phase.relaying)
+            action = np.asarray(action)  # waits for the updates before
             run.check_finite(action, metrics)
         envs.step_async(action)
 
@@ -684,8 +653,7 @@ def main(args: Args) -> dict[str, float]:
         if previous is not None:
             buffers = store(buffers, *previous)
         if time == 0 and episode > 0:  # all episodes end together
-            # The newest rows are the first pictures of the new episodes.
-            ended = buffers.steps._replace(total=buffers.steps.total - args.num_envs)
+            ended = pixels.without_first(buffers.steps, args.layout)
             positives, negatives = sort_episodes(
                 buffers.positives, buffers.negatives, ended, args.num_envs, envs.episode_length
             )
@@ -696,8 +664,8 @@ def main(args: Args) -> dict[str, float]:
 
         step = envs.step_wait()
         obs, picture, first = pixels.observe(obs, step, args.frame_stack)
-        pixel_step = PixelStep(picture, action, step.sparse_reward, step.terminated)
-        previous = pixel_step, first, step.frames
+        pixel_step = pixels.PixelStep(picture, action, step.sparse_reward, step.terminated)
+        previous = (pixel_step, first, step.frames)
 
         # Measure and save.
         run.count_episodes(step.success, step.truncated)

@@ -1,27 +1,22 @@
-r"""FuRL: vision-language models as fuzzy rewards for reinforcement learning, on state observations.
+"""FuRL: vision-language models as fuzzy rewards for reinforcement learning, on state observations.
 
 A frozen VLM scores the picture of the scene against the instruction; this dense but fuzzy reward is
 added to the sparse one. Two small projection heads are trained online to align it with what the
 task rewards (ranking losses), and a second SAC agent, which sees the sparse reward alone, relays
 with the VLM agent until successes have been found. Fu et al., ICML 2024, arXiv 2406.00645.
 
-    python furl_sac_state.py --env-id window-close-v3 --total-timesteps 64000 \
-        --learning-rate 3e-4 --batch-size 64
+    python furl_sac_state.py --env-id window-close-v3 --learning-rate 3e-4 --batch-size 64
     python furl_sac_state.py --env-id drawer-open-v3 --vlm liv --quality paper --track
 
 docs/furl_sac_state.md explains every metric and shows measured curves with their wall-clock.
 
-Deviations from the paper, whose Table 5 is the default, and choices where it is silent (the page
-has all of them beside the authors' code):
- 1. Eight environments, one update per environment step in total, one iteration behind the data.
-    Each environment draws its own relay period and its own first policy.
- 2. Eq. 4 replaces Eq. 5 once an episode has succeeded after its first k steps; relaying ends at
-    2,500 positives (Figure 5). Positives are an episode's frames up to its last success, negatives
-    those of whole failed episodes, also for Eq. 5.
- 3. Eq. 5 is the mean over all pairs of a batch whose distances differ by the margin.
- 4. 10,000 random steps before learning and noise of 0.2 on the relay agent's actions, as in the
-    authors' code. The temperature starts at 0.1 (authors: 1).
- 5. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv.
+Defaults are the paper's Table 5. Deviations, and choices where it is silent (the page has all):
+ 1. Eight environments, one update per step, one iteration behind the data; each environment draws
+    its own relay period and first policy. 10,000 random steps come first.
+ 2. Positives are an episode's frames up to its last success, negatives those of whole failed
+    episodes, also for Eq. 5, whose loss is the mean over the pairs that differ by the margin.
+ 3. Noise of 0.2 on the relay agent's actions (as authors); temperature from 0.1 (authors: 1).
+ 4. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv.
 """
 
 from collections.abc import Callable
@@ -37,14 +32,13 @@ import optax
 from flax import struct
 
 from common import flags, replay
-from common.cli import check_args, check_episodes_fit, run_script
+from common.cli import check_args, run_script
 from common.envs import metaworld
-from common.envs.metaworld_tasks import prompt_for
 from common.envs.rendering import Camera
 from common.evaluate import Evaluator
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
-from common.vlms import VLM, View, load_vlm, view_for
+from common.vlms import VLM, load_vlm, view_for
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
 ACTION_STREAM, RELAY_STREAM = 0, 1  # of random numbers on the host, beside the seed
@@ -73,9 +67,8 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     rho: flags.NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1)
     # --- alignment
     align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
-    goal_image: bool = True  # --no-goal-image: no Eq. 5, so no alignment before a success
-    stage1: bool = True  # --no-stage1: without Eq. 5
-    stage2: bool = True  # --no-stage2: Eq. 5 only
+    goal_image: bool = True  # --no-goal-image: no Eq. 5 (stage 1): no alignment before a success
+    stage2: bool = True  # --no-stage2: no Eq. 4, Eq. 5 only
     stage2_after: flags.PositiveInt = 1  # positives (after k steps) at which Eq. 4 replaces Eq. 5
     projection_features: flags.PositiveInts = (256, 64)  # layers of both projection heads
     lag: flags.PositiveInt = 10  # k of Eq. 4, environment steps
@@ -87,10 +80,6 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     relay_periods: flags.PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
     relay_until: flags.NotNegativeInt = 2_500  # positive samples at which relaying ends (Figure 5)
     relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
-
-    @property
-    def uses_goal_image(self) -> bool:
-        return self.align and self.stage1 and self.goal_image
 
 
 # ------------------------------------------------------------------------------ state
@@ -228,10 +217,9 @@ def actor_loss(
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> tuple[jax.Array, dict]:
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> jax.Array:
     """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
-    alpha = jnp.exp(log_alpha)
-    return alpha * (jax.lax.stop_gradient(entropy) + action_dim / 2), {"alpha": alpha}
+    return jnp.exp(log_alpha) * (jax.lax.stop_gradient(entropy) + action_dim / 2)
 
 
 def sac_loss(
@@ -242,10 +230,9 @@ def sac_loss(
     critic_key, actor_key = jax.random.split(key)
     critic, critic_metrics = critic_loss(params["critic"], agent, batch, reward, critic_key, args)
     actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
-    alpha, alpha_metrics = alpha_loss(
-        params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1]
-    )
-    return critic + actor + alpha, critic_metrics | actor_metrics | alpha_metrics
+    alpha = alpha_loss(params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1])
+    metrics = critic_metrics | actor_metrics | {"alpha": jnp.exp(params["log_alpha"])}
+    return critic + actor + alpha, metrics
 
 
 # ----------------------------------------------------------------------- FuRL's losses
@@ -259,6 +246,7 @@ def cosine_similarity(text: jax.Array, images: jax.Array) -> jax.Array:
 
 def vlm_reward(projection_params: dict, images: jax.Array, vlm: VLMInputs, args: Args) -> jax.Array:
     """Eq. 3, images [n, D] -> r_VLM [n]; the raw similarity of Eq. 2 with --no-align."""
+    images = images.astype(jnp.float32)
     if not args.align:
         return cosine_similarity(vlm.text, images)
     return cosine_similarity(
@@ -318,12 +306,10 @@ def sort_episodes(
     time = jnp.arange(episode_length)
 
     def sort(rings: tuple[Ring, Ring], env: jax.Array) -> tuple[tuple[Ring, Ring], None]:
-        rows, number = replay.newest_episode(steps, env, num_envs, episode_length)
+        rows = replay.newest_episode(steps, env, num_envs, episode_length)
         success = rows.sparse_reward > 0
-        frames = EmbeddedFrame(
-            rows.embedding, trajectory=jnp.full_like(time, number), time=time,
-            before_success=jnp.cumsum(success) - success == 0,
-        )
+        before_success = jnp.cumsum(success) - success == 0
+        frames = EmbeddedFrame(rows.embedding, time, before_success)
         num_positives = jnp.max(jnp.where(success, time + 1, 0))
         num_negatives = jnp.where(num_positives == 0, episode_length, 0)
         positives = replay.add(rings[0], frames, num_positives)
@@ -338,14 +324,10 @@ def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax
     A frame has none in the first `lag` steps of its trajectory, after its first success, nor when
     that part of the ring has been overwritten.
     """
-    earlier = (slots - lag) % ring.capacity
     frames: EmbeddedFrame = ring.data
-    exists = (
-        (frames.trajectory[earlier] == frames.trajectory[slots])
-        & (frames.time[earlier] == frames.time[slots] - lag)
-        & frames.before_success[slots]
-    )
-    return earlier, exists & (slots < ring.size)
+    age = (ring.total - 1 - slots) % ring.capacity  # number of frames added since
+    exists = (frames.time[slots] >= lag) & (age + lag < ring.capacity)
+    return (slots - lag) % ring.capacity, exists & frames.before_success[slots]
 
 
 # ---------------------------------------------------------------------------- updates
@@ -411,21 +393,18 @@ def update_projection(
 ) -> tuple[FuRLState, dict]:
     """One step of the alignment that belongs to the phase: Eq. 5 or Eq. 4."""
     negatives_key, positives_key = jax.random.split(key)
-
-    def images(ring: Ring, slots: jax.Array) -> jax.Array:
-        return ring.data.embedding[slots].astype(jnp.float32)  # [batch, D]
-
     slots = replay.sample_slots(buffers.negatives, negatives_key, args.batch_size)
-    negatives = images(buffers.negatives, slots)
+    negatives = buffers.negatives.data.embedding[slots]
     if phase.alignment == "goal-image":
         loss_fn = partial(negatives_loss, images=negatives, vlm=vlm, args=args)
     else:
+        frames: EmbeddedFrame = buffers.positives.data
         slots = replay.sample_slots(buffers.positives, positives_key, args.batch_size)
         earlier_slots, earlier_exists = lagged_slots(buffers.positives, slots, args.lag)
         loss_fn = partial(
-            positives_loss, positives=images(buffers.positives, slots),
-            old_enough=buffers.positives.data.time[slots] >= args.lag,
-            earlier=images(buffers.positives, earlier_slots), earlier_exists=earlier_exists,
+            positives_loss, positives=frames.embedding[slots],
+            old_enough=frames.time[slots] >= args.lag,
+            earlier=frames.embedding[earlier_slots], earlier_exists=earlier_exists,
             negatives=negatives, negatives_exist=buffers.negatives.size > 0, vlm=vlm, args=args,
         )
     projection, opt, metrics = adam_step(loss_fn, state.projection, state.projection_opt, args)
@@ -442,7 +421,7 @@ def update_once(
         state, metrics = update_projection(state, buffers, vlm, projection_key, args, phase)
     slots = replay.sample_slots(buffers.transitions, sample_key, args.batch_size)
     batch: Transition = replay.take(buffers.transitions, slots)
-    vlm_rewards = vlm_reward(state.projection, batch.embedding.astype(jnp.float32), vlm, args)
+    vlm_rewards = vlm_reward(state.projection, batch.embedding, vlm, args)
     task_reward = batch.sparse_reward - 1  # constant shaping (B.2)
     shaped_reward = task_reward + args.rho * vlm_rewards  # Eq. 1
     furl, furl_metrics = update_agent(state.furl, batch, shaped_reward, furl_key, args)
@@ -464,10 +443,9 @@ def update(
     args: Args, phase: Phase,
 ) -> tuple[FuRLState, dict]:
     """All updates of an iteration in one dispatch; the means of their metrics."""
+    keys = jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration)
     state, metrics = jax.lax.scan(
-        lambda carry, update_key: update_once(carry, buffers, vlm, update_key, args, phase),
-        state,
-        jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration),
+        lambda state, key: update_once(state, buffers, vlm, key, args, phase), state, keys
     )
     return state, jax.tree.map(jnp.mean, metrics)
 
@@ -476,10 +454,9 @@ def update(
 
 
 def relay_acts(episode: int, time: int, args: Args) -> np.ndarray:
-    """Where the relay agent acts at step `time` of episode number `episode`, bool [num_envs].
+    """Where the relay agent acts at step `time` of an episode, bool [num_envs].
 
-    In each episode each environment draws its own T_i, after which the agents change, and which of
-    them comes first.
+    In each episode each environment draws its own T_i and which agent comes first.
     """
     rng = np.random.default_rng((args.seed, RELAY_STREAM, episode))
     period = rng.choice(args.relay_periods, args.num_envs)
@@ -489,14 +466,13 @@ def relay_acts(episode: int, time: int, args: Args) -> np.ndarray:
 
 def choose_phase(buffers: Buffers, args: Args) -> Phase:
     """Algorithm 1's branches, from the samples collected so far; waits for the device."""
-    positives = buffers.positives
     alignment = "none"
-    old_enough = (positives.data.time >= args.lag).sum()
+    old_enough = (buffers.positives.data.time >= args.lag).sum()
     if args.align and args.stage2 and old_enough >= args.stage2_after:
         alignment = "success"
-    elif args.uses_goal_image and buffers.negatives.total > 0:
+    elif args.align and args.goal_image and buffers.negatives.total > 0:
         alignment = "goal-image"
-    return Phase(args.relay and int(positives.total) < args.relay_until, alignment)
+    return Phase(args.relay and int(buffers.positives.total) < args.relay_until, alignment)
 
 
 @partial(jax.jit, static_argnames=("args", "relaying"))
@@ -515,16 +491,6 @@ def act(
     return jnp.where(use_relay[:, None], relay_action, furl_action)
 
 
-def embed_task(vlm: VLM, view: View, camera: Camera, args: Args) -> VLMInputs:
-    """What the reward, and Eq. 5, compare pictures with."""
-    text = vlm.embed_text([prompt_for(args.env_id, args.prompt)])[0]
-    goal = np.zeros_like(text)
-    if args.uses_goal_image:
-        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
-        goal = vlm.embed_images(view.crop(picture[None]))[0]
-    return VLMInputs(jnp.asarray(text), jnp.asarray(goal))
-
-
 # --------------------------------------------- what evaluation and tools use of a script
 
 
@@ -537,7 +503,7 @@ def policy(state: FuRLState, obs: jax.Array) -> jax.Array:
 
 def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
     """The VLM reward that was learned, before its weight rho: embeddings [n, D] -> [n]."""
-    text = jnp.asarray(vlm.embed_text([prompt_for(args.env_id, args.prompt)])[0])
+    text = jnp.asarray(vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0])
     inputs = VLMInputs(text, goal=jnp.zeros_like(text))  # which only Eq. 5 looks at
     return jax.jit(partial(vlm_reward, state.projection, vlm=inputs, args=args))
 
@@ -547,13 +513,17 @@ def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array],
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_args(args, metaworld)
-    check_episodes_fit(args, metaworld.MAX_EPISODE_STEPS)
-    prompt = prompt_for(args.env_id, args.prompt)
+    args = check_args(args, metaworld, whole_episodes=True)
+    prompt = metaworld.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm)
     camera = Camera(view.size, args.camera_id, args.quality)
-    vlm_inputs = embed_task(vlm, view, camera, args)
+    text = vlm.embed_text([prompt])[0]
+    goal = np.zeros_like(text)
+    if args.align and args.goal_image:
+        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
+        goal = vlm.embed_images(view.crop(picture[None]))[0]
+    vlm_inputs = VLMInputs(jnp.asarray(text), jnp.asarray(goal))
     envs = metaworld.VecMetaWorld(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera
     )
@@ -575,8 +545,7 @@ def main(args: Args) -> dict[str, float]:
     phase = choose_phase(buffers, args)
     # Environments step while the device learns, so a step is stored and learned from one iteration
     # later, when the next one is under way. Until then it is `previous`.
-    previous = None
-    metrics: dict[str, jax.Array] = {}
+    previous, metrics = None, {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
         episode, time = divmod(env_steps // args.num_envs, envs.episode_length)
@@ -585,9 +554,8 @@ def main(args: Args) -> dict[str, float]:
             action = rng.uniform(-1, 1, (args.num_envs, sizes.action)).astype(np.float32)
         else:
             use_relay = relay_acts(episode, time, args)
-            action = np.asarray(  # waits for the updates before
-                act(state, obs, use_relay, act_key, env_steps, args, phase.relaying)
-            )
+            action = act(state, obs, use_relay, act_key, env_steps, args, phase.relaying)
+            action = np.asarray(action)  # waits for the updates before
             run.check_finite(action, metrics)
         envs.step_async(action)
 

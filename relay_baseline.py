@@ -34,9 +34,8 @@ import optax
 from flax import struct
 
 from common import flags, replay
-from common.cli import check_args, check_episodes_fit, run_script
+from common.cli import check_args, run_script
 from common.envs import metaworld
-from common.envs.metaworld_tasks import prompt_for
 from common.envs.rendering import Camera
 from common.evaluate import Evaluator
 from common.replay import Ring, Sizes, Transition
@@ -178,10 +177,9 @@ def actor_loss(
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> tuple[jax.Array, dict]:
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> jax.Array:
     """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
-    alpha = jnp.exp(log_alpha)
-    return alpha * (jax.lax.stop_gradient(entropy) + action_dim / 2), {"alpha": alpha}
+    return jnp.exp(log_alpha) * (jax.lax.stop_gradient(entropy) + action_dim / 2)
 
 
 def sac_loss(
@@ -192,10 +190,9 @@ def sac_loss(
     critic_key, actor_key = jax.random.split(key)
     critic, critic_metrics = critic_loss(params["critic"], agent, batch, reward, critic_key, args)
     actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
-    alpha, alpha_metrics = alpha_loss(
-        params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1]
-    )
-    return critic + actor + alpha, critic_metrics | actor_metrics | alpha_metrics
+    alpha = alpha_loss(params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1])
+    metrics = critic_metrics | actor_metrics | {"alpha": jnp.exp(params["log_alpha"])}
+    return critic + actor + alpha, metrics
 
 
 # ------------------------------------------------------------------------- VLM reward
@@ -212,7 +209,7 @@ def count_positives(steps: Ring, num_envs: int, episode_length: int) -> jax.Arra
     """Frames of the episodes that have just ended up to their last success, int32 []."""
 
     def count(env: jax.Array) -> jax.Array:
-        rows, _ = replay.newest_episode(steps, env, num_envs, episode_length)
+        rows = replay.newest_episode(steps, env, num_envs, episode_length)
         return jnp.where(rows.sparse_reward > 0, jnp.arange(episode_length) + 1, 0).max()
 
     return jax.vmap(count)(jnp.arange(num_envs)).sum()
@@ -297,10 +294,9 @@ def update(
     args: Args, relaying: bool,
 ) -> tuple[RelayState, dict]:
     """All updates of an iteration in one dispatch; the means of their metrics."""
+    keys = jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration)
     state, metrics = jax.lax.scan(
-        lambda carry, update_key: update_once(carry, buffers, text, update_key, args, relaying),
-        state,
-        jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration),
+        lambda state, key: update_once(state, buffers, text, key, args, relaying), state, keys
     )
     return state, jax.tree.map(jnp.mean, metrics)
 
@@ -309,10 +305,9 @@ def update(
 
 
 def relay_acts(episode: int, time: int, args: Args) -> np.ndarray:
-    """Where the relay agent acts at step `time` of episode number `episode`, bool [num_envs].
+    """Where the relay agent acts at step `time` of an episode, bool [num_envs].
 
-    In each episode each environment draws its own T_i, after which the agents change, and which of
-    them comes first.
+    In each episode each environment draws its own T_i and which agent comes first.
     """
     rng = np.random.default_rng((args.seed, RELAY_STREAM, episode))
     period = rng.choice(args.relay_periods, args.num_envs)
@@ -348,7 +343,7 @@ def policy(state: RelayState, obs: jax.Array) -> jax.Array:
 
 def load_reward(state: RelayState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
     """The VLM reward of the run, before its weight rho: embeddings [n, D] -> [n]."""
-    text = jnp.asarray(vlm.embed_text([prompt_for(args.env_id, args.prompt)])[0])
+    text = jnp.asarray(vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0])
     return jax.jit(partial(cosine_similarity, text))
 
 
@@ -357,9 +352,8 @@ def load_reward(state: RelayState, vlm: VLM, args: Args) -> Callable[[jax.Array]
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_args(args, metaworld)
-    check_episodes_fit(args, metaworld.MAX_EPISODE_STEPS)
-    prompt = prompt_for(args.env_id, args.prompt)
+    args = check_args(args, metaworld, whole_episodes=True)
+    prompt = metaworld.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     text = jnp.asarray(vlm.embed_text([prompt])[0])
     view = view_for(vlm)
@@ -385,8 +379,7 @@ def main(args: Args) -> dict[str, float]:
     relaying = bool(state.num_positives < args.relay_until)
     # Environments step while the device learns, so a step is stored and learned from one iteration
     # later, when the next one is under way. Until then it is `previous`.
-    previous = None
-    metrics: dict[str, jax.Array] = {}
+    previous, metrics = None, {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
         episode, time = divmod(env_steps // args.num_envs, envs.episode_length)
@@ -395,9 +388,8 @@ def main(args: Args) -> dict[str, float]:
             action = rng.uniform(-1, 1, (args.num_envs, sizes.action)).astype(np.float32)
         else:
             use_relay = relay_acts(episode, time, args)
-            action = np.asarray(  # waits for the updates before
-                act(state, obs, use_relay, act_key, env_steps, args, relaying)
-            )
+            action = act(state, obs, use_relay, act_key, env_steps, args, relaying)
+            action = np.asarray(action)  # waits for the updates before
             run.check_finite(action, metrics)
         envs.step_async(action)
 

@@ -154,10 +154,9 @@ def actor_loss(
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> tuple[jax.Array, dict]:
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> jax.Array:
     """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
-    alpha = jnp.exp(log_alpha)
-    return alpha * (jax.lax.stop_gradient(entropy) + action_dim / 2), {"alpha": alpha}
+    return jnp.exp(log_alpha) * (jax.lax.stop_gradient(entropy) + action_dim / 2)
 
 
 def sac_loss(
@@ -168,10 +167,9 @@ def sac_loss(
     critic_key, actor_key = jax.random.split(key)
     critic, critic_metrics = critic_loss(params["critic"], agent, batch, reward, critic_key, args)
     actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
-    alpha, alpha_metrics = alpha_loss(
-        params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1]
-    )
-    return critic + actor + alpha, critic_metrics | actor_metrics | alpha_metrics
+    alpha = alpha_loss(params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1])
+    metrics = critic_metrics | actor_metrics | {"alpha": jnp.exp(params["log_alpha"])}
+    return critic + actor + alpha, metrics
 
 
 # ---------------------------------------------------------------------------- updates
@@ -234,10 +232,9 @@ def update(
     agent: AgentState, buffers: Buffers, key: jax.Array, env_steps: int, args: Args
 ) -> tuple[AgentState, dict]:
     """All updates of an iteration in one dispatch; the means of their metrics."""
+    keys = jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration)
     agent, metrics = jax.lax.scan(
-        lambda carry, update_key: update_once(carry, buffers, update_key, args),
-        agent,
-        jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration),
+        lambda agent, key: update_once(agent, buffers, key, args), agent, keys
     )
     return agent, jax.tree.map(jnp.mean, metrics)
 
@@ -281,8 +278,7 @@ def main(args: Args) -> dict[str, float]:
 
     # Environments step while the device learns, so a step is stored and learned from one iteration
     # later, when the next one is under way. Until then it is `previous`.
-    previous = None
-    metrics: dict[str, jax.Array] = {}
+    previous, metrics = None, {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step ...
         if env_steps < args.learning_starts:

@@ -35,7 +35,6 @@ from flax import struct
 from common import flags, replay
 from common.cli import check_args, run_script
 from common.envs import metaworld
-from common.envs.metaworld_tasks import baseline_prompt_for, prompt_for
 from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import Evaluator
@@ -192,10 +191,9 @@ def actor_loss(
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> tuple[jax.Array, dict]:
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> jax.Array:
     """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
-    alpha = jnp.exp(log_alpha)
-    return alpha * (jax.lax.stop_gradient(entropy) + action_dim / 2), {"alpha": alpha}
+    return jnp.exp(log_alpha) * (jax.lax.stop_gradient(entropy) + action_dim / 2)
 
 
 def sac_loss(
@@ -206,10 +204,9 @@ def sac_loss(
     critic_key, actor_key = jax.random.split(key)
     critic, critic_metrics = critic_loss(params["critic"], agent, batch, reward, critic_key, args)
     actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
-    alpha, alpha_metrics = alpha_loss(
-        params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1]
-    )
-    return critic + actor + alpha, critic_metrics | actor_metrics | alpha_metrics
+    alpha = alpha_loss(params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1])
+    metrics = critic_metrics | actor_metrics | {"alpha": jnp.exp(params["log_alpha"])}
+    return critic + actor + alpha, metrics
 
 
 # ------------------------------------------------------------------------- VLM reward
@@ -323,10 +320,9 @@ def update(
     agent: AgentState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, env_steps: int, args: Args
 ) -> tuple[AgentState, dict]:
     """All updates of an iteration in one dispatch; the means of their metrics."""
+    keys = jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration)
     agent, metrics = jax.lax.scan(
-        lambda carry, update_key: update_once(carry, buffers, vlm, update_key, args),
-        agent,
-        jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration),
+        lambda agent, key: update_once(agent, buffers, vlm, key, args), agent, keys
     )
     return agent, jax.tree.map(jnp.mean, metrics)
 
@@ -352,8 +348,8 @@ def policy(agent: AgentState, obs: jax.Array) -> jax.Array:
 
 def embed_task(vlm: VLM, args: Args) -> VLMInputs:
     """What the reward compares pictures with; the heads of LIV-Proj are drawn from the seed."""
-    prompts = [prompt_for(args.env_id, args.prompt),
-               baseline_prompt_for(args.env_id, args.baseline_prompt)]
+    prompts = [metaworld.prompt_for(args.env_id, args.prompt),
+               metaworld.baseline_prompt_for(args.env_id, args.baseline_prompt)]
     text, baseline = (jnp.asarray(x) for x in vlm.embed_text(prompts))
     if args.alpha > 0 and cosine_similarity(text, baseline[None])[0] > 0.9999:
         raise UserError(f"--baseline-prompt {prompts[1]!r} means the same as the prompt "
@@ -374,8 +370,8 @@ def load_reward(agent: AgentState, vlm: VLM, args: Args) -> Callable[[jax.Array]
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = check_args(args, metaworld)
-    prompt = prompt_for(args.env_id, args.prompt)
-    baseline_prompt = baseline_prompt_for(args.env_id, args.baseline_prompt)
+    prompt = metaworld.prompt_for(args.env_id, args.prompt)
+    baseline_prompt = metaworld.baseline_prompt_for(args.env_id, args.baseline_prompt)
     if args.baseline_prompt is not None and args.alpha == 0:
         raise UserError("--baseline-prompt has no effect without --alpha: give one above 0")
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
@@ -405,8 +401,7 @@ def main(args: Args) -> dict[str, float]:
 
     # Environments step while the device learns, so a step is stored and learned from one iteration
     # later, when the next one is under way. Until then it is `previous`.
-    previous = None
-    metrics: dict[str, jax.Array] = {}
+    previous, metrics = None, {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
         if env_steps < args.learning_starts:

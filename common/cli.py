@@ -91,14 +91,17 @@ def stored_args(stored: dict[str, Any], args_type: type[ArgsT], name: str) -> Ar
                         for n, v in stored.items() if n in fields})
 
 
-def check_args(args: ArgsT, suite: ModuleType) -> ArgsT:
+def check_args(args: ArgsT, suite: ModuleType, whole_episodes: bool = False) -> ArgsT:
     """`args` with the task's full name and as many steps as whole iterations take.
 
     Checks what shared code needs, and the ranges that the script gives its flags as their types.
 
     Args:
         args: the script's.
-        suite: the module of the environments, with `resolve_env_id` and `CAMERAS`.
+        suite: the module of the environments, with `resolve_env_id`, `CAMERAS` and
+            `MAX_EPISODE_STEPS`.
+        whole_episodes: the script looks at whole episodes in its replay, as
+            `check_episodes_fit` says.
 
     Raises:
         UserError: names the first flag whose value cannot work, and what can.
@@ -117,6 +120,8 @@ def check_args(args: ArgsT, suite: ModuleType) -> ArgsT:
     if args.buffer_size < args.num_envs:
         raise UserError(f"--buffer-size must hold a step of each of {args.num_envs} environments, "
                         f"{args.num_envs} transitions or more, not {args.buffer_size}")
+    if whole_episodes:
+        check_episodes_fit(args, suite.MAX_EPISODE_STEPS)
     if not args.resume:
         check_run_dir(args.run_dir)
     iteration = steps_per_iteration(args)

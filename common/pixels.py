@@ -86,6 +86,11 @@ def add_step(ring: Ring, step: PixelStep, first: np.ndarray | None) -> Ring:
     return ring if first is None else add_first(ring, first)
 
 
+def without_first(ring: Ring, layout: Layout) -> Ring:
+    """The ring as it was before `add_first`: its newest rows are the ended episodes' last steps."""
+    return ring._replace(total=ring.total - layout.num_envs)
+
+
 def stack(ring: Ring, block: jax.Array, env: jax.Array, layout: Layout) -> jax.Array:
     """The pictures up to row `block` [n] of environment `env` [n]: [n, 84, 84, 3 frame_stack].
 

@@ -51,7 +51,6 @@ class EmbeddedFrame(NamedTuple):
     """A frame of a finished trajectory, as its embedding; leaves have a leading axis [n]."""
 
     embedding: jax.Array  # [n, embed_dim], as in the replay
-    trajectory: jax.Array  # [n] int32, a number that no other trajectory of the ring has
     time: jax.Array  # [n] int32, steps since the trajectory's start
     before_success: jax.Array  # [n] bool, the trajectory has had no success before this frame
 
@@ -74,7 +73,7 @@ def example_transition(sizes: Sizes, exact: bool = False) -> Transition:
 def example_frame(sizes: Sizes, exact: bool = False) -> EmbeddedFrame:
     """A row of an embedding buffer; `exact` as for `example_transition`."""
     embedding = np.zeros(sizes.embedding, np.float32 if exact else np.float16)
-    return EmbeddedFrame(embedding, np.int32(0), np.int32(0), np.bool_(False))
+    return EmbeddedFrame(embedding, np.int32(0), np.bool_(False))
 
 
 def init_ring(example_row: Rows, capacity: int) -> Ring:
@@ -129,19 +128,13 @@ def read_rows(ring: Ring, start: int, stop: int) -> Rows:
 add_rows = jax.jit(add, donate_argnums=0)
 
 
-def newest_episode(
-    steps: Ring, env: jax.Array, num_envs: int, episode_length: int
-) -> tuple[Rows, jax.Array]:
-    """One environment's rows of the episode that has just ended.
+def newest_episode(steps: Ring, env: jax.Array, num_envs: int, episode_length: int) -> Rows:
+    """One environment's rows of the episode that has just ended, leaves [episode_length, ...].
 
     Args:
         steps: one row for each environment and step; the newest are of the episodes' last step.
         env: number of the environment, int [].
         num_envs, episode_length: of the episodes, which have all ended in that step.
-
-    Returns:
-        (rows, leaves [episode_length, ...]; the number of the first of them, counted from the
-        first row ever written).
 
     Raises:
         ValueError: the ring cannot hold the episodes; `common.cli.check_episodes_fit` says so
@@ -150,4 +143,4 @@ def newest_episode(
     if steps.capacity < num_envs * episode_length:
         raise ValueError(f"the ring must hold {num_envs * episode_length} steps")
     first = steps.total - num_envs * episode_length + env
-    return take(steps, (first + num_envs * jnp.arange(episode_length)) % steps.capacity), first
+    return take(steps, (first + num_envs * jnp.arange(episode_length)) % steps.capacity)

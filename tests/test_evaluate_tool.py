@@ -19,7 +19,7 @@ import furl_sac_state as furl
 import relay_baseline as relay
 import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
-from common import checkpoint
+from common import checkpoint, pixels
 from common.envs.metaworld import VecMetaWorld
 from common.envs.metaworld_tasks import expert_action, expert_policy
 from common.envs.rendering import Camera
@@ -161,7 +161,7 @@ def test_the_policy_and_the_reward_are_those_of_the_script(name, trained):
     agent = state if name in ("sac", "vlm-rm") else state.furl
     if name == "drq":
         obs = rng.integers(0, 256, (2, 112, 112, 9), np.uint8)
-        features = script.encode(agent.encoder, agent.params["encoder"], script.scale_down(obs))
+        features = script.encode(agent.encoder, agent.params["encoder"], pixels.scale_down(obs))
     else:
         obs = features = rng.normal(size=(2, 39)).astype(np.float32)
     mean, _ = agent.actor.apply(agent.params["actor"], features)

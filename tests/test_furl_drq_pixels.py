@@ -15,7 +15,7 @@ import furl_drq_pixels as script
 from common import convolution, pixels, replay
 from common.cli import run_script
 from common.replay import Sizes, Transition
-from furl_drq_pixels import Args, PixelStep
+from furl_drq_pixels import Args
 
 SMALL = Args(
     num_envs=3, action_repeat=100, batch_size=64, buffer_size=60, embedding_buffer_size=40,
@@ -42,7 +42,7 @@ def write_blocks(num_blocks: int):
         if time == 0:
             buffers = buffers._replace(steps=pixels.add_first(buffers.steps, picture))
         else:
-            rows = PixelStep(picture, np.stack([number] * 4, 1), number, number,
+            rows = pixels.PixelStep(picture, np.stack([number] * 4, 1), number, number,
                              number[:, None].astype(np.float16))
             buffers = buffers._replace(steps=replay.add_rows(buffers.steps, rows))
     return buffers.steps

@@ -113,7 +113,7 @@ def test_commands(capsys, tmp_path):
 def test_tables_share_runs():
     args = grid.Args(names=("table1", "figure8", "figure9"))
     _, content, planned = grid.plan(args, [])
-    assert len(planned) == len({cell.name for cell in planned}) == (8 + 4 + 1) * 10 * 5
+    assert len(planned) == len({cell.name for cell in planned}) == (8 + 3 + 1) * 10 * 5
     assert content["name"] == "table1+figure8+figure9" and content["total_timesteps"] == 1_000_000
     assert content["methods"]["no-align"] == {
         "script": "furl_sac_state.py", "label": "no reward alignment",

@@ -33,7 +33,7 @@ def empty_transitions(capacity: int) -> replay.Ring:
 
 def empty_frames(capacity: int, embed_dim: int = 2) -> replay.Ring:
     number = np.zeros((), np.int32)
-    frame = EmbeddedFrame(np.zeros(embed_dim, np.float16), number, number, np.zeros((), bool))
+    frame = EmbeddedFrame(np.zeros(embed_dim, np.float16), number, np.zeros((), bool))
     return replay.init_ring(frame, capacity)
 
 
@@ -127,9 +127,7 @@ def add_frames(
     """Write a whole trajectory; `first_success` is a time, None if there is no success."""
     time = np.arange(length, dtype=np.int32)
     before_success = np.full(length, True) if first_success is None else time <= first_success
-    numbers = np.full_like(time, number)
-    rows = EmbeddedFrame(frames_of(number, length), numbers, time, before_success)
-    return replay.add_rows(ring, rows)
+    return replay.add_rows(ring, EmbeddedFrame(frames_of(number, length), time, before_success))
 
 
 class Step(NamedTuple):
@@ -176,13 +174,8 @@ def expected_frames(successes: Successes) -> tuple[list, list]:
 
 
 def rows_of(ring: replay.Ring, num_rows: int) -> list[tuple]:
-    """The newest rows as `expected_frames` gives them, after a check of the trajectories."""
+    """The newest rows as `expected_frames` gives them."""
     rows: EmbeddedFrame = replay.read_rows(ring, int(ring.total) - num_rows, int(ring.total))
-    seen = {}
-    for embedding, number in zip(rows.embedding, rows.trajectory, strict=True):
-        seen.setdefault(int(number), set()).add((int(embedding[0]), int(embedding[1]) // EPISODE))
-    assert all(len(episodes) == 1 for episodes in seen.values()), "two episodes have one number"
-    assert len({next(iter(x)) for x in seen.values()}) == len(seen), "one episode has two numbers"
     return [(int(e[0]), int(e[1]), int(t), bool(b))
             for e, t, b in zip(rows.embedding, rows.time, rows.before_success, strict=True)]
 
@@ -289,7 +282,7 @@ def check_lagged(ring: replay.Ring, lag: int) -> np.ndarray:
     """Compare with a search through the whole ring; returns where a pair exists."""
     slots = np.arange(ring.capacity)
     earlier, exists = (np.asarray(x) for x in lagged_slots(ring, slots, lag))
-    number, time = np.asarray(ring.data.trajectory), np.asarray(ring.data.time)
+    number, time = np.asarray(ring.data.embedding)[:, 0], np.asarray(ring.data.time)
     before_success, written = np.asarray(ring.data.before_success), slots < int(ring.size)
     for slot in slots:
         found = np.flatnonzero(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT, paper_scripts
 
+from common.pixels import PICTURE_SIZE
 from common.replay import Sizes, Transition
 
 SCRIPTS = paper_scripts()
@@ -35,7 +36,6 @@ DEFINITIONS = {
     "update": (4, "it hands on what update_once needs"),
     "act": (5, "one agent or two that relay, whose state has its own type; on pixels stacks"),
     "policy": (5, "as act"),
-    "embed_task": (2, "as VLMInputs"),
     "load_reward": (3, "learned heads, Eq. 2, or the rewards of VLM-RM"),
     "main": (6, "the method"),
 }
@@ -122,7 +122,7 @@ def test_an_update_leaves_the_types_as_they_were(script):
     args, sizes = module.Args(), Sizes(obs=39, action=4, embedding=8)
     obs = jnp.zeros((2, sizes.obs))
     if hasattr(args, "frame_stack"):
-        size = module.PICTURE_SIZE
+        size = PICTURE_SIZE
         obs = jnp.zeros((2, size, size, 3 * args.frame_stack), jnp.uint8)
     batch = Transition(obs, jnp.zeros((2, sizes.action)), obs, jnp.zeros(2), jnp.zeros(2))
 

@@ -9,7 +9,9 @@ import mujoco
 import numpy as np
 
 from common.cache import cached_arrays
+from common.envs.metaworld_tasks import baseline_prompt_for as baseline_prompt_for
 from common.envs.metaworld_tasks import expert_action, expert_policy, resolve_env_id
+from common.envs.metaworld_tasks import prompt_for as prompt_for
 from common.envs.rendering import Camera, Renderer, mesh_settings
 from common.envs.workers import VecEnv
 from common.errors import UserError

@@ -35,6 +35,7 @@ from common.cores import share_cores
 from common.envs.metaworld import ACTION_DIM, OBS_DIM, VecMetaWorld
 from common.envs.rendering import Camera, Renderer
 from common.errors import UserError
+from common.pixels import PICTURE_SIZE
 from common.replay import Sizes
 from common.vlms import load_vlm
 from tools.benchmark import Row, tabulate, time_run
@@ -331,7 +332,7 @@ def plot_scaling(rows: list[Row], path: Path) -> None:
 
 def drq_flops(args: drq.Args) -> float:
     """Floating-point operations of the convolutions in one agent's update."""
-    size, channels, one_picture = drq.PICTURE_SIZE, 3 * args.frame_stack, 0
+    size, channels, one_picture = PICTURE_SIZE, 3 * args.frame_stack, 0
     for i, features in enumerate(args.encoder_features):
         size = (size - 3) // (2 if i == 0 else 1) + 1
         one_picture += 2 * size**2 * 9 * channels * features
@@ -344,7 +345,7 @@ def measure_pixels(rounds: int) -> Iterator[Row]:
     """One DrQ agent's update, with XLA's convolutions in turns on a CPU, and real runs."""
     args = drq.Args()
     n, zeros = args.batch_size, jnp.zeros(args.batch_size)
-    shape = (n, drq.PICTURE_SIZE, drq.PICTURE_SIZE, 3 * args.frame_stack)
+    shape = (n, PICTURE_SIZE, PICTURE_SIZE, 3 * args.frame_stack)
     pictures = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     batch = drq.Transition(pictures, jnp.zeros((n, ACTION_DIM)), pictures, zeros, zeros)
     agent = drq.init_agent(jax.random.key(0), Sizes(OBS_DIM, ACTION_DIM, 1), args)
