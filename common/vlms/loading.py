@@ -17,8 +17,8 @@ def load_vlm(
     """Load a frozen VLM.
 
     Args:
-        name: mini, mini2, liv, clip (RN50/openai), or `<open_clip model>/<pretrained tag>`. The tag
-            may be left out where `weights` or `pretrained=False` makes it needless.
+        name: mini, mini2, toy, liv, clip (RN50/openai), or `<open_clip model>/<pretrained tag>`.
+            The tag may be left out where `weights` or `pretrained=False` makes it needless.
         weights: a local file instead of a download: .safetensors, or .pt holding a state dict.
         pretrained: False: the same network with random weights drawn from `seed`.
         device: auto, cpu or cuda.
@@ -45,11 +45,12 @@ def load_vlm(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {"name": name, "weights": weights and str(weights.resolve()),
                 "pretrained": pretrained, "seed": seed}
-    if name in ("mini", "mini2"):
+    if name in ("mini", "mini2", "toy"):
         from common.vlms.mini import Mini, MiniVLM
         from common.vlms.mini2 import Mini2
+        from common.vlms.toy import Toy
 
-        kind = Mini if name == "mini" else Mini2
+        kind = {"mini": Mini, "mini2": Mini2, "toy": Toy}[name]
         vlm: VLM = MiniVLM(weights, pretrained, torch.device(device), seed, kind)
     else:
         from common.vlms.open_clip import load_open_clip
