@@ -302,10 +302,10 @@ def update_once(
     """One DrQ update on one batch."""
     sample_key, agent_key = jax.random.split(key)
     batch = sample_batch(buffers.steps, sample_key, args)
-    task_reward = batch.sparse_reward - 1  # constant shaping (B.2)
+    task_reward = batch.reward - 1  # constant shaping (B.2)
     agent, metrics = update_agent(agent, batch, task_reward, agent_key, args)
     metrics = {f"losses/{name}": value for name, value in metrics.items()}
-    return agent, metrics | {"reward/sparse_mean": batch.sparse_reward.mean()}
+    return agent, metrics | {"reward/sparse_mean": batch.reward.mean()}
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="agent")
@@ -390,10 +390,10 @@ def main(args: Args) -> dict[str, float]:
 
         step = envs.step_wait()
         obs, picture, first = pixels.observe(obs, step, args.frame_stack)
-        previous = pixels.PixelStep(picture, action, step.sparse_reward, step.terminated), first
+        previous = pixels.PixelStep(picture, action, step.reward, step.terminated), first
 
         # Measure and save.
-        run.count_episodes(step.success, step.truncated)
+        run.count_episodes(step)
         if run.is_due(args.eval_every):
             run.log_evaluation(evaluate(partial(policy, agent), run.video_path()))
         if run.is_due(args.log_every):

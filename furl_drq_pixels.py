@@ -379,7 +379,7 @@ def sort_episodes(
 
     def sort(rings: tuple[Ring, Ring], env: jax.Array) -> tuple[tuple[Ring, Ring], None]:
         rows = replay.newest_episode(steps, env, num_envs, episode_length)
-        success = rows.sparse_reward > 0
+        success = rows.reward > 0
         before_success = jnp.cumsum(success) - success == 0
         frames = EmbeddedFrame(rows.embedding, time, before_success)
         num_positives = jnp.max(jnp.where(success, time + 1, 0))
@@ -499,7 +499,7 @@ def update_once(
         state, metrics = update_projection(state, buffers, vlm, projection_key, args, phase)
     batch = sample_batch(buffers.steps, sample_key, args)
     vlm_rewards = vlm_reward(state.projection, batch.embedding, vlm, args)
-    task_reward = batch.sparse_reward - 1  # constant shaping (B.2)
+    task_reward = batch.reward - 1  # constant shaping (B.2)
     shaped_reward = task_reward + args.rho * vlm_rewards  # Eq. 1
     furl, furl_metrics = update_agent(state.furl, batch, shaped_reward, furl_key, args)
     relay, relay_metrics = state.relay, {}
@@ -509,7 +509,7 @@ def update_once(
         {f"losses/{name}": value for name, value in (metrics | furl_metrics).items()}
         | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
         | {"reward/vlm_mean": vlm_rewards.mean(), "reward/vlm_std": vlm_rewards.std()}
-        | {"reward/sparse_mean": batch.sparse_reward.mean()}
+        | {"reward/sparse_mean": batch.reward.mean()}
     )
     return state._replace(furl=furl, relay=relay), metrics
 
@@ -664,11 +664,11 @@ def main(args: Args) -> dict[str, float]:
 
         step = envs.step_wait()
         obs, picture, first = pixels.observe(obs, step, args.frame_stack)
-        pixel_step = pixels.PixelStep(picture, action, step.sparse_reward, step.terminated)
+        pixel_step = pixels.PixelStep(picture, action, step.reward, step.terminated)
         previous = (pixel_step, first, step.frames)
 
         # Measure and save.
-        run.count_episodes(step.success, step.truncated)
+        run.count_episodes(step)
         if run.is_due(args.eval_every):
             run.log_evaluation(evaluate(partial(policy, state), run.video_path()))
         if run.is_due(args.log_every):

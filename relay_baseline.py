@@ -210,7 +210,7 @@ def count_positives(steps: Ring, num_envs: int, episode_length: int) -> jax.Arra
 
     def count(env: jax.Array) -> jax.Array:
         rows = replay.newest_episode(steps, env, num_envs, episode_length)
-        return jnp.where(rows.sparse_reward > 0, jnp.arange(episode_length) + 1, 0).max()
+        return jnp.where(rows.reward > 0, jnp.arange(episode_length) + 1, 0).max()
 
     return jax.vmap(count)(jnp.arange(num_envs)).sum()
 
@@ -273,7 +273,7 @@ def update_once(
     slots = replay.sample_slots(buffers.transitions, sample_key, args.batch_size)
     batch: Transition = replay.take(buffers.transitions, slots)
     vlm_rewards = cosine_similarity(text, batch.embedding.astype(jnp.float32))
-    task_reward = batch.sparse_reward - 1  # constant shaping (B.2)
+    task_reward = batch.reward - 1  # constant shaping (B.2)
     shaped_reward = task_reward + args.rho * vlm_rewards  # Eq. 1
     furl, furl_metrics = update_agent(state.furl, batch, shaped_reward, furl_key, args)
     relay, relay_metrics = state.relay, {}
@@ -283,7 +283,7 @@ def update_once(
         {f"losses/{name}": value for name, value in furl_metrics.items()}
         | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
         | {"reward/vlm_mean": vlm_rewards.mean(), "reward/vlm_std": vlm_rewards.std()}
-        | {"reward/sparse_mean": batch.sparse_reward.mean()}
+        | {"reward/sparse_mean": batch.reward.mean()}
     )
     return state._replace(furl=furl, relay=relay), metrics
 
@@ -406,11 +406,11 @@ def main(args: Args) -> dict[str, float]:
             state, metrics = update(state, buffers, text, update_key, env_steps, args, relaying)
 
         step = envs.step_wait()
-        transition = Transition(obs, action, step.final_obs, step.sparse_reward, step.terminated)
+        transition = Transition(obs, action, step.final_obs, step.reward, step.terminated)
         previous, obs = (transition, step.frames), step.obs
 
         # Measure and save.
-        run.count_episodes(step.success, step.truncated)
+        run.count_episodes(step)
         if run.is_due(args.eval_every):
             run.log_evaluation(evaluate(partial(policy, state), run.video_path()))
         if run.is_due(args.log_every):

@@ -29,15 +29,15 @@ from flax import struct
 
 from common import flags, replay
 from common.cli import check_args, run_script
-from common.envs import metaworld
 from common.envs.metaworld_envpool import EnvPoolMetaWorld
+from common.envs.suites import suite_for
+from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import Ring, Sizes, Transition
 from common.run import start_run
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
 ACTION_STREAM = 0  # of random numbers on the host, beside the seed
-ENGINES = {"metaworld": metaworld.VecMetaWorld, "envpool": EnvPoolMetaWorld}
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,11 @@ def update_once(
     sample_key, agent_key = jax.random.split(key)
     slots = replay.sample_slots(buffers.transitions, sample_key, args.batch_size)
     batch: Transition = replay.take(buffers.transitions, slots)
-    task_reward = batch.sparse_reward - 1  # constant shaping (B.2)
+    # On Meta-World minus one, constant shaping (B.2).
+    task_reward = batch.reward + suite_for(args.env_id).REWARD_SHIFT
     agent, metrics = update_agent(agent, batch, task_reward, agent_key, args)
     metrics = {f"losses/{name}": value for name, value in metrics.items()}
-    return agent, metrics | {"reward/sparse_mean": batch.sparse_reward.mean()}
+    return agent, metrics | {"reward/sparse_mean": batch.reward.mean()}
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="agent")
@@ -263,8 +264,13 @@ def policy(agent: AgentState, obs: jax.Array) -> jax.Array:
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_args(args, metaworld)
-    envs = ENGINES[args.engine](args.env_id, args.num_envs, seed=args.seed, goal=args.goal)
+    suite = suite_for(args.env_id)  # Meta-World or Gymnasium
+    args = check_args(args, suite)
+    make_vec = EnvPoolMetaWorld if args.engine == "envpool" else suite.make_vec
+    envs = make_vec(args.env_id, args.num_envs, seed=args.seed, goal=args.goal)
+    if envs.discrete:
+        raise UserError(f"{args.env_id} has discrete actions, which SAC cannot choose: use "
+                        "vlm_rm_dqn.py --task-reward")
     evaluate = Evaluator(
         args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
         capture_video=args.capture_video,
@@ -296,11 +302,11 @@ def main(args: Args) -> dict[str, float]:
             agent, metrics = update(agent, buffers, update_key, env_steps, args)
 
         step = envs.step_wait()
-        previous = Transition(obs, action, step.final_obs, step.sparse_reward, step.terminated)
+        previous = Transition(obs, action, step.final_obs, step.reward, step.terminated)
         obs = step.obs
 
         # Measure and save.
-        run.count_episodes(step.success, step.truncated)
+        run.count_episodes(step)
         if run.is_due(args.eval_every):
             run.log_evaluation(evaluate(partial(policy, agent), run.video_path()))
         if run.is_due(args.log_every):

@@ -34,8 +34,8 @@ from flax import struct
 
 from common import flags, replay
 from common.cli import check_args, run_script
-from common.envs import metaworld
 from common.envs.rendering import Camera
+from common.envs.suites import suite_for
 from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import Ring, Sizes, Transition
@@ -51,7 +51,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     # --- environment
     goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
-    camera_id: flags.NotNegativeInt = 2  # camera of the VLM's frames
+    camera_id: flags.NotNegativeInt | None = None  # of the VLM's frames; default: the suite's, 2
     # --- SAC
     learning_starts: flags.NotNegativeInt = 10_000  # random steps before the first update
     buffer_size: flags.PositiveInt = 1_000_000  # transitions in the replay
@@ -60,17 +60,19 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
+    tune_temperature: bool = True  # --no-tune-temperature: it stays as it was, as in VLM-RM
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     # --- VLM reward
-    vlm: str = "mini"  # mini, mini2, liv, clip, or an open_clip pair such as ViT-B-32/openai
+    vlm: str | None = None  # default: the suite's embedded one; liv, clip, or an open_clip pair
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
-    prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
+    prompt: str | None = None  # default: the task's own; short, long: Table 6's; or any text
     rho: flags.NotNegativeFloat = 0.05  # weight of the VLM reward beside the task reward (Eq. 1)
     # --- method
     task_reward: bool = False  # add the sparse reward: LIV, CLIP; without it: VLM-RM
     alpha: flags.Share = 0.0  # strength of goal-baseline regularisation, 0 to 1
     baseline_prompt: str | None = None  # the scene, whatever the goal; default: the task's own
+    embed_batch: flags.PositiveInt = 1  # frames to wait for, then all are embedded and learned from
     projection: bool = False  # through randomly initialised, fixed projection heads: LIV-Proj
     projection_features: flags.PositiveInts = (256, 64)  # layers of both projection heads
 
@@ -206,7 +208,7 @@ def sac_loss(
     actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
     alpha = alpha_loss(params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1])
     metrics = critic_metrics | actor_metrics | {"alpha": jnp.exp(params["log_alpha"])}
-    return critic + actor + alpha, metrics
+    return critic + actor + alpha * args.tune_temperature, metrics
 
 
 # ------------------------------------------------------------------------- VLM reward
@@ -307,12 +309,13 @@ def update_once(
     batch: Transition = replay.take(buffers.transitions, slots)
     reward = vlm_rewards = vlm_reward(batch.embedding.astype(jnp.float32), vlm, args)
     if args.task_reward:
-        task_reward = batch.sparse_reward - 1  # constant shaping (B.2)
+        # On Meta-World minus one, constant shaping (B.2).
+        task_reward = batch.reward + suite_for(args.env_id).REWARD_SHIFT
         reward = task_reward + args.rho * vlm_rewards  # Eq. 1
     agent, metrics = update_agent(agent, batch, reward, agent_key, args)
     metrics = {f"losses/{name}": value for name, value in metrics.items()}
     metrics |= {"reward/vlm_mean": vlm_rewards.mean(), "reward/vlm_std": vlm_rewards.std()}
-    return agent, metrics | {"reward/sparse_mean": batch.sparse_reward.mean()}
+    return agent, metrics | {"reward/sparse_mean": batch.reward.mean()}
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="agent")
@@ -346,10 +349,20 @@ def policy(agent: AgentState, obs: jax.Array) -> jax.Array:
     return jnp.tanh(mean)
 
 
+def prompts_of(args: Args) -> tuple[str, str]:
+    """Goal and baseline, which is empty where nothing looks at it."""
+    suite = suite_for(args.env_id)
+    prompt = suite.prompt_for(args.env_id, args.prompt)
+    if args.alpha > 0:
+        return prompt, suite.baseline_prompt_for(args.env_id, args.baseline_prompt)
+    if args.baseline_prompt is not None:
+        raise UserError("--baseline-prompt has no effect without --alpha: give one above 0")
+    return prompt, ""
+
+
 def embed_task(vlm: VLM, args: Args) -> VLMInputs:
     """What the reward compares pictures with; the heads of LIV-Proj are drawn from the seed."""
-    prompts = [metaworld.prompt_for(args.env_id, args.prompt),
-               metaworld.baseline_prompt_for(args.env_id, args.baseline_prompt)]
+    prompts = prompts_of(args)
     text, baseline = (jnp.asarray(x) for x in vlm.embed_text(prompts))
     if args.alpha > 0 and cosine_similarity(text, baseline[None])[0] > 0.9999:
         raise UserError(f"--baseline-prompt {prompts[1]!r} means the same as the prompt "
@@ -369,18 +382,19 @@ def load_reward(agent: AgentState, vlm: VLM, args: Args) -> Callable[[jax.Array]
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_args(args, metaworld)
-    prompt = metaworld.prompt_for(args.env_id, args.prompt)
-    baseline_prompt = metaworld.baseline_prompt_for(args.env_id, args.baseline_prompt)
-    if args.baseline_prompt is not None and args.alpha == 0:
-        raise UserError("--baseline-prompt has no effect without --alpha: give one above 0")
+    suite = suite_for(args.env_id)  # Meta-World or Gymnasium
+    args = check_args(args, suite)
+    prompt, baseline_prompt = prompts_of(args)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     vlm_inputs = embed_task(vlm, args)
-    view = view_for(vlm)
+    view = view_for(vlm, suite.CUTS_BORDER)
     camera = Camera(view.size, args.camera_id, args.quality)
-    envs = metaworld.VecMetaWorld(
+    envs = suite.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera
     )
+    if envs.discrete:
+        raise UserError(f"{args.env_id} has discrete actions, which SAC cannot choose: use "
+                        "vlm_rm_dqn.py")
     evaluate = Evaluator(
         args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
         camera=camera, capture_video=args.capture_video,
@@ -395,13 +409,26 @@ def main(args: Args) -> dict[str, float]:
     envs.reset()
     agent, buffers, obs = run.begin(agent, buffers, envs)
 
-    def store(buffers: Buffers, transition: Transition, frames: np.ndarray) -> Buffers:
-        transition = transition._replace(embedding=vlm.embed_images(view.crop(frames)))
-        return Buffers(replay.add_rows(buffers.transitions, transition))
+    def store(buffers: Buffers, steps: list[tuple[Transition, np.ndarray]]) -> Buffers:
+        if not steps:
+            return buffers
+        frames = np.concatenate([frames for _, frames in steps])
+        embeddings = jnp.split(vlm.embed_images(view.crop(frames)), len(steps))
+        for (transition, _), embedding in zip(steps, embeddings, strict=True):
+            transition = transition._replace(embedding=embedding)
+            buffers = Buffers(replay.add_rows(buffers.transitions, transition))
+        return buffers
+
+    def learn(agent: AgentState, metrics: dict, due: list[int]) -> tuple[AgentState, dict]:
+        for env_steps in due:
+            if env_steps >= max(args.learning_starts, 1):
+                agent, metrics = update(agent, buffers, vlm_inputs, update_key, env_steps, args)
+        return agent, metrics
 
     # Environments step while the device learns, so a step is stored and learned from one iteration
-    # later, when the next one is under way. Until then it is `previous`.
-    previous, metrics = None, {}
+    # later, when the next one is under way, or when --embed-batch frames have come together. Until
+    # then it is in `previous`, and the iterations whose updates are missing are in `due`.
+    previous, due, metrics = [], [], {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
         if env_steps < args.learning_starts:
@@ -413,17 +440,18 @@ def main(args: Args) -> dict[str, float]:
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
-        if previous is not None:
-            buffers = store(buffers, *previous)
-        if env_steps >= max(args.learning_starts, 1):
-            agent, metrics = update(agent, buffers, vlm_inputs, update_key, env_steps, args)
+        due.append(env_steps)
+        if not previous or len(previous) * args.num_envs >= args.embed_batch:
+            buffers, previous = store(buffers, previous), []
+            (agent, metrics), due = learn(agent, metrics, due), []
 
         step = envs.step_wait()
-        transition = Transition(obs, action, step.final_obs, step.sparse_reward, step.terminated)
-        previous, obs = (transition, step.frames), step.obs
+        transition = Transition(obs, action, step.final_obs, step.reward, step.terminated)
+        previous.append((transition, step.frames))
+        obs = step.obs
 
         # Measure and save.
-        run.count_episodes(step.success, step.truncated)
+        run.count_episodes(step)
         if run.is_due(args.eval_every):
             run.log_evaluation(evaluate(partial(policy, agent), run.video_path()))
         if run.is_due(args.log_every):
@@ -431,7 +459,8 @@ def main(args: Args) -> dict[str, float]:
                 **metrics, "charts/num_updates": agent.opt[0].count,
             })
         if run.must_save():
-            buffers, previous = store(buffers, *previous), None
+            buffers, previous = store(buffers, previous), []
+            (agent, metrics), due = learn(agent, metrics, due), []
             run.save(agent, buffers, envs)
 
     for thing in (run, evaluate, envs):

@@ -109,6 +109,9 @@ def check_args(args: ArgsT, suite: ModuleType, whole_episodes: bool = False) -> 
     kinds = typing.get_type_hints(type(args), include_extras=True)
     for field in dataclasses.fields(args):
         check_range(getattr(args, field.name), kinds[field.name], flag_of(field.name))
+    for name, default in (("camera_id", suite.DEFAULT_CAMERA), ("vlm", suite.DEFAULT_VLM)):
+        if getattr(args, name, default) is None:
+            args = dataclasses.replace(args, **{name: default})
     if getattr(args, "camera_id", 0) >= len(suite.CAMERAS):
         listed = ", ".join(f"{i} ({name})" for i, name in enumerate(suite.CAMERAS))
         raise UserError(f"unknown camera {args.camera_id}; this task has {listed}")

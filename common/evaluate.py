@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.envs.metaworld import VecMetaWorld
 from common.envs.rendering import Camera
+from common.envs.suites import suite_for
 from common.errors import UserError
 
 # Evaluation goals of random-goal runs come from another seed than the goals of training.
@@ -19,12 +19,14 @@ VIDEO_FPS = 40  # half of Meta-World's 80 steps a second of simulated time: fast
 class Evaluator:
     """Evaluates a policy on the same episodes each time it is called.
 
-    A fixed goal is that of the run's seed; random goals are drawn once, unseen in training.
+    Episodes are those of the suite's `evaluated_on`, for most tasks the same task. A fixed goal is
+    that of the run's seed; random goals, and what else differs between episodes, are drawn once,
+    unseen in training.
 
     Args:
         env_id, seed, goal: as for training.
-        num_episodes: played side by side, one environment each; 0: 1 with a fixed goal, where
-            episodes of the mean action are all the same, else 10 (B.2).
+        num_episodes: played side by side, one environment each; 0: 1 where all episodes of the mean
+            action are the same, as with Meta-World's fixed goals, else 10 (B.2).
         camera: what draws the frames; a video of a policy that sees states has its own size.
         capture_video: draw, so that the first episode can be written as a video.
         frame_stack: 0: the policy sees states; K: the last K frames, the newest last.
@@ -33,6 +35,7 @@ class Evaluator:
 
     Attributes:
         settings: what a policy must be shown to be evaluated in the same way elsewhere.
+        returns: of the episodes of the last call, [num_episodes].
     """
 
     def __init__(
@@ -50,16 +53,19 @@ class Evaluator:
     ):
         if not frame_stack:
             camera = camera._replace(size=VIDEO_CAMERA.size)
-        self.envs = VecMetaWorld(
-            env_id,
-            num_episodes or (1 if goal == "fixed" else 10),
-            seed=seed if goal == "fixed" else seed + EVAL_SEED_OFFSET,
+        suite = suite_for(env_id)
+        all_same = not suite.EPISODES_DIFFER and goal == "fixed"
+        self.envs = suite.make_vec(
+            suite.evaluated_on(env_id),
+            num_episodes or (1 if all_same else 10),
+            seed=seed if all_same else seed + EVAL_SEED_OFFSET,
             goal=goal,
             camera=camera if capture_video or frame_stack else None,
             action_repeat=action_repeat,
             num_workers=num_workers,
         )
         self._start = self.envs.get_state()
+        self._episodes_differ = suite.EPISODES_DIFFER
         self.settings = {
             "frame_stack": frame_stack, "frame_size": camera.size if frame_stack else 0,
             "camera_id": camera.id, "quality": camera.quality, "action_repeat": action_repeat,
@@ -72,38 +78,45 @@ class Evaluator:
         """Play one episode in each environment.
 
         Args:
-            policy: mean action [n, action_dim] for observations [n, obs_dim], or with a frame
-                stack for pictures uint8 [n, size, size, 3 K].
+            policy: mean action [n, action_dim], or best one [n], for observations [n, obs_dim],
+                or with a frame stack for pictures uint8 [n, size, size, 3 K].
             video_path: where to write the first episode (.mp4), if frames are drawn.
 
         Returns:
             `eval/success_once`: share of episodes with success at any step (Meta-World's own
             definition); `eval/success_at_end`: at the last step (the FuRL paper's);
-            `eval/return`: mean number of steps in success (of the policy's, if actions repeat).
+            `eval/return`: mean sum of the task's reward, where that is sparse the number of steps
+            in success (of the policy's, if actions repeat); `eval/length`: mean number of steps,
+            where a suite's episodes differ in that.
         """
         self.envs.set_state(self._start)
         obs, frames = self.envs.reset()
         pictures = [] if frames is None else [frames[0]]
         if self._frame_stack:  # an episode begins with its first frame, repeated
             obs = np.concatenate([frames] * self._frame_stack, -1)
-        success_once = np.zeros(self.envs.num_envs, bool)
-        returns = np.zeros(self.envs.num_envs)
-        while True:
+        num_envs = self.envs.num_envs
+        success_once, success_at_end = np.zeros((2, num_envs), bool)
+        returns, lengths = np.zeros((2, num_envs))
+        running = np.ones(num_envs, bool)  # in the first episode
+        while running.any():
             step = self.envs.step(np.asarray(policy(obs)))
             obs = np.concatenate([obs[..., 3:], step.frames], -1) if self._frame_stack else step.obs
-            success_once |= step.success
-            returns += step.sparse_reward
-            if step.frames is not None:
+            success_once |= step.success & running
+            success_at_end[running] = step.success[running]
+            returns += np.where(running, step.reward, 0)
+            lengths += running
+            if step.frames is not None and running[0]:
                 pictures.append(step.frames[0])
-            if step.truncated.all():  # all episodes have the same length
-                break
+            running &= ~step.ended
+        self.returns = returns
         if pictures and video_path is not None:
             write_video(video_path, pictures[:: 1 if self._action_repeat > 1 else 2])
-        return {
+        evaluation = {
             "eval/success_once": success_once.mean(),
-            "eval/success_at_end": step.success.mean(),
+            "eval/success_at_end": success_at_end.mean(),
             "eval/return": returns.mean(),
         }
+        return evaluation | ({"eval/length": lengths.mean()} if self._episodes_differ else {})
 
     def close(self) -> None:
         self.envs.close()

@@ -27,7 +27,7 @@ class PixelStep(NamedTuple):
 
     picture: jax.Array  # [n, 84, 84, 3] uint8
     action: jax.Array  # [n, action_dim] float32
-    sparse_reward: jax.Array  # [n] float32
+    reward: jax.Array  # [n] float32
     terminated: jax.Array  # [n] float32
     embedding: jax.Array | None = None  # [n, embed_dim]; None where no VLM is used
 
@@ -44,7 +44,7 @@ def example_step(sizes: Sizes, exact: bool = False) -> PixelStep:
     """A row of the ring; `exact`: embeddings in float32 instead of float16."""
     picture = np.zeros((PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
     row = replay.example_transition(sizes, exact)
-    return PixelStep(picture, row.action, row.sparse_reward, row.terminated, row.embedding)
+    return PixelStep(picture, row.action, row.reward, row.terminated, row.embedding)
 
 
 @jax.jit
@@ -132,7 +132,7 @@ def sample(
         obs=stack(ring, block - 1, env, layout),
         action=rows.action,
         next_obs=stack(ring, block, env, layout),
-        sparse_reward=rows.sparse_reward,
+        reward=rows.reward,
         terminated=rows.terminated,
         embedding=rows.embedding,
     )

@@ -16,7 +16,8 @@ import numpy as np
 from common import checkpoint
 from common.cli import script_name, source_file, steps_per_iteration
 from common.envs.rendering import gl_info
-from common.envs.workers import STOP_SIGNALS
+from common.envs.suites import suite_for
+from common.envs.workers import STOP_SIGNALS, Step
 from common.errors import UserError
 from common.evaluate import Evaluator
 from common.logger import (
@@ -42,6 +43,9 @@ class Run:
         self.env_steps = 0  # done when the current iteration ends
         self._succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
         self._finished: list[bool] = []  # success_once of the episodes since the last row
+        self._shows_returns = suite_for(args.env_id).EPISODES_DIFFER  # else successes say it all
+        self._returns = np.zeros(args.num_envs)  # of the running episodes
+        self._finished_returns: list[float] = []
         self.evaluation: dict[str, float] = {}  # the last one
         lock_run_dir(run_dir)
         self._stopped_by: int | None = None  # the first signal
@@ -96,10 +100,12 @@ class Run:
             )
             buffers = type(buffers)(**rings)
             self._succeeded, self._finished = host["run"]["succeeded"], host["run"]["finished"]
+            self._returns = host["run"]["returns"]
+            self._finished_returns = host["run"]["finished_returns"]
             self.evaluation = host["run"]["evaluation"]
             obs = envs.set_state(host["envs"])
             if not envs.resumes_episodes:
-                self._succeeded[:] = False
+                self._succeeded[:], self._returns[:] = False, 0
             self._logger = self._open_logger(resume_from=self.env_steps)
             self._logger.say(f"resumed at {self.env_steps:,} steps")
         else:
@@ -129,8 +135,8 @@ class Run:
             if not np.isfinite(leaf).all():
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise self._diverged(name, "not finite")
-        mine = {"succeeded": self._succeeded, "finished": self._finished,
-                "evaluation": self.evaluation}
+        mine = {"succeeded": self._succeeded, "finished": self._finished, "returns": self._returns,
+                "finished_returns": self._finished_returns, "evaluation": self.evaluation}
         host = {"envs": envs.get_state(), "run": mine}
         checkpoint.save(self.dir, self.env_steps, state, buffers._asdict(), host)
         if self._stopped_by is not None and self.env_steps < self.args.total_timesteps:
@@ -154,11 +160,14 @@ class Run:
         path = self.dir / "videos" / f"{self.env_steps:08d}.mp4"
         return path if self.args.capture_video else None
 
-    def count_episodes(self, success: np.ndarray, truncated: np.ndarray) -> None:
-        """Note one step's success and truncation, both [num_envs] bool."""
-        self._succeeded = self._succeeded | success
-        self._finished += self._succeeded[truncated].tolist()
-        self._succeeded = self._succeeded & ~truncated
+    def count_episodes(self, step: Step) -> None:
+        """Note success and reward of the running episodes, and which of them have ended."""
+        self._succeeded = self._succeeded | step.success
+        self._returns = self._returns + step.reward
+        self._finished += self._succeeded[step.ended].tolist()
+        self._finished_returns += self._returns[step.ended].tolist()
+        self._succeeded = self._succeeded & ~step.ended
+        self._returns = np.where(step.ended, 0, self._returns)
 
     def log_evaluation(self, evaluation: dict[str, float]) -> None:
         self.evaluation = {key: float(value) for key, value in evaluation.items()}
@@ -175,19 +184,19 @@ class Run:
         bad = first_not_finite(row)
         if bad is not None:
             raise self._diverged(bad, row[bad])
-        train = "-"
         if self._finished:
             row["charts/success_once"] = float(np.mean(self._finished))
-            train = f"{row['charts/success_once']:.0%}"
+            if self._shows_returns:
+                row["charts/return"] = float(np.mean(self._finished_returns))
         row["time/steps_per_second"] = self.logger.speed(self.env_steps)
-        self._finished = []
+        self._finished, self._finished_returns = [], []
         self.logger.log(self.env_steps, row)
-        evaluated = self.evaluation.get("eval/success_once")
+        score, style = ("return", ".1f") if self._shows_returns else ("success_once", ".0%")
+        trained, evaluated = row.get(f"charts/{score}"), self.evaluation.get(f"eval/{score}")
+        trained, evaluated = ("-" if x is None else f"{x:{style}}" for x in (trained, evaluated))
         self.logger.live(self.env_steps, **{
             "steps/s": f"{row['time/steps_per_second']:.0f}",
-            "success: train": train,
-            "eval": "-" if evaluated is None else f"{evaluated:.0%}",
-            "phase": phase,
+            f"{score.removesuffix('_once')}: train": trained, "eval": evaluated, "phase": phase,
         })
 
     def check_finite(self, action: np.ndarray, metrics: dict[str, Any]) -> None:
@@ -216,11 +225,12 @@ class Run:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
         if finished and self.evaluation:
-            self.logger.say(
-                f"final policy: success_once {self.evaluation['eval/success_once']:.0%}, "
-                f"success_at_end {self.evaluation['eval/success_at_end']:.0%}; run folder: "
-                f"{self.dir}"
+            measured = (
+                f"return {self.evaluation['eval/return']:.1f}" if self._shows_returns else
+                f"success_once {self.evaluation['eval/success_once']:.0%}, "
+                f"success_at_end {self.evaluation['eval/success_at_end']:.0%}"
             )
+            self.logger.say(f"final policy: {measured}; run folder: {self.dir}")
         if finished and self.args.drop_replay:
             checkpoint.drop_replay(self.dir)
         self.logger.close()

@@ -33,7 +33,7 @@ def transitions(embed_dim: int | None = EMBED_DIM, n: int = 50) -> Transition:
         obs=rng.normal(size=(n, 39)).astype(np.float32),
         action=rng.uniform(-1, 1, (n, 4)).astype(np.float32),
         next_obs=rng.normal(size=(n, 39)).astype(np.float32),
-        sparse_reward=(rng.random(n) < 0.3).astype(np.float32),
+        reward=(rng.random(n) < 0.3).astype(np.float32),
         terminated=np.zeros(n, np.float32),
         embedding=embed_dim and rng.normal(size=(n, embed_dim)).astype(np.float16),
     )
@@ -135,7 +135,7 @@ def test_the_task_reward_is_added_only_when_asked(task_reward, shift, monkeypatc
     vlm_rm.update_once(agent, buffers, vlm, jax.random.key(1), args)
     batch = seen["batch"]
     fuzzy = vlm_rm.cosine_similarity(vlm.text, batch.embedding.astype(jnp.float32))
-    expected = fuzzy if not task_reward else batch.sparse_reward + shift + 0.5 * fuzzy
+    expected = fuzzy if not task_reward else batch.reward + shift + 0.5 * fuzzy
     np.testing.assert_allclose(seen["reward"], expected, atol=1e-6)
 
 
@@ -152,7 +152,7 @@ def test_sac_learns_from_the_shifted_task_reward(monkeypatch):
     monkeypatch.setattr(sac, "update_agent", spy)
     agent = sac.init_agent(jax.random.key(0), SIZES, args)
     sac.update_once(agent, buffers, jax.random.key(1), args)
-    np.testing.assert_array_equal(seen["reward"], seen["batch"].sparse_reward - 1)
+    np.testing.assert_array_equal(seen["reward"], seen["batch"].reward - 1)
 
 
 def test_scanned_updates_equal_single_ones():
@@ -265,7 +265,7 @@ def test_relay_is_furl_without_alignment(tmp_path, monkeypatch):
         step = step_wait(self)
         if self.num_envs == 2:  # not the evaluation's: the first environment succeeds once
             success = np.array([next(times) == 100, False])
-            step = step._replace(success=success, sparse_reward=success.astype(np.float32))
+            step = step._replace(success=success, reward=success.astype(np.float32))
         return step
 
     monkeypatch.setattr(VecMetaWorld, "step_wait", prescribed)
@@ -331,7 +331,7 @@ def test_sac_on_the_native_engine(tmp_path, monkeypatch):
     (relay, ["--relay-periods", "0"], "--relay-periods"),
     (relay, ["--buffer-size", "3999"], "--buffer-size must hold an episode of each of 8"),
     (vlm_rm, ["--alpha", "1.5"], "--alpha must be at most 1, not 1.5"),
-    (vlm_rm, ["--baseline-prompt", " "], "--baseline-prompt must not be empty"),
+    (vlm_rm, ["--alpha", "1", "--baseline-prompt", " "], "--baseline-prompt must not be empty"),
     (vlm_rm, ["--baseline-prompt", "A desk."], "--baseline-prompt has no effect without --alpha"),
     (vlm_rm, ["--alpha", "0.5", "--prompt", "A desk.", "--baseline-prompt", "a DESK."],
      "means the same as the prompt"),

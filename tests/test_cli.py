@@ -23,7 +23,7 @@ import common.run
 import furl_sac_state
 from common import checkpoint, cli, flags, logger, replay
 from common.envs import metaworld
-from common.envs.workers import WorkerError
+from common.envs.workers import Step, WorkerError
 from common.errors import UserError
 from common.logger import Logger
 from common.replay import Sizes
@@ -795,11 +795,16 @@ def test_iterations_are_those_that_are_left(tmp_path):
     assert list(run.iterations()) == [392, 396]
 
 
+def a_step(success: np.ndarray, truncated: np.ndarray) -> Step:
+    no = np.zeros(len(success), bool)
+    return Step(None, None, None, None, success, success.astype(np.float32), no, truncated)
+
+
 def test_training_rows_and_success_of_finished_episodes(tmp_path, capsys):
     run = start(tmp_path)
     yes, no = True, False
-    run.count_episodes(np.array([yes, no, no, no]), np.array([no, no, no, no]))
-    run.count_episodes(np.array([no, no, no, yes]), np.array([yes, yes, no, yes]))  # 2 of 3
+    run.count_episodes(a_step(np.array([yes, no, no, no]), np.array([no, no, no, no])))
+    run.count_episodes(a_step(np.array([no, no, no, yes]), np.array([yes, yes, no, yes])))  # 2 of 3
     at(run, 100).log_evaluation({"eval/success_once": jnp.float32(1), "eval/success_at_end": 0.5})
     at(run, 100).log_training("relay", {"losses/q": jnp.array(0.25), "charts/relaying": True})
     at(run, 200).log_training("aligned", {"losses/q": jnp.array(0.5)})  # no episode has ended since
@@ -842,8 +847,8 @@ def test_a_run_begins_with_a_checkpoint(tmp_path):
 def test_a_run_is_resumed_with_its_counts(tmp_path, capsys, resumes_episodes, success_once):
     run = start(tmp_path)
     ring = replay.add_rows(small_ring(), {"id": np.arange(3, dtype=np.int32)})
-    run.count_episodes(np.array([True, False, False, False]), np.zeros(4, bool))
-    run.count_episodes(np.zeros(4, bool), np.array([False, True, False, False]))
+    run.count_episodes(a_step(np.array([True, False, False, False]), np.zeros(4, bool)))
+    run.count_episodes(a_step(np.zeros(4, bool), np.array([False, True, False, False])))
     at(run, 100).log_evaluation({"eval/success_once": 1.0, "eval/success_at_end": 1.0})
     envs = Envs()
     envs.time = np.arange(4.0) + 7
@@ -863,7 +868,7 @@ def test_a_run_is_resumed_with_its_counts(tmp_path, capsys, resumes_episodes, su
     assert resumed.evaluation == {"eval/success_once": 1.0, "eval/success_at_end": 1.0}
     # The first environment has succeeded before the checkpoint and is cut off now: 1 of 2, unless
     # its episode could not go on.
-    resumed.count_episodes(np.zeros(4, bool), np.array([True, False, False, False]))
+    resumed.count_episodes(a_step(np.zeros(4, bool), np.array([True, False, False, False])))
     at(resumed, 200).log_training("relay", {})
     resumed.close()
     rows = {(int(step), key): float(value) for step, key, value in rows_of(run.dir)[1:]}

@@ -89,11 +89,11 @@ def folder(tmp_path, monkeypatch):
 def test_arguments_are_possible_or_refused_by_name(name, folder, monkeypatch):
     """Whatever a script builds first is replaced, so that its `main` ends after its checks."""
     script = importlib.import_module(name)
-    monkeypatch.setattr("common.envs.metaworld.VecMetaWorld", reach)
+    for name_of_it in ("VecMetaWorld", "make_vec"):
+        monkeypatch.setattr(f"common.envs.metaworld.{name_of_it}", reach)
     for builder in ("load_vlm", "Evaluator"):
         monkeypatch.setattr(script, builder, reach, raising=False)
-    if hasattr(script, "ENGINES"):
-        monkeypatch.setattr(script, "ENGINES", dict.fromkeys(script.ENGINES, reach))
+    monkeypatch.setattr(script, "EnvPoolMetaWorld", reach, raising=False)
     content = sorted(folder.rglob("*"))
     outcomes = {"accepted": 0, "refused": 0, "rounded": 0}
 

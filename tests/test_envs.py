@@ -171,7 +171,7 @@ def test_scripted_experts_succeed_through_these_environments(task):
     succeeded = np.zeros(2, bool)
     for _ in range(500):
         step = envs.step(np.stack([expert_action(policy, o) for o in obs]))
-        assert (step.sparse_reward == step.success).all()
+        assert (step.reward == step.success).all()
         succeeded |= step.success
         obs = step.obs
         if succeeded.all():

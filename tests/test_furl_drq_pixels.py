@@ -65,7 +65,7 @@ def test_samples_are_whole_stacks_of_one_episode(num_blocks):
             time, env, episode = next_obs[i, -1]
             assert 1 <= time <= LENGTH
             number = 100 * episode + 10 * time + env
-            assert batch.sparse_reward[i] == batch.terminated[i] == batch.action[i, 0] == number
+            assert batch.reward[i] == batch.terminated[i] == batch.action[i, 0] == number
             assert batch.embedding[i, 0] == number
             expected = [[max(0, time - back), env, episode] for back in (3, 2, 1)]
             np.testing.assert_array_equal(obs[i], expected)
@@ -183,7 +183,7 @@ def batch() -> Transition:
         obs=rng.integers(0, 256, (n, 84, 84, 9), np.uint8),
         action=rng.uniform(-1, 1, (n, 4)).astype(np.float32),
         next_obs=rng.integers(0, 256, (n, 84, 84, 9), np.uint8),
-        sparse_reward=(rng.random(n) < 0.5).astype(np.float32),
+        reward=(rng.random(n) < 0.5).astype(np.float32),
         terminated=np.zeros(n, np.float32),
         embedding=rng.normal(size=(n, 3)).astype(np.float16),
     )
@@ -313,25 +313,25 @@ def test_embeddings_of_random_encoders_are_kept_in_float32(pretrained):
         assert ring.data.embedding.dtype == (np.float16 if pretrained else np.float32)
 
 
-def test_drq_alone_learns_from_the_sparse_reward():
+def test_drq_alone_learns_from_the_reward():
     """Its update on a batch is the shared `update_agent` with a reward of 0 on success, else -1."""
     args = drq_baseline.Args(**{name: getattr(SMALL, name) for name in (
         "num_envs", "action_repeat", "batch_size", "buffer_size", "hidden_features",
         "encoder_features", "encoder_dim")})
     steps = write_blocks(9)
     steps = steps._replace(data=steps.data._replace(
-        sparse_reward=(steps.data.sparse_reward % 3 == 0).astype(jnp.float32),
+        reward=(steps.data.reward % 3 == 0).astype(jnp.float32),
         terminated=jnp.zeros_like(steps.data.terminated),
     ))
     agent, key = drq_baseline.init_agent(jax.random.key(0), SIZES, args), jax.random.key(1)
     sample_key, agent_key = jax.random.split(key)
     batch = drq_baseline.sample_batch(steps, sample_key, args)
-    assert 0 < batch.sparse_reward.mean() < 1
-    expected, _ = script.update_agent(agent, batch, batch.sparse_reward - 1, agent_key, args)
+    assert 0 < batch.reward.mean() < 1
+    expected, _ = script.update_agent(agent, batch, batch.reward - 1, agent_key, args)
     updated, metrics = drq_baseline.update_once(agent, drq_baseline.Buffers(steps), key, args)
     for ours, theirs in zip(jax.tree.leaves(updated), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert metrics["reward/sparse_mean"] == batch.sparse_reward.mean()
+    assert metrics["reward/sparse_mean"] == batch.reward.mean()
 
 
 def test_the_policy_is_the_evaluated_agents_and_takes_frames_of_any_size():

@@ -40,7 +40,7 @@ def random_batch(seed: int, n: int = 16) -> Transition:
         obs=rng.normal(size=(n, 39)).astype(np.float32),
         action=rng.uniform(-1, 1, (n, 4)).astype(np.float32),
         next_obs=rng.normal(size=(n, 39)).astype(np.float32),
-        sparse_reward=(rng.random(n) < 0.3).astype(np.float32),
+        reward=(rng.random(n) < 0.3).astype(np.float32),
         terminated=(rng.random(n) < 0.3).astype(np.float32),
         embedding=rng.normal(size=(n, EMBED_DIM)).astype(np.float16),
     )
@@ -533,7 +533,7 @@ def test_both_agents_learn_from_one_batch_with_their_own_rewards(buffers):
     slots = replay.sample_slots(buffers.transitions, sample_key, args.batch_size)
     batch = replay.take(buffers.transitions, slots)
     fuzzy = script.vlm_reward(before.projection, batch.embedding.astype(jnp.float32), VLM, args)
-    task = np.asarray(batch.sparse_reward) - 1
+    task = np.asarray(batch.reward) - 1
     assert set(task.tolist()) == {-1.0, 0.0}
     update_agent = jax.jit(script.update_agent, static_argnames="args")
     furl, _ = update_agent(before.furl, batch, task + 0.5 * fuzzy, furl_key, args)

@@ -21,7 +21,7 @@ def transitions(ids) -> Transition:
         obs=np.stack([ids, ids + 0.25], 1),
         action=-ids[:, None],
         next_obs=np.stack([ids + 1, ids + 1.25], 1),
-        sparse_reward=ids * 2,
+        reward=ids * 2,
         terminated=ids * 3,
         embedding=np.stack([ids, -ids, ids / 2], 1).astype(np.float16),
     )
@@ -132,7 +132,7 @@ def add_frames(
 
 class Step(NamedTuple):
     embedding: np.ndarray
-    sparse_reward: np.ndarray
+    reward: np.ndarray
 
 
 EPISODE = 4  # steps

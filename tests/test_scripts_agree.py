@@ -27,6 +27,7 @@ DEFINITIONS = {
     "CriticPair": (2, "as Actor"),
     "critic_loss": (2, "on pixels there are features, and the gradient of the encoder"),
     "actor_loss": (2, "on pixels it is given features"),
+    "sac_loss": (2, "VLM-RM's temperature can be kept as it is"),
     "vlm_reward": (2, "Eq. 3 of FuRL; the rewards of VLM-RM"),
     "init_agent": (2, "on pixels with the encoder"),
     "update_agent": (2, "on pixels with the encoder"),
@@ -41,7 +42,9 @@ DEFINITIONS = {
 }
 # The same for the lines and properties of Args.
 FIELDS = {
-    "camera_id": (2, "on pixels the policy sees the frames as well"),
+    "camera_id": (3, "on pixels the policy sees the frames as well; VLM-RM has other suites"),
+    "vlm": (2, "VLM-RM has other suites, with an embedded VLM of their own"),
+    "prompt": (2, "as vlm"),
     "buffer_size": (2, "on pixels 2e5 pictures, Table 5"),
     "batch_size": (2, "FuRL's ranking losses sample as many"),
     "hidden_features": (2, "on pixels three layers, Table 5"),
@@ -128,7 +131,7 @@ def test_an_update_leaves_the_types_as_they_were(script):
 
     def before_and_after(key):
         agent = module.init_agent(key, sizes, args)
-        return agent, module.update_agent(agent, batch, batch.sparse_reward, key, args)[0]
+        return agent, module.update_agent(agent, batch, batch.reward, key, args)[0]
 
     before, after = jax.eval_shape(before_and_after, jax.random.key(0))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(before)]

@@ -47,7 +47,7 @@ def prescribe(monkeypatch):
             success = np.array([
                 time in [t % length for t in SUCCESSES.get((episode, env), ())] for env in range(2)
             ])
-            return step._replace(success=success, sparse_reward=success.astype(np.float32))
+            return step._replace(success=success, reward=success.astype(np.float32))
 
         monkeypatch.setattr(VecMetaWorld, "step_wait", prescribed)
 

@@ -158,10 +158,15 @@ class Job:
 
     def stop(self) -> None:
         """Tell the runs to save, and wait for them."""
-        for process in self._running.values():
-            process.terminate()
-        for process in self._running.values():
-            process.wait()
+        while True:
+            try:
+                for process in self._running.values():
+                    process.terminate()
+                for process in self._running.values():
+                    process.wait()
+                return
+            except KeyboardInterrupt:  # Ray's way to cancel, which may come again
+                continue
 
     def _look_after(self, cell: Cell) -> Outcome | None:
         process = self._running.get(cell.name)

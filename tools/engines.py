@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INSTALL = "pip install -r requirements-grid.txt (or: make grid)"
 RUNS_PER_GPU = 4
 MANY = 1_000_000  # requeues at SLURM's time limit
+STOP_AGAIN_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class RayEngine:
     """This machine, or a Ray cluster whose machines share this folder's file system."""
 
     stopped_by = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    _stop_again: float | None = None
 
     def __init__(self, args: Any):
         # All of these are read when Ray is imported or started.
@@ -127,6 +130,8 @@ class RayEngine:
 
     def poll(self) -> dict[str, Outcome]:
         """What has ended since the last call."""
+        if self._stop_again and time.monotonic() > self._stop_again:
+            self.stop()
         done, _ = self.ray.wait(list(self.cells), num_returns=len(self.cells), timeout=0)
         outcomes: dict[str, Outcome] = {}
         for ref in done:
@@ -143,6 +148,8 @@ class RayEngine:
         """Let what runs save; `poll` tells when it has."""
         for ref in reversed(list(self.cells)):  # what waits first, or it would start now
             self.ray.cancel(ref)
+        # On a busy machine a worker has been seen to miss it: until it ends it is told again.
+        self._stop_again = time.monotonic() + STOP_AGAIN_SECONDS
 
     def close(self) -> None:
         self.ray.shutdown()

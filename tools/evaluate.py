@@ -23,8 +23,9 @@ from common.cli import run_script
 from common.envs.metaworld import VecMetaWorld
 from common.envs.metaworld_tasks import prompt_for, resolve_env_id
 from common.envs.rendering import Camera
+from common.envs.suites import suite_for
 from common.errors import UserError
-from common.evaluate import EVAL_SEED_OFFSET, write_video
+from common.evaluate import EVAL_SEED_OFFSET, Evaluator, write_video
 from common.logger import git_commit, versions
 from tools.measures import standard_error, wilson_interval
 from tools.trained import Trained, new_folder, open_run
@@ -33,6 +34,7 @@ BATCH = 20  # environments side by side; not the number of cores: it decides whi
 MAX_VIDEOS = 4  # their frames are all in memory: 0.2 GB each
 VIDEO_SIZE = 384  # pixels, of the picture in the video
 CURVE_HEIGHT = 136
+RUN_FACTS = ("script", "args", "command", "commit", "versions", "engine", "vlm_id", "prompt")
 WHITE, INK, GREY, BLUE, GREEN = "#ffffff", "#1f2933", "#8a94a0", "#1565c0", "#2e7d32"
 
 
@@ -251,6 +253,46 @@ def film(
     return names, label
 
 
+# -------------------------------------------------------------------------- returns
+
+
+def evaluate_returns(trained: Trained, args: Args) -> dict[str, Any]:
+    """What `main` does where a return counts, not a success: on Gymnasium's environments.
+
+    Episodes are played on the original environment, and differ from those of the run itself.
+    """
+    if args.env_id is not None or args.goal is not None:
+        raise UserError(f"--env-id and --goal are for Meta-World; this run is on "
+                        f"{trained.args.env_id}")
+    seed = trained.args.seed + EVAL_SEED_OFFSET if args.seed is None else args.seed
+    env_id = suite_for(trained.args.env_id).evaluated_on(trained.args.env_id)
+    output = args.output or Path("evaluations") / "__".join(
+        [trained.name, f"step_{trained.env_steps}", env_id.replace(":", "_"), str(seed)])
+    new_folder(output)
+    evaluate = Evaluator(
+        trained.args.env_id, seed=seed, goal="fixed", num_episodes=args.episodes,
+        capture_video=args.videos > 0,
+    )
+    output.mkdir(parents=True)
+    means = evaluate(trained.policy, output / "episode_0.mp4")
+    evaluate.close()
+    error = standard_error(evaluate.returns) if args.episodes > 1 else None
+    results = {
+        "env_id": env_id, "seed": seed, "env_steps": trained.env_steps, "episodes": args.episodes,
+        "return": {"mean": means["eval/return"], "standard_error": error,
+                   "each": evaluate.returns.tolist()},
+        "length": means["eval/length"], "success_once": means["eval/success_once"],
+        "run": {key: trained.config.get(key) for key in RUN_FACTS},
+        "commit": git_commit(), "versions": versions(),
+    }
+    (output / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    interval = "" if error is None else f" (standard error {error:.1f})"
+    print(f"{trained.name}: {args.episodes} episodes of {env_id}: mean return "
+          f"{means['eval/return']:.1f}{interval}, mean length {means['eval/length']:.1f}")
+    print(f"written: {output}")
+    return results
+
+
 # ------------------------------------------------------------------------------- main
 
 
@@ -262,6 +304,8 @@ def main(args: Args) -> dict[str, Any]:
     if args.seed is not None and args.seed < 0:
         raise UserError(f"--seed must not be negative, but is {args.seed}")
     trained = open_run(args.run, args.step, args.run_code)
+    if suite_for(trained.args.env_id).EPISODES_DIFFER:
+        return evaluate_returns(trained, args)
     env_id = resolve_env_id(args.env_id or trained.args.env_id)
     goal = args.goal or trained.args.goal
     # Training takes the run's seed, its own evaluations that plus the offset.
@@ -297,8 +341,7 @@ def main(args: Args) -> dict[str, Any]:
             **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()},
             "commit": git_commit(), "versions": versions(),
         },
-        "run": {key: trained.config.get(key) for key in
-                ("script", "args", "command", "commit", "versions", "engine", "vlm_id", "prompt")},
+        "run": {key: trained.config.get(key) for key in RUN_FACTS},
     }
     output.mkdir(parents=True)
     if args.videos:

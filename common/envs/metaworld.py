@@ -17,8 +17,14 @@ from common.envs.workers import VecEnv
 from common.errors import UserError
 
 OBS_DIM, ACTION_DIM = 39, 4
-MAX_EPISODE_STEPS = 500  # Meta-World's own limit
+EPISODES_DIFFER = False  # with a fixed goal: all start in the same state and last as long
+SPARSE_REWARD = True  # 1 on success, else 0; Meta-World's own reward is not used
+REWARD_SHIFT = -1.0  # what is added to it (B.2 of the FuRL paper)
+MAX_EPISODE_STEPS = 500  # Meta-World's own limit, the same for all tasks
 CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
+DEFAULT_CAMERA = 2  # the paper's
+DEFAULT_VLM = "mini"
+CUTS_BORDER = True  # of a VLM's pictures, as the authors do: common.vlms.view_for
 GOALS = ("fixed", "random", "random-hidden")
 # What tasks move in the model itself when they are reset.
 MODEL_FIELDS = ("body_pos", "body_quat", "site_pos", "site_quat", "geom_pos", "geom_quat",
@@ -75,6 +81,14 @@ class VecMetaWorld(VecEnv):
             __name__, env, num_envs, obs_dim=OBS_DIM, action_dim=ACTION_DIM, camera=camera,
             max_episode_steps=max_episode_steps, **options,
         )
+
+
+make_vec = VecMetaWorld
+
+
+def evaluated_on(env_id: str) -> str:
+    """The task that a policy for `env_id` is evaluated on: the same."""
+    return env_id
 
 
 # -------------------------------------------------- what a worker uses, see `workers.Suite`

@@ -44,7 +44,7 @@ class EnvPoolMetaWorld:
 
     obs_dim, action_dim = OBS_DIM, ACTION_DIM
     resumes_episodes = False
-    draws = False
+    draws = discrete = False
 
     def __init__(
         self,

@@ -41,24 +41,32 @@ class WorkerError(RuntimeError):
 class Step(NamedTuple):
     """One step of all environments; N = num_envs, all arrays are copies.
 
-    An episode that is truncated starts again at once (Gymnasium's same-step autoreset).
+    An episode that has ended starts again at once (Gymnasium's same-step autoreset).
     """
 
-    obs: np.ndarray  # [N, obs_dim] float32, what to act on next: after truncation a new episode's
+    obs: np.ndarray  # [N, obs_dim] float32, what to act on next: after an end a new episode's
     final_obs: np.ndarray  # [N, obs_dim] float32, the state reached: belongs into the replay
     frames: np.ndarray | None  # [N, size, size, 3] uint8, picture of the state reached
-    reset_frames: np.ndarray | None  # [N, size, size, 3], of `obs` where truncated (draw_resets)
+    reset_frames: np.ndarray | None  # [N, size, size, 3], of `obs` where one ended (draw_resets)
     success: np.ndarray  # [N] bool
-    sparse_reward: np.ndarray  # [N] float32, 1 on success, else 0
-    terminated: np.ndarray  # [N] bool, always False: Meta-World's episodes end by time alone
-    truncated: np.ndarray  # [N] bool
+    reward: np.ndarray  # [N] float32, the task's; where that is sparse 1 on success, else 0
+    terminated: np.ndarray  # [N] bool, the task is over: nothing follows the state reached
+    truncated: np.ndarray  # [N] bool, the episode's time is up
+
+    @property
+    def ended(self) -> np.ndarray:
+        """Where an episode has ended, [N] bool."""
+        return self.terminated | self.truncated
 
 
 class Suite(Protocol):
     """What a worker uses of a suite: these functions at the top level of a module.
 
-    An environment has Gymnasium's `reset` and `step`, with `success` in `step`'s info.
+    An environment has Gymnasium's `reset` and `step`. Where `step`'s info has no `success`, there
+    is none.
     """
+
+    SPARSE_REWARD: bool  # the reward is 1 on success, else 0, whatever `step` returns
 
     def make_env(self, env_id: str, *, seed: int, index: int, **options: Any) -> Any:
         """Environment number `index`, whatever the worker that it is in."""
@@ -72,19 +80,21 @@ class Suite(Protocol):
     def get_env_state(self, env: Any) -> dict[str, Any]:
         """Everything that the next steps depend on."""
 
-    def set_env_state(self, env: Any, state: dict[str, Any]) -> None:
-        """Continue from there."""
+    def set_env_state(self, env: Any, state: dict[str, Any]) -> np.ndarray | None:
+        """Continue from there; the first observation, where it had to be a new episode."""
 
 
 def _layout(
-    num_envs: int, obs_dim: int, action_dim: int, frame_size: int, draw_resets: bool
+    num_envs: int, obs_dim: int, actions: tuple, frame_size: int, draw_resets: bool
 ) -> dict[str, tuple]:
-    """Name -> (shape, dtype) of the shared arrays."""
+    """Name -> (shape, dtype) of the shared arrays; `actions` is given."""
     layout: dict[str, tuple] = {
         "obs": ((num_envs, obs_dim), np.float32),
         "final_obs": ((num_envs, obs_dim), np.float32),
-        "actions": ((num_envs, action_dim), np.float32),
+        "actions": actions,
         "success": ((num_envs,), np.bool_),
+        "reward": ((num_envs,), np.float32),
+        "terminated": ((num_envs,), np.bool_),
         "truncated": ((num_envs,), np.bool_),
     }
     if frame_size:
@@ -117,6 +127,8 @@ class VecEnv:
         num_envs: N.
         obs_dim, action_dim: numbers in an observation and in an action.
         max_episode_steps: physics steps.
+        discrete: an action is a whole number from 0 to `action_dim` - 1, instead of `action_dim`
+            numbers from -1 to 1.
         camera: what draws the frames; None: none are drawn.
         num_workers: processes; default: one per core, at most N.
         action_repeat: physics steps per call of `step`, all with the same action; only the last
@@ -124,8 +136,8 @@ class VecEnv:
         draw_resets: also draw the first state of new episodes.
 
     Attributes:
-        env_id, num_envs, obs_dim, action_dim: as given.
-        episode_length: actions in an episode.
+        env_id, num_envs, obs_dim, action_dim, discrete: as given.
+        episode_length: actions in an episode, at most.
         engine: the simulator and its version.
         draws: whether there are frames.
 
@@ -146,13 +158,14 @@ class VecEnv:
         obs_dim: int,
         action_dim: int,
         max_episode_steps: int,
+        discrete: bool = False,
         camera: Camera | None = None,
         num_workers: int | None = None,
         action_repeat: int = 1,
         draw_resets: bool = False,
     ):
         self.env_id, self.num_envs = env["env_id"], num_envs
-        self.obs_dim, self.action_dim = obs_dim, action_dim
+        self.obs_dim, self.action_dim, self.discrete = obs_dim, action_dim, discrete
         if camera is not None and camera.quality not in QUALITIES:
             raise UserError(f"unknown quality {camera.quality!r}; allowed: {', '.join(QUALITIES)}")
         if num_envs < 1:
@@ -163,13 +176,17 @@ class VecEnv:
         if num_workers is not None and num_workers < 1:
             raise UserError(f"num_workers must be positive, not {num_workers}")
         self.episode_length = max_episode_steps // action_repeat
-        self.action_space = gymnasium.spaces.Box(-1, 1, (num_envs, action_dim), np.float32)
+        self.action_space = (
+            gymnasium.spaces.MultiDiscrete([action_dim] * num_envs) if discrete
+            else gymnasium.spaces.Box(-1, 1, (num_envs, action_dim), np.float32)
+        )
         self.observation_space = gymnasium.spaces.Box(
             -np.inf, np.inf, (num_envs, obs_dim), np.float32
         )
         self.draws = camera is not None
         frame_size = camera.size if camera else 0
-        layout = _layout(num_envs, obs_dim, action_dim, frame_size, draw_resets)
+        actions = (self.action_space.shape, self.action_space.dtype)
+        layout = _layout(num_envs, obs_dim, actions, frame_size, draw_resets)
         memory_fd = os.memfd_create("furl_envs")
         self._arrays = _map_arrays(memory_fd, layout)
         self._workers: list[tuple[subprocess.Popen, Connection]] = []
@@ -198,7 +215,7 @@ class VecEnv:
         return self._arrays["obs"].copy()
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Let the workers step and draw; `actions` [N, action_dim]."""
+        """Let the workers step and draw; `actions` [N, action_dim], or [N] if discrete."""
         if np.shape(actions) != self.action_space.shape:
             raise ValueError(f"actions must be {self.action_space.shape}, not {np.shape(actions)}")
         self._arrays["actions"][:] = actions
@@ -210,11 +227,7 @@ class VecEnv:
         self._receive()
         self._is_stepping = False
         copies = {name: array.copy() for name, array in self._arrays.items() if name != "actions"}
-        success = copies["success"]
-        return Step(
-            copies["obs"], copies["final_obs"], copies.get("frames"), copies.get("reset_frames"),
-            success, success.astype(np.float32), np.zeros_like(success), copies["truncated"],
-        )
+        return Step(**{"frames": None, "reset_frames": None} | copies)
 
     def step(self, actions: np.ndarray) -> Step:
         self.step_async(actions)
@@ -301,6 +314,8 @@ def _start_worker(memory_fd: int, options: dict) -> tuple[subprocess.Popen, Conn
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "MUJOCO_GL": "egl",
+        "SDL_VIDEODRIVER": "dummy",  # pygame, which draws classic control, opens no window
+        "PYGAME_HIDE_SUPPORT_PROMPT": "1",
         "FURL_ENV_WORKER": "1",
         **ONE_THREAD,
     }
@@ -336,17 +351,21 @@ def _work(connection: Connection, memory_fd: int) -> None:
         reply = None
         if command == "step":
             for i, env in zip(indices, envs, strict=True):
-                success = False
+                success, rewards = False, 0.0
                 for _ in range(options["action_repeat"]):
-                    obs, _, _, truncated, info = env.step(arrays["actions"][i])
-                    success |= bool(info["success"])
-                truncated = truncated or suite.elapsed_steps(env) >= options["max_episode_steps"]
+                    obs, reward, terminated, truncated, info = env.step(arrays["actions"][i])
+                    success |= bool(info.get("success", False))
+                    rewards += float(reward)
+                    truncated |= suite.elapsed_steps(env) >= options["max_episode_steps"]
+                    if terminated or truncated:
+                        break
                 arrays["obs"][i] = arrays["final_obs"][i] = obs
                 arrays["success"][i] = success
-                arrays["truncated"][i] = truncated
+                arrays["reward"][i] = success if suite.SPARSE_REWARD else rewards
+                arrays["terminated"][i], arrays["truncated"][i] = terminated, truncated
                 if draw is not None:
                     arrays["frames"][i] = draw(env)
-                if truncated:
+                if terminated or truncated:
                     reset(i, env, "reset_frames")
         elif command == "reset":
             for i, env in zip(indices, envs, strict=True):
@@ -356,8 +375,8 @@ def _work(connection: Connection, memory_fd: int) -> None:
                      for i, env in zip(indices, envs, strict=True)]
         elif command == "set_state":
             for i, env in zip(indices, envs, strict=True):
-                suite.set_env_state(env, payload[i])
-                arrays["obs"][i] = payload[i]["obs"]
+                obs = suite.set_env_state(env, payload[i])
+                arrays["obs"][i] = payload[i]["obs"] if obs is None else obs
         connection.send(("ok", reply))
 
 

@@ -103,14 +103,17 @@ class View(NamedTuple):
         return frames[..., kept, kept, :]
 
 
-def view_for(vlm: VLM) -> View:
+def view_for(vlm: VLM, cuts_border: bool = True) -> View:
     """The view that a VLM is given.
 
-    FuRL's authors draw 256 px and keep rows and columns 32 to 224, which their CLIP resizes to its
-    224 px (fuyw/FuRL, `crop_center`): the same share of the picture here for models of any input
-    size. `mini` was trained on whole pictures and cuts off their border itself.
+    On Meta-World FuRL's authors draw 256 px and keep rows and columns 32 to 224, which their CLIP
+    resizes to its 224 px (fuyw/FuRL, `crop_center`): the same share of the picture here for models
+    of any input size. `mini` was trained on whole pictures and cuts off their border itself.
+
+    Args:
+        cuts_border: whether the suite's pictures are cut like that: its `CUTS_BORDER`.
     """
-    if vlm.crops_itself:
+    if vlm.crops_itself or not cuts_border:
         return View(vlm.frame_size, 0)
     size = 256 * vlm.frame_size // 224
     return View(size, size // 8)

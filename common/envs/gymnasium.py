@@ -1,0 +1,290 @@
+"""The suite of Gymnasium: any of its environments that draws itself (`render_mode="rgb_array"`).
+
+An id is one that `gymnasium.make` knows, `module:Name-v0` for one that a module registers.
+Observations are flattened to one vector; continuous actions are scaled to -1 to 1.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gymnasium
+import mujoco
+import numpy as np
+from gymnasium.envs.mujoco import MujocoEnv
+from PIL import Image
+
+from common.envs import vlm_rm_tasks
+from common.envs.rendering import Camera
+from common.envs.workers import VecEnv
+from common.errors import UserError
+
+EPISODES_DIFFER = True  # in their first state and their length
+SPARSE_REWARD = False
+REWARD_SHIFT = 0.0
+CAMERAS = ("the environment's own",)
+DEFAULT_CAMERA = 0
+DEFAULT_VLM = "toy"
+CUTS_BORDER = False  # of a VLM's pictures
+DEFAULT_MAX_EPISODE_STEPS = 1_000  # where an environment has no limit
+PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
+# Environments whose attributes are all of their state.
+PLAIN_STATE = ("gymnasium.envs.classic_control.", "gymnasium.envs.toy_text.")
+
+vlm_rm_tasks.register()
+
+
+def knows(env_id: str) -> bool:
+    """Whether `gymnasium.make` could know the id; that of a module (`module:Name-v0`) counts."""
+    return ":" in env_id or env_id in gymnasium.registry
+
+
+def resolve_env_id(name: str) -> str:
+    """The id itself.
+
+    Raises:
+        UserError: no such environment; names the closest ones.
+    """
+    try:
+        _spec(name)
+    except ImportError as error:
+        raise UserError(f"unknown environment {name!r}; {error}") from None
+    except gymnasium.error.Error as error:
+        closest = difflib.get_close_matches(name, list(gymnasium.registry), n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(closest)}?" if closest else str(error).splitlines()[0]
+        raise UserError(f"unknown environment {name!r}; {hint}") from None
+    return name
+
+
+def _spec(env_id: str) -> gymnasium.envs.registration.EnvSpec:
+    module, _, name = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)  # which registers it
+    return gymnasium.spec(name)
+
+
+def max_episode_steps(env_id: str) -> int:
+    """Steps after which an episode is truncated."""
+    return _spec(env_id).max_episode_steps or DEFAULT_MAX_EPISODE_STEPS
+
+
+def evaluated_on(env_id: str) -> str:
+    """The environment that a policy for `env_id` is evaluated on: the original of a changed one."""
+    task = vlm_rm_tasks.TASKS.get(env_id)
+    return task.evaluated_on if task else env_id
+
+
+def prompt_for(env_id: str, prompt: str | None) -> str:
+    """The instruction of a run: any text, or the task's own (None).
+
+    Raises:
+        UserError: it is empty, or the environment has none of its own.
+    """
+    return _text(env_id, prompt, "prompt")
+
+
+def baseline_prompt_for(env_id: str, baseline_prompt: str | None) -> str:
+    """The baseline description of a run: any text, or the task's own (None), as `prompt_for`."""
+    return _text(env_id, baseline_prompt, "baseline_prompt")
+
+
+def _text(env_id: str, text: str | None, kind: str) -> str:
+    flag = "--" + kind.replace("_", "-")
+    if text is None:
+        task = vlm_rm_tasks.TASKS.get(env_id)
+        if task is None:
+            raise UserError(f"{env_id} has no {kind.replace('_', ' ')} of its own: give {flag}")
+        return getattr(task, kind)
+    if not text.strip():
+        raise UserError(f"{flag} must not be empty")
+    return text.strip()
+
+
+class VecGymnasium(VecEnv):
+    """N environments of one id in worker processes.
+
+    Args:
+        env_id: see the module.
+        num_envs: N.
+        seed: of the environments' own generators, one for each.
+        goal: Meta-World's; here `fixed`.
+        camera: draws the frames; None: none are drawn. Frames are the environment's own pictures,
+            scaled to the camera's size by `square`.
+        options: `num_workers`, `action_repeat` and `draw_resets` of `VecEnv`.
+
+    Attributes:
+        resumes_episodes: whether an episode's state can be saved: that of MuJoCo's and of classic
+            control can. Else the episodes after a resumption are new ones.
+
+    Raises:
+        UserError: an argument is not allowed, or the environment has no frames, or observations or
+            actions of a kind that is not supported.
+        WorkerError: a worker has failed.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        num_envs: int,
+        *,
+        seed: int,
+        goal: str = "fixed",
+        camera: Camera | None = None,
+        **options: Any,
+    ):
+        if goal != "fixed":
+            raise UserError(f"--goal {goal} is for Meta-World's tasks; {env_id} has one goal")
+        if seed < 0:
+            raise UserError(f"seed must not be negative, but is {seed}")
+        size = camera.size if camera else 0
+        probe = make_env(resolve_env_id(env_id), seed=seed, index=0, frame_size=size)
+        space = probe.action_space
+        discrete = isinstance(space, gymnasium.spaces.Discrete)
+        self.resumes_episodes = _state_is_known(probe)
+        obs_dim = probe.observation_space.shape[0]
+        probe.close()
+        self.engine = f"gymnasium {gymnasium.__version__}, mujoco {mujoco.__version__}"
+        super().__init__(
+            __name__, {"env_id": env_id, "seed": seed, "frame_size": size}, num_envs,
+            obs_dim=obs_dim, action_dim=int(space.n) if discrete else space.shape[0],
+            discrete=discrete, max_episode_steps=max_episode_steps(env_id), camera=camera,
+            **options,
+        )
+
+
+make_vec = VecGymnasium
+
+
+# -------------------------------------------------- what a worker uses, see `workers.Suite`
+
+
+def make_env(env_id: str, *, seed: int, index: int, frame_size: int) -> gymnasium.Env:
+    """Environment number `index`, seeded from (seed, index); its first episode has begun.
+
+    Raises:
+        UserError: see `VecGymnasium`.
+    """
+    options: dict[str, Any] = {"max_episode_steps": max_episode_steps(env_id)}
+    if frame_size:
+        options["render_mode"] = "rgb_array"
+    try:
+        if frame_size and issubclass(_class_of(env_id), MujocoEnv):  # else it draws 480 px
+            options |= {"width": frame_size, "height": frame_size}
+        env = gymnasium.make(env_id, disable_env_checker=True, **options)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise UserError(f"{env_id} cannot be made here: {str(error).splitlines()[0]}") from error
+    if frame_size and "rgb_array" not in env.metadata.get("render_modes", ()):
+        raise UserError(f"{env_id} draws no frames (no render mode rgb_array): a VLM needs them")
+    spaces = gymnasium.spaces
+    if isinstance(env.action_space, spaces.Discrete):
+        if env.action_space.start != 0:
+            raise UserError(f"the actions of {env_id} must be counted from 0")
+    elif isinstance(env.action_space, spaces.Box) and len(env.action_space.shape) == 1:
+        if not env.action_space.is_bounded():
+            raise UserError(f"the actions of {env_id} have no bounds: they cannot be scaled")
+        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    else:
+        raise UserError(f"the actions of {env_id} are {env.action_space}: only Discrete and "
+                        "one-dimensional Box are supported")
+    if not spaces.utils.is_space_dtype_shape_equiv(
+        env.observation_space, spaces.flatten_space(env.observation_space)
+    ):
+        env = gymnasium.wrappers.FlattenObservation(env)
+    if not isinstance(env.observation_space, spaces.Box):
+        raise UserError(f"the observations of {env_id} are {env.observation_space}, which cannot "
+                        "be flattened to a vector of numbers")
+    env.reset(seed=int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
+    return env
+
+
+def _class_of(env_id: str) -> type:
+    creator = _spec(env_id).entry_point
+    if isinstance(creator, str):
+        creator = gymnasium.envs.registration.load_env_creator(creator)
+    return creator if isinstance(creator, type) else object
+
+
+def make_draw(env: gymnasium.Env, camera: Camera) -> Callable[..., np.ndarray]:
+    """`draw(env, first=False)`: the picture of any environment; `first` makes no difference."""
+
+    def draw(env: gymnasium.Env, first: bool = False) -> np.ndarray:
+        return square(env.render(), camera.size)
+
+    return draw
+
+
+def square(picture: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> [size, size, 3], bicubic; a picture that is not square is squeezed.
+
+    So the VLM-RM authors' code does it: the middle square would not have MountainCar's flag.
+    """
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def elapsed_steps(env: gymnasium.Env) -> int:
+    """Steps since the episode began."""
+    return env.get_wrapper_attr("_elapsed_steps")
+
+
+def _state_is_known(env: gymnasium.Env) -> bool:
+    plain = any(cls.__module__.startswith(PLAIN_STATE) for cls in type(env.unwrapped).__mro__)
+    return plain or (hasattr(env.unwrapped, "data") and hasattr(env.unwrapped, "model"))
+
+
+def get_env_state(env: gymnasium.Env) -> dict[str, Any]:
+    """Everything that the next steps depend on; of an unknown kind of environment its generator."""
+    base = env.unwrapped
+    state: dict[str, Any] = {"rng": base.np_random.bit_generator.state}
+    if not _state_is_known(env):
+        return state
+    state["elapsed"] = elapsed_steps(env)
+    plain = bool | int | float | str | tuple | np.ndarray | np.generic | None
+    state["attributes"] = {
+        name: value.copy() if isinstance(value, np.ndarray) else value
+        for name, value in vars(base).items() if isinstance(value, plain)
+    }
+    if hasattr(base, "data"):
+        state["physics"] = np.empty(mujoco.mj_stateSize(base.model, PHYSICS))
+        mujoco.mj_getState(base.model, base.data, state["physics"], PHYSICS)
+        # A step leaves positions of bodies as they were before its last substep, and the next
+        # reward may look at them: they cannot be computed again from the state.
+        state["derived"] = {name: array.copy() for name, array in _arrays(base.data)}
+        if (camera := _camera(base)) is not None:
+            state["lookat"] = camera.lookat.copy()
+    return state
+
+
+def _camera(base: Any) -> Any:
+    """The free camera of MuJoCo's pictures, which looks where its first picture's scene was."""
+    return base.mujoco_renderer._get_viewer("rgb_array").cam if base.render_mode else None
+
+
+def _arrays(data: mujoco.MjData) -> Iterator[tuple[str, np.ndarray]]:
+    for name in dir(data):
+        array = None if name.startswith("_") else getattr(data, name)
+        if isinstance(array, np.ndarray) and array.dtype == np.float64 and array.flags.writeable:
+            yield name, array
+
+
+def set_env_state(env: gymnasium.Env, state: dict[str, Any]) -> np.ndarray | None:
+    """Continue from what `get_env_state` returned; the observation of a new episode, if it is."""
+    base = env.unwrapped
+    if "attributes" not in state:
+        base.np_random.bit_generator.state = state["rng"]
+        return env.reset()[0]
+    env.reset()  # else Gymnasium refuses to step
+    base.np_random.bit_generator.state = state["rng"]
+    for name, value in state["attributes"].items():
+        setattr(base, name, value.copy() if isinstance(value, np.ndarray) else value)
+    env.set_wrapper_attr("_elapsed_steps", state["elapsed"])
+    if "physics" in state:
+        mujoco.mj_setState(base.model, base.data, state["physics"], PHYSICS)
+        mujoco.mj_forward(base.model, base.data)  # contacts and constraints, and with them sizes
+        for name, array in _arrays(base.data):
+            if array.shape == state["derived"][name].shape:
+                array[:] = state["derived"][name]
+        mujoco.mj_setState(base.model, base.data, state["physics"], PHYSICS)
+        if (camera := _camera(base)) is not None:
+            camera.lookat[:] = state["lookat"]
+    return None

@@ -1,0 +1,65 @@
+"""A user's own environments, `environments:...`, as tests of the Gymnasium suite need them."""
+
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+
+
+class Line(gymnasium.Env):
+    """Steps along a line from 0; at `end` the episode terminates with the reward 1.
+
+    The observation is a dictionary, which has to be flattened. Beside the position it holds the
+    number of the episode, so that tests can tell where one ends.
+    """
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
+    observation_space = gymnasium.spaces.Dict({
+        "episode": gymnasium.spaces.Box(0, np.inf, (1,), np.float32),
+        "position": gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32),
+    })
+
+    def __init__(self, render_mode: str | None = None, discrete: bool = True, end: int = 3):
+        self.render_mode, self.end, self.episode = render_mode, end, 0
+        self.action_space = (
+            gymnasium.spaces.Discrete(2) if discrete
+            else gymnasium.spaces.Box(-2, 2, (1,), np.float32)
+        )
+
+    def observe(self) -> dict[str, np.ndarray]:
+        return {"episode": np.float32([self.episode]), "position": np.float32([self.position])}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.position = 0.0
+        self.episode += 1
+        return self.observe(), {}
+
+    def step(self, action: Any):
+        self.position += float(np.reshape(action, ()))
+        done = self.position >= self.end
+        return self.observe(), float(done), done, False, {}
+
+    def render(self) -> np.ndarray:
+        """Its position is the shade of grey."""
+        return np.full((40, 60, 3), int(np.clip(self.position, 0, 3) * 80), np.uint8)
+
+
+class Blind(Line):
+    metadata: ClassVar = {"render_modes": []}
+
+
+class Unbounded(Line):
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
+
+def register(env_id: str, entry_point: type, **options: Any) -> None:
+    gymnasium.register(env_id, entry_point, **options)
+
+
+register("Line-v0", Line, max_episode_steps=5)
+register("ContinuousLine-v0", Line, max_episode_steps=5, kwargs={"discrete": False})
+register("Blind-v0", Blind)
+register("Unbounded-v0", Unbounded)

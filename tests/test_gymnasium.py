@@ -1,0 +1,437 @@
+"""The suite of Gymnasium, and VLM-RM's scripts on it."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sac_baseline as sac
+import vlm_rm_baseline as vlm_rm
+import vlm_rm_dqn as dqn
+from common import checkpoint, replay
+from common.envs import gymnasium as suite
+from common.envs import metaworld, vlm_rm_tasks
+from common.envs.rendering import Camera
+from common.envs.suites import suite_for
+from common.envs.workers import Step
+from common.errors import UserError
+from common.evaluate import EVAL_SEED_OFFSET, Evaluator
+from common.replay import Sizes, Transition
+from tools import evaluate as evaluate_tool
+from tools import landscape
+
+OWN = str(Path(__file__).parent)  # where `environments` is
+
+
+@pytest.fixture
+def own_environments(monkeypatch):
+    """Importable here and in workers, as a user's module beside the script is."""
+    monkeypatch.setenv("PYTHONPATH", OWN)
+    monkeypatch.syspath_prepend(OWN)
+
+
+@pytest.fixture
+def close():
+    """Closes what a test has opened."""
+    opened = []
+    yield lambda envs: opened.append(envs) or envs
+    for envs in opened:
+        envs.close()
+
+
+def first_seed(seed: int, index: int) -> int:
+    return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+
+
+# ------------------------------------------------------------------------ environments
+
+
+def test_which_suite_knows_an_id():
+    for env_id in ("CartPole-v1", "CartPoleEndless-v1", "Humanoid-v5", "mine:Own-v0"):
+        assert suite_for(env_id) is suite
+    for env_id in ("drawer-open-v3", "drawer-open", "nonsense"):
+        assert suite_for(env_id) is metaworld
+
+
+def test_steps_are_those_of_gymnasium_itself(close):
+    """CartPole's episodes end one by one: states, rewards and ends against a loop by hand."""
+    envs = close(suite.VecGymnasium("CartPole-v1", 2, seed=3, num_workers=1))
+    rng = np.random.default_rng(0)
+    actions = rng.integers(0, 2, (80, 2))
+    first, _ = envs.reset()
+    steps = [envs.step(a) for a in actions]
+    for i in range(2):
+        env = gymnasium.make("CartPole-v1")
+        env.reset(seed=first_seed(3, i))
+        np.testing.assert_array_equal(first[i], env.reset()[0])
+        for action, step in zip(actions[:, i], steps, strict=True):
+            obs, reward, terminated, truncated, _ = env.step(action)
+            np.testing.assert_array_equal(step.final_obs[i], obs)
+            assert (step.reward[i], step.terminated[i], step.truncated[i]) == (
+                reward, terminated, truncated)
+            assert not step.success[i]
+            np.testing.assert_array_equal(step.obs[i], env.reset()[0] if terminated else obs)
+    ends = np.array([step.ended for step in steps])
+    assert ends.any(0).all() and (ends[:, 0] != ends[:, 1]).any(), "they must end apart"
+
+
+def test_continuous_actions_are_scaled(close):
+    """Pendulum takes -2 to 2."""
+    envs = close(suite.VecGymnasium("Pendulum-v1", 1, seed=0))
+    envs.reset()
+    step = envs.step(np.array([[0.5]]))
+    env = gymnasium.make("Pendulum-v1")
+    env.reset(seed=first_seed(0, 0))
+    env.reset()
+    obs, reward, *_ = env.step(np.array([1.0], np.float32))
+    np.testing.assert_array_equal(step.obs[0], obs)
+    assert step.reward[0] == np.float32(reward)
+
+
+def test_a_users_own_environment(own_environments, close):
+    """Its dictionary is flattened; it terminates, or its time is up; its frames are its own."""
+    envs = close(suite.VecGymnasium("environments:Line-v0", 2, seed=0, camera=Camera(20, 0, "fast"),
+                                    draw_resets=True, num_workers=1))
+    assert (envs.obs_dim, envs.action_dim, envs.discrete, envs.episode_length) == (2, 2, True, 5)
+    assert not envs.resumes_episodes, "nobody knows what its state is"
+    envs.reset()
+    steps = [envs.step(np.array([1, 0])) for _ in range(5)]
+    positions = np.array([step.final_obs[:, 1] for step in steps])
+    np.testing.assert_array_equal(positions, [[1, 0], [2, 0], [3, 0], [1, 0], [2, 0]])
+    np.testing.assert_array_equal([s.terminated for s in steps], [[0, 0], [0, 0], [1, 0], [0, 0],
+                                                                  [0, 0]])
+    np.testing.assert_array_equal([s.truncated for s in steps], [[0, 0]] * 4 + [[0, 1]])
+    assert [s.reward.tolist() for s in steps] == [[0, 0], [0, 0], [1, 0], [0, 0], [0, 0]]
+    np.testing.assert_array_equal(steps[2].obs[:, 1], [0, 0])  # a new episode's
+    shades = np.array([s.frames[:, 0, 0, 0] for s in steps])
+    np.testing.assert_array_equal(shades, np.clip(positions, 0, 3) * 80)
+    assert steps[2].frames.shape == (2, 20, 20, 3) and not steps[2].reset_frames[0].any()
+
+
+@pytest.mark.parametrize(("env_id", "camera"), [
+    ("CartPole-v1", None), ("MountainCarTextured-v0", 32), ("Reacher-v5", 32),
+    ("Humanoid-v5", None),
+])
+def test_an_episode_goes_on_bit_by_bit(env_id, camera, close):
+    """From a saved state, in other environments of another number of workers."""
+    camera = camera and Camera(camera, 0, "fast")
+    envs = close(suite.VecGymnasium(env_id, 2, seed=1, camera=camera, num_workers=2))
+    rng = np.random.default_rng(0)
+    actions = (rng.integers(0, 2, (30, 2)) if envs.discrete
+               else rng.uniform(-1, 1, (30, 2, envs.action_dim)))
+    envs.reset()
+    for action in actions[:7]:
+        envs.step(action)
+    saved = envs.get_state()
+    others = close(suite.VecGymnasium(env_id, 2, seed=9, camera=camera, num_workers=1))
+    np.testing.assert_array_equal(others.set_state(saved), envs.observations())
+    for action in actions[7:]:
+        for name, x, y in zip(Step._fields, envs.step(action), others.step(action), strict=True):
+            np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+@pytest.mark.parametrize(("env_id", "options", "message"), [
+    ("CartPole-v7", {}, "unknown environment 'CartPole-v7'; did you mean CartPole-v"),
+    ("nowhere:Own-v0", {}, "unknown environment 'nowhere:Own-v0'; No module named"),
+    ("CartPole-v1", {"goal": "random"}, "--goal random is for Meta-World's tasks"),
+    ("CartPole-v1", {"seed": -1}, "seed must not be negative"),
+    ("environments:Blind-v0", {"camera": Camera(32, 0, "fast")}, "draws no frames"),
+    ("environments:Unbounded-v0", {}, "have no bounds"),
+])
+def test_what_is_refused(env_id, options, message, own_environments):
+    with pytest.raises(UserError, match=message):
+        suite.VecGymnasium(env_id, 1, **{"seed": 0} | options)
+
+
+def test_the_endless_cartpole():
+    """Falls without an end: -1 when the original would have ended, whose physics it has till then.
+
+    The pole swings all the way round, and the cart stays on the track.
+    """
+    env, original = (suite.make_env(name, seed=0, index=0, frame_size=0)
+                     for name in ("CartPoleEndless-v1", "CartPole-v1"))
+    env.unwrapped.state = original.unwrapped.state = np.array([0.0, 0.5, 0.05, 0.0])
+    dropped, angles = False, []
+    for _ in range(190):
+        obs, reward, terminated, truncated, _ = env.step(1)
+        assert not terminated and not truncated
+        if not dropped:
+            expected, _, dropped, _, _ = original.step(1)
+            np.testing.assert_array_equal(obs, expected)
+        if abs(obs[2]) > 12 * np.pi / 180:
+            assert reward == -1
+        elif abs(obs[0]) < 2.3:
+            assert reward == 1
+        assert abs(obs[0]) <= np.float32(2.4) and abs(obs[2]) <= np.float32(np.pi)
+        angles.append(obs[2])
+    assert dropped and max(np.abs(angles)) > 3
+
+
+@pytest.mark.parametrize("env_id", ["MountainCarAbsorbing-v0", "MountainCarTextured-v0"])
+def test_the_car_stays_at_its_goal(env_id):
+    env = suite.make_env(env_id, seed=0, index=0, frame_size=0)
+    env.unwrapped.state = np.array([0.44, 0.02])
+    _, reward, terminated, _, info = env.step(np.array([1.0], np.float32))
+    assert reward > 99 and not terminated and info["success"]
+    goal = env.unwrapped.state.copy()
+    for _ in range(3):  # it would roll back
+        obs, reward, terminated, _, info = env.step(np.array([-1.0], np.float32))
+        np.testing.assert_array_equal(obs, goal)
+        assert reward == 0 and not terminated and info["success"]
+
+
+def test_the_textured_car_is_drawn_where_it_is():
+    """Red pixels follow the position; everything else stays as it is."""
+    env = suite.make_env("MountainCarTextured-v0", seed=0, index=0, frame_size=32)
+    pictures = []
+    for position in (-1.0, -0.5, 0.4):
+        env.unwrapped.state = np.array([position, 0.0])
+        pictures.append(env.render().astype(int))
+        red = (pictures[-1] == (190, 30, 35)).all(-1)
+        assert red.nonzero()[1].mean() == pytest.approx((position + 1.2) / 1.8 * 600, abs=12)
+    assert (pictures[0][:, 300:500] == pictures[1][:, 300:500]).mean() > 0.99
+
+
+def test_a_squeezed_picture_keeps_its_borders():
+    picture = np.zeros((40, 60, 3), np.uint8)
+    picture[:, 55:] = 255
+    assert suite.square(picture, 24).shape == (24, 24, 3)
+    assert suite.square(picture, 24)[:, -1].min() > 200
+
+
+def test_prompts_are_table_3s():
+    assert suite.prompt_for("CartPoleEndless-v1", None) == (
+        "pole vertically upright on top of the cart")
+    assert suite.baseline_prompt_for("MountainCarTextured-v0", None) == "a car in the mountain"
+    assert suite.prompt_for("Reacher-v5", " touch the ball ") == "touch the ball"
+    with pytest.raises(UserError, match="Reacher-v5 has no prompt of its own: give --prompt"):
+        suite.prompt_for("Reacher-v5", None)
+    with pytest.raises(UserError, match="--baseline-prompt must not be empty"):
+        suite.baseline_prompt_for("CartPole-v1", " ")
+    for task in vlm_rm_tasks.TASKS.values():
+        gymnasium.spec(task.evaluated_on)
+
+
+# -------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_is_on_the_original(close):
+    """Endless CartPole's policy is judged by CartPole's returns, first episodes only."""
+    evaluate = close(Evaluator("CartPoleEndless-v1", seed=0, goal="fixed", num_episodes=3))
+    found = evaluate(lambda obs: np.ones(3, int))
+    returns = []
+    for i in range(3):
+        env = gymnasium.make("CartPole-v1")
+        env.reset(seed=first_seed(EVAL_SEED_OFFSET, i))
+        env.reset()
+        length = 1
+        while not env.step(1)[2]:
+            length += 1
+        returns.append(length)
+    assert found["eval/return"] == found["eval/length"] == np.mean(returns)
+    assert found == evaluate(lambda obs: np.ones(3, int)), "the same episodes each time"
+    assert found["eval/success_once"] == 0
+
+
+# -------------------------------------------------------------------------------- DQN
+
+ARGS = dqn.Args(batch_size=16, hidden_features=(32,), buffer_size=64)
+SIZES = Sizes(obs=4, action=3, embedding=6)
+
+
+def random_batch(seed: int) -> Transition:
+    rng = np.random.default_rng(seed)
+    return Transition(
+        rng.normal(size=(16, 4)).astype(np.float32), rng.integers(0, 3, (16, 1)).astype(np.float32),
+        rng.normal(size=(16, 4)).astype(np.float32), rng.normal(size=16).astype(np.float32),
+        rng.integers(0, 2, 16).astype(np.float32), rng.normal(size=(16, 6)).astype(np.float32),
+    )
+
+
+def q_in_numpy(params: dict, obs: np.ndarray) -> np.ndarray:
+    first, second = (params["params"][f"Dense_{i}"] for i in range(2))
+    hidden = np.maximum(obs @ np.asarray(first["kernel"]) + np.asarray(first["bias"]), 0)
+    return hidden @ np.asarray(second["kernel"]) + np.asarray(second["bias"])
+
+
+def test_q_loss_against_numpy():
+    agent = dqn.init_agent(jax.random.key(0), SIZES, ARGS)
+    agent = agent.replace(target=jax.tree.map(lambda x: x + 0.3, agent.params))
+    batch = random_batch(0)
+    reward = np.linspace(-3, 3, 16).astype(np.float32)  # both branches of Huber's loss
+    loss, metrics = dqn.q_loss(agent.params, agent, batch, reward, ARGS)
+    next_q = q_in_numpy(agent.target, batch.next_obs).max(1)
+    target = reward + 0.99 * (1 - batch.terminated) * next_q
+    q = q_in_numpy(agent.params, batch.obs)[np.arange(16), batch.action[:, 0].astype(int)]
+    error = np.abs(q - target)
+    assert (error < 1).any() and (error > 1).any()
+    expected = np.where(error < 1, error**2 / 2, error - 0.5).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["q"], q.mean(), rtol=1e-5)
+
+
+def test_dqn_finds_a_known_q():
+    """A chain of two states: action 1 leads on (reward 0, then 1 and the end), 0 stays (0.1)."""
+    args = replace(ARGS, gamma=0.5, learning_rate=1e-2, num_envs=8, target_update_every=80)
+    states = np.eye(2, dtype=np.float32)
+    rows = Transition(
+        obs=states[[0, 0, 1, 1]], action=np.float32([[0], [1], [0], [1]]),
+        next_obs=states[[0, 1, 1, 1]], reward=np.float32([0.1, 0, 0.1, 1]),
+        terminated=np.float32([0, 0, 0, 1]),
+    )
+    sizes = Sizes(obs=2, action=2)
+    agent, buffers = dqn.init_agent(jax.random.key(1), sizes, args), dqn.init_buffers(sizes, args)
+    buffers = dqn.Buffers(replay.add_rows(buffers.transitions, rows))
+    for env_steps in range(8, 2400, 8):
+        agent, _ = dqn.update(agent, buffers, None, jax.random.key(0), env_steps, args)
+    # Q(1, on) = 1; Q(1, stay) = 0.1 + 1/2; Q(0, on) = 1/2; Q(0, stay) = 0.1 + 1/4.
+    np.testing.assert_allclose(agent.network.apply(agent.params, states), [[0.35, 0.5], [0.6, 1]],
+                               atol=0.01)
+    np.testing.assert_array_equal(dqn.policy(agent, states), [1, 1])
+
+
+def test_the_target_changes_when_it_is_due():
+    args = replace(ARGS, target_update_every=100, num_envs=8)
+    agent, buffers = dqn.init_agent(jax.random.key(0), SIZES, args), dqn.init_buffers(SIZES, args)
+    buffers = dqn.Buffers(replay.add_rows(buffers.transitions, random_batch(0)))
+    inputs = dqn.VLMInputs(jnp.ones(6), jnp.ones(6))
+    changed = []
+    for env_steps in range(8, 320, 8):
+        before = jax.tree.map(np.array, agent)
+        agent, _ = dqn.update(agent, buffers, inputs, jax.random.key(0), env_steps, args)
+        same = jax.tree.map(np.array_equal, before.target, agent.target)
+        if not all(jax.tree.leaves(same)):
+            changed.append(env_steps)
+            jax.tree.map(np.testing.assert_array_equal, before.params, agent.target)
+    assert changed == [104, 200, 304]
+
+
+def test_gradients_are_clipped():
+    gradients = {"w": jnp.array([30.0, 40.0])}
+    ours = dqn.optimizer(ARGS)
+    moments = ours.update(gradients, ours.init(gradients))[1][1][0]
+    np.testing.assert_allclose(moments.mu["w"], [0.6, 0.8])  # a tenth of the norm 10
+
+
+def test_exploration_falls_linearly():
+    args = replace(ARGS, total_timesteps=1000, exploration=0.5, epsilon=0.2)
+    np.testing.assert_allclose([dqn.epsilon(s, args) for s in (0, 250, 500, 900)],
+                               [1, 0.6, 0.2, 0.2])
+    args = replace(args, learning_starts=10, epsilon=0.0)
+    agent = dqn.init_agent(jax.random.key(0), SIZES, args)
+    obs = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
+    best = np.asarray(dqn.policy(agent, obs))
+    np.testing.assert_array_equal(dqn.act(agent, obs, 900, args), best)
+    for env_steps, share in ((0, 1 / 3), (250, 1 - 0.5 * 2 / 3)):  # a random one may be the best
+        assert abs((dqn.act(agent, obs, env_steps, args) == best).mean() - share) < 0.1
+
+
+# ------------------------------------------------------------------------ whole runs
+
+
+def metrics_of(folder: Path) -> list[tuple]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return [tuple(row.values()) for row in csv.DictReader(file)
+                if not row["key"].startswith("time/")]
+
+
+SMALL = dict(total_timesteps=1200, learning_starts=400, num_envs=4, batch_size=8, eval_every=600,
+             log_every=200, checkpoint_every=600, hidden_features=(16,), eval_episodes=2)
+
+
+def test_dqn_runs_and_is_resumed(tmp_path):
+    """Endless CartPole with the embedded VLM, and once more in two halves."""
+    args = dqn.Args(**SMALL, run_dir=str(tmp_path / "whole"), alpha=0.5, exploration=0.0)
+    evaluation = dqn.main(args)
+    assert 5 < evaluation["eval/return"] < 500
+    rows = metrics_of(tmp_path / "whole")
+    assert {"losses/q_loss", "reward/vlm_mean", "charts/return", "charts/epsilon"} <= {
+        key for _, key, _ in rows}
+    again = evaluate_tool.main(evaluate_tool.Args(
+        tmp_path / "whole", episodes=3, output=tmp_path / "evaluation"))
+    assert (tmp_path / "evaluation/episode_0.mp4").stat().st_size > 1000
+    assert again["env_id"] == "CartPole-v1" and len(again["return"]["each"]) == 3
+    assert again["return"]["mean"] == np.mean(again["return"]["each"]) == again["length"]
+
+    dqn.main(replace(args, total_timesteps=600, run_dir=str(tmp_path / "half")))
+    dqn.main(replace(args, resume=str(tmp_path / "half")))
+    assert metrics_of(tmp_path / "half") == rows
+
+
+def test_frames_are_embedded_in_batches(tmp_path, monkeypatch):
+    """With --embed-batch 100: 100 frames at once, and the same number of updates, later."""
+    sizes, load_vlm = [], vlm_rm.load_vlm
+
+    def load(*args, **kwargs):
+        vlm = load_vlm(*args, **kwargs)
+        embed = vlm.embed_images
+        vlm.embed_images = lambda frames: sizes.append(len(frames)) or embed(frames)
+        return vlm
+
+    monkeypatch.setattr(vlm_rm, "load_vlm", load)
+    updates = {}
+    for batch in (4, 100):
+        sizes.clear()
+        folder = tmp_path / str(batch)
+        vlm_rm.main(vlm_rm.Args(**SMALL | {"checkpoint_every": 0}, run_dir=str(folder),
+                                env_id="MountainCarTextured-v0", embed_batch=batch))
+        assert set(sizes) == {batch} and sum(sizes) == 1200
+        updates[batch] = [float(value) for _, key, value in metrics_of(folder)
+                          if key == "charts/num_updates"]
+    assert updates[4] == [0, 0, 200, 400, 600, 800]
+    behind = np.array(updates[4]) - updates[100]
+    assert (behind >= 0).all() and (behind <= 100).all() and updates[100][-1] > 600
+
+
+@pytest.mark.parametrize(("script", "args", "message"), [
+    (sac, {"env_id": "CartPole-v1"}, "discrete actions, which SAC cannot choose"),
+    (vlm_rm, {"env_id": "CartPole-v1"}, "discrete actions, which SAC cannot choose"),
+    (dqn, {"env_id": "Pendulum-v1", "task_reward": True}, "continuous actions, which DQN cannot"),
+    (dqn, {"env_id": "Acrobot-v1"}, "Acrobot-v1 has no prompt of its own: give --prompt"),
+    (dqn, {"baseline_prompt": "a cart"}, "--baseline-prompt has no effect without --alpha"),
+    (dqn, {"env_id": "drawer-open-v3"}, "unknown environment 'drawer-open-v3'"),
+])
+def test_what_scripts_refuse(script, args, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        script.main(script.Args(**{"run_dir": str(tmp_path / "run")} | args))
+    assert not (tmp_path / "run").exists()
+
+
+def test_ends_reach_the_replay(own_environments, tmp_path, monkeypatch):
+    """What a step led to stands in its row, not the episode that begins then."""
+    saved = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *a: saved.append(
+        jax.tree.map(np.asarray, a[3])) or save(*a))
+    sac.main(sac.Args(**SMALL | {"checkpoint_every": 0, "total_timesteps": 800}, buffer_size=1000,
+                      env_id="environments:ContinuousLine-v0", run_dir=str(tmp_path / "run")))
+    rows: Transition = jax.tree.map(lambda x: x[:800], saved[-1]["transitions"].data)
+    rows = jax.tree.map(lambda x: x.reshape(200, 4, *x.shape[1:]), rows)  # [steps, num_envs, ...]
+    reached = rows.next_obs[..., 1] >= 3
+    assert reached.any() and not reached.all()
+    np.testing.assert_array_equal(rows.terminated, reached)
+    np.testing.assert_array_equal(rows.reward, reached)
+    goes_on = rows.next_obs[:-1, :, 0] == rows.obs[1:, :, 0]  # the number of the episode
+    np.testing.assert_array_equal(rows.obs[1:][goes_on], rows.next_obs[:-1][goes_on])
+    assert not (goes_on & reached[:-1]).any() and (rows.obs[1:, :, 1][~goes_on] == 0).all()
+    assert (~goes_on & ~reached[:-1]).any(), "some run out of time"
+
+
+def test_a_landscape_of_the_textured_car(tmp_path, capsys):
+    """The embedded VLM's reward is highest near the flag."""
+    landscape.main(landscape.Args(
+        ("MountainCarTextured-v0",), alpha=(0.0, 1.0), repeats=1, output=tmp_path / "out"))
+    with open(tmp_path / "out/landscape.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 91 and (tmp_path / "out/landscape.png").stat().st_size > 10_000
+    values = [float(row["value"]) for row in rows if row["alpha"] == "0.0"]
+    rewards = [float(row["reward"]) for row in rows if row["alpha"] == "0.0"]
+    assert abs(values[int(np.argmax(rewards))] - 0.45) < 0.15
+    assert "Spearman with nearness 0.9" in capsys.readouterr().out
+    with pytest.raises(UserError, match="Pendulum-v1 has no axis to draw over; these have: CartP"):
+        landscape.main(landscape.Args(("Pendulum-v1",), output=tmp_path / "no"))
