@@ -305,7 +305,7 @@ def update_once(
     task_reward = batch.reward - 1  # constant shaping (B.2)
     agent, metrics = update_agent(agent, batch, task_reward, agent_key, args)
     metrics = {f"losses/{name}": value for name, value in metrics.items()}
-    return agent, metrics | {"reward/sparse_mean": batch.reward.mean()}
+    return agent, metrics | {"reward/task_mean": batch.reward.mean()}
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="agent")

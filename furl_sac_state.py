@@ -432,7 +432,7 @@ def update_once(
         {f"losses/{name}": value for name, value in (metrics | furl_metrics).items()}
         | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
         | {"reward/vlm_mean": vlm_rewards.mean(), "reward/vlm_std": vlm_rewards.std()}
-        | {"reward/sparse_mean": batch.reward.mean()}
+        | {"reward/task_mean": batch.reward.mean()}
     )
     return state._replace(furl=furl, relay=relay), metrics
 

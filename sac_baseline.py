@@ -29,6 +29,7 @@ from flax import struct
 
 from common import flags, replay
 from common.cli import check_args, run_script
+from common.envs import metaworld
 from common.envs.metaworld_envpool import EnvPoolMetaWorld
 from common.envs.suites import suite_for
 from common.errors import UserError
@@ -225,7 +226,7 @@ def update_once(
     task_reward = batch.reward + suite_for(args.env_id).REWARD_SHIFT
     agent, metrics = update_agent(agent, batch, task_reward, agent_key, args)
     metrics = {f"losses/{name}": value for name, value in metrics.items()}
-    return agent, metrics | {"reward/sparse_mean": batch.reward.mean()}
+    return agent, metrics | {"reward/task_mean": batch.reward.mean()}
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="agent")
@@ -266,11 +267,13 @@ def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     suite = suite_for(args.env_id)  # Meta-World or Gymnasium
     args = check_args(args, suite)
+    if args.engine == "envpool" and suite is not metaworld:
+        raise UserError(f"--engine envpool has Meta-World's tasks, not {args.env_id}")
     make_vec = EnvPoolMetaWorld if args.engine == "envpool" else suite.make_vec
     envs = make_vec(args.env_id, args.num_envs, seed=args.seed, goal=args.goal)
     if envs.discrete:
         raise UserError(f"{args.env_id} has discrete actions, which SAC cannot choose: use "
-                        "vlm_rm_dqn.py --task-reward")
+                        "vlm_rm_dqn.py --no-vlm-reward")
     evaluate = Evaluator(
         args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
         capture_video=args.capture_video,

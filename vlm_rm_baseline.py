@@ -69,7 +69,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     prompt: str | None = None  # default: the task's own; short, long: Table 6's; or any text
     rho: flags.NotNegativeFloat = 0.05  # weight of the VLM reward beside the task reward (Eq. 1)
     # --- method
-    task_reward: bool = False  # add the sparse reward: LIV, CLIP; without it: VLM-RM
+    task_reward: bool = False  # add the task's reward: LIV, CLIP; without it: VLM-RM
     alpha: flags.Share = 0.0  # strength of goal-baseline regularisation, 0 to 1
     baseline_prompt: str | None = None  # the scene, whatever the goal; default: the task's own
     embed_batch: flags.PositiveInt = 1  # frames to wait for, then all are embedded and learned from
@@ -315,7 +315,7 @@ def update_once(
     agent, metrics = update_agent(agent, batch, reward, agent_key, args)
     metrics = {f"losses/{name}": value for name, value in metrics.items()}
     metrics |= {"reward/vlm_mean": vlm_rewards.mean(), "reward/vlm_std": vlm_rewards.std()}
-    return agent, metrics | {"reward/sparse_mean": batch.reward.mean()}
+    return agent, metrics | {"reward/task_mean": batch.reward.mean()}
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="agent")
@@ -452,15 +452,17 @@ def main(args: Args) -> dict[str, float]:
 
         # Measure and save.
         run.count_episodes(step)
+        saves = run.must_save()
+        if saves:  # before measuring, so that what is measured is what is saved
+            buffers, previous = store(buffers, previous), []
+            (agent, metrics), due = learn(agent, metrics, due), []
         if run.is_due(args.eval_every):
             run.log_evaluation(evaluate(partial(policy, agent), run.video_path()))
         if run.is_due(args.log_every):
             run.log_training("vlm" if metrics else "random", {
                 **metrics, "charts/num_updates": agent.opt[0].count,
             })
-        if run.must_save():
-            buffers, previous = store(buffers, previous), []
-            (agent, metrics), due = learn(agent, metrics, due), []
+        if saves:
             run.save(agent, buffers, envs)
 
     for thing in (run, evaluate, envs):

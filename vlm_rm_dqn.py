@@ -1,17 +1,18 @@
-"""VLM-RM with DQN: a frozen VLM's score as the only reward, for environments of discrete actions.
+r"""VLM-RM with DQN: a frozen VLM's score as the only reward, for environments of discrete actions.
 
 The score of a picture against a sentence, with or without goal-baseline regularisation, is what
 DQN (Mnih et al., 2015) maximises: CartPole in Rocamonde et al., ICLR 2024, arXiv 2310.12921,
 section 4.2. vlm_rm_baseline.py is the same with SAC, for continuous actions.
 
-    python vlm_rm_dqn.py --total-timesteps 60000 --learning-starts 5000 --target-update-every 500
-    python vlm_rm_dqn.py --vlm ViT-B-32/openai --alpha 0.5 --embed-batch 3200      # as the paper
-    python vlm_rm_dqn.py --env-id Acrobot-v1 --task-reward   # DQN alone, on an environment's reward
+    python vlm_rm_dqn.py --total-timesteps 20000 --learning-starts 5000 --learning-rate 5e-4 \
+        --target-update-every 500 --batch-size 64
+    python vlm_rm_dqn.py --vlm ViT-B-32/openai --alpha 0.5 --embed-batch 3200
+    python vlm_rm_dqn.py --env-id Acrobot-v1 --no-vlm-reward  # DQN on the environment's own reward
 
 docs/vlm_rm_dqn.md explains every metric.
 
-Defaults are the paper's appendix C, where it is silent stable-baselines3's, as in the paper.
-Deviations:
+Defaults are the paper's appendix C, where it is silent stable-baselines3's. Deviations (the page
+has all of them):
  1. Eight environments, one update per environment step in total (the paper: 200 every 200 steps).
  2. Frames are embedded as they come, in batches of `--embed-batch` (Algorithm 1: 3,200).
  3. The default VLM is the embedded `toy`, which needs no download.
@@ -31,7 +32,7 @@ from flax import struct
 
 from common import flags, replay
 from common.cli import check_args, run_script
-from common.envs import gymnasium
+from common.envs import gymnasium as suite
 from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import Evaluator
@@ -65,7 +66,7 @@ class Args(flags.RunArgs):  # seed, total_timesteps, num_envs, utd, logs: common
     alpha: flags.Share = 0.0  # strength of goal-baseline regularisation, 0 to 1
     baseline_prompt: str | None = None  # the scene, whatever the goal; default: Table 3's
     embed_batch: flags.PositiveInt = 1  # frames to wait for, then all are embedded and learned from
-    task_reward: bool = False  # the environment's own reward, and no VLM
+    vlm_reward: bool = True  # --no-vlm-reward: the environment's own reward, and no VLM
 
 
 # ------------------------------------------------------------------------------ state
@@ -211,7 +212,9 @@ def update(
 
 
 def epsilon(env_steps: int, args: Args) -> float:
-    """Share of random actions: falls linearly from 1 to --epsilon, then stays."""
+    """Share of random actions: 1 before learning; falls linearly to --epsilon, then stays."""
+    if env_steps < args.learning_starts:
+        return 1.0
     progress = env_steps / max(args.exploration * args.total_timesteps, 1)
     return 1 + min(progress, 1) * (args.epsilon - 1)
 
@@ -221,9 +224,8 @@ def act(agent: AgentState, obs: np.ndarray, env_steps: int, args: Args) -> np.nd
     rng = np.random.default_rng((args.seed, ACTION_STREAM, env_steps))
     actions = agent.network.features[-1]
     random, explores = rng.integers(0, actions, len(obs)), rng.random(len(obs))
-    if env_steps < args.learning_starts:
-        return random
-    return np.where(explores < epsilon(env_steps, args), random, policy(agent, obs))
+    share = epsilon(env_steps, args)
+    return random if share == 1 else np.where(explores < share, random, policy(agent, obs))
 
 
 # --------------------------------------------- what evaluation and tools use of a script
@@ -239,9 +241,9 @@ def policy(agent: AgentState, obs: jax.Array) -> jax.Array:
 
 def prompts_of(args: Args) -> tuple[str, str]:
     """Goal and baseline, which is empty where nothing looks at it."""
-    prompt = gymnasium.prompt_for(args.env_id, args.prompt)
+    prompt = suite.prompt_for(args.env_id, args.prompt)
     if args.alpha > 0:
-        return prompt, gymnasium.baseline_prompt_for(args.env_id, args.baseline_prompt)
+        return prompt, suite.baseline_prompt_for(args.env_id, args.baseline_prompt)
     if args.baseline_prompt is not None:
         raise UserError("--baseline-prompt has no effect without --alpha: give one above 0")
     return prompt, ""
@@ -267,21 +269,25 @@ def load_reward(agent: AgentState, vlm: VLM, args: Args) -> Callable[[jax.Array]
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_args(args, gymnasium)
+    args = check_args(args, suite)
+    if not args.vlm_reward and (args.prompt or args.baseline_prompt or args.alpha):
+        raise UserError("--prompt, --baseline-prompt and --alpha have no effect with "
+                        "--no-vlm-reward")
     vlm = vlm_inputs = view = camera = None
     facts = {}
-    if not args.task_reward:
+    if args.vlm_reward:
         facts["prompt"], facts["baseline_prompt"] = prompts_of(args)
         vlm = load_vlm(
             args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed
         )
         vlm_inputs = embed_task(vlm, args)
-        view = view_for(vlm, gymnasium.CUTS_BORDER)
-        camera = Camera(view.size, gymnasium.DEFAULT_CAMERA, "fast")
-    envs = gymnasium.VecGymnasium(args.env_id, args.num_envs, seed=args.seed, camera=camera)
+        view = view_for(vlm, suite.CUTS_BORDER)
+        camera = Camera(view.size, suite.DEFAULT_CAMERA, "fast")
+    envs = suite.VecGymnasium(args.env_id, args.num_envs, seed=args.seed, camera=camera)
     if not envs.discrete:
+        other = "vlm_rm_baseline.py" if args.vlm_reward else "sac_baseline.py"
         raise UserError(f"{args.env_id} has continuous actions, which DQN cannot choose from: use "
-                        "vlm_rm_baseline.py")
+                        f"{other}")
     evaluate = Evaluator(
         args.env_id, seed=args.seed, goal="fixed", num_episodes=args.eval_episodes,
         capture_video=args.capture_video,
@@ -333,15 +339,17 @@ def main(args: Args) -> dict[str, float]:
 
         # Measure and save.
         run.count_episodes(step)
+        saves = run.must_save()
+        if saves:  # before measuring, so that what is measured is what is saved
+            buffers, previous = store(buffers, previous), []
+            (agent, metrics), due = learn(agent, metrics, due), []
         if run.is_due(args.eval_every):
             run.log_evaluation(evaluate(partial(policy, agent), run.video_path()))
         if run.is_due(args.log_every):
             run.log_training("dqn" if metrics else "random", {
                 **metrics, "charts/epsilon": epsilon(env_steps, args),
             })
-        if run.must_save():
-            buffers, previous = store(buffers, previous), []
-            (agent, metrics), due = learn(agent, metrics, due), []
+        if saves:
             run.save(agent, buffers, envs)
 
     for thing in (run, evaluate, envs):

@@ -91,6 +91,15 @@ def stored_args(stored: dict[str, Any], args_type: type[ArgsT], name: str) -> Ar
                         for n, v in stored.items() if n in fields})
 
 
+def check_ranges(args: Any) -> None:
+    """Raises:
+        UserError: a flag is outside the range that its type gives.
+    """
+    kinds = typing.get_type_hints(type(args), include_extras=True)
+    for field in dataclasses.fields(args):
+        check_range(getattr(args, field.name), kinds[field.name], flag_of(field.name))
+
+
 def check_args(args: ArgsT, suite: ModuleType, whole_episodes: bool = False) -> ArgsT:
     """`args` with the task's full name and as many steps as whole iterations take.
 
@@ -98,17 +107,14 @@ def check_args(args: ArgsT, suite: ModuleType, whole_episodes: bool = False) -> 
 
     Args:
         args: the script's.
-        suite: the module of the environments, with `resolve_env_id`, `CAMERAS` and
-            `MAX_EPISODE_STEPS`.
-        whole_episodes: the script looks at whole episodes in its replay, as
-            `check_episodes_fit` says.
+        suite: the module of the environments, see `common.envs.suites`.
+        whole_episodes: the script looks at whole episodes in its replay, as `check_episodes_fit`
+            says; the suite must have `MAX_EPISODE_STEPS` then.
 
     Raises:
         UserError: names the first flag whose value cannot work, and what can.
     """
-    kinds = typing.get_type_hints(type(args), include_extras=True)
-    for field in dataclasses.fields(args):
-        check_range(getattr(args, field.name), kinds[field.name], flag_of(field.name))
+    check_ranges(args)
     for name, default in (("camera_id", suite.DEFAULT_CAMERA), ("vlm", suite.DEFAULT_VLM)):
         if getattr(args, name, default) is None:
             args = dataclasses.replace(args, **{name: default})

@@ -31,6 +31,7 @@ class Evaluator:
         capture_video: draw, so that the first episode can be written as a video.
         frame_stack: 0: the policy sees states; K: the last K frames, the newest last.
         action_repeat: physics steps per action.
+        seed_offset: added to the seed where episodes are drawn, so that training has not seen them.
         num_workers: worker processes; default: chosen from the number of cores.
 
     Attributes:
@@ -49,6 +50,7 @@ class Evaluator:
         capture_video: bool = False,
         frame_stack: int = 0,
         action_repeat: int = 1,
+        seed_offset: int = EVAL_SEED_OFFSET,
         num_workers: int | None = None,
     ):
         if not frame_stack:
@@ -58,7 +60,7 @@ class Evaluator:
         self.envs = suite.make_vec(
             suite.evaluated_on(env_id),
             num_episodes or (1 if all_same else 10),
-            seed=seed if all_same else seed + EVAL_SEED_OFFSET,
+            seed=seed if all_same else seed + seed_offset,
             goal=goal,
             camera=camera if capture_video or frame_stack else None,
             action_repeat=action_repeat,

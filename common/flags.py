@@ -29,13 +29,13 @@ LARGEST = 2**31 - 1  # counters on the device are int32
 class RunArgs:
     """What is run and how it is recorded; the script's own `Args` add the method."""
 
-    env_id: str = "drawer-open-v3"  # any Meta-World v3 task; v2 names are aliases
+    env_id: str = "drawer-open-v3"  # a task, e.g. any of Meta-World v3; v2 names are aliases
     seed: NotNegativeInt = 0  # seed of everything: goals, networks, exploration, sampling
     total_timesteps: PositiveInt = 1_000_000  # environment steps, summed over the environments
     num_envs: PositiveInt = 8  # environments stepped side by side
     utd: float = 1.0  # updates per environment step (per action, where actions are repeated)
     eval_every: PositiveInt = 10_000  # environment steps between evaluations of the mean action
-    eval_episodes: NotNegativeInt = 0  # per evaluation; 0: 1 with a fixed goal, else 10
+    eval_episodes: NotNegativeInt = 0  # per evaluation; 0: 1 where all are the same, else 10
     checkpoint_every: NotNegativeInt = 50_000  # steps between checkpoints; 0: only at the end
     log_every: PositiveInt = 1_000  # environment steps between rows of metrics
     run_dir: str | None = None  # default: runs/<env>__<script>__<seed>__<time>

@@ -42,7 +42,7 @@ class Transition(NamedTuple):
     obs: jax.Array  # [n, obs_dim] float32
     action: jax.Array  # [n, action_dim] float32
     next_obs: jax.Array  # [n, obs_dim] float32
-    reward: jax.Array  # [n] float32, 1 on success, else 0
+    reward: jax.Array  # [n] float32, the task's; Meta-World's is 1 on success, else 0
     terminated: jax.Array  # [n] float32; truncation does not cut the bootstrap
     embedding: jax.Array | None = None  # [n, embed_dim]; None where no VLM is used
 

@@ -49,6 +49,13 @@ class Blind(Line):
     metadata: ClassVar = {"render_modes": []}
 
 
+class Undrawable(Line):
+    """Says that it can be drawn, but cannot be asked for it."""
+
+    def __init__(self):
+        super().__init__()
+
+
 class Unbounded(Line):
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -62,4 +69,5 @@ def register(env_id: str, entry_point: type, **options: Any) -> None:
 register("Line-v0", Line, max_episode_steps=5)
 register("ContinuousLine-v0", Line, max_episode_steps=5, kwargs={"discrete": False})
 register("Blind-v0", Blind)
+register("Undrawable-v0", Undrawable)
 register("Unbounded-v0", Unbounded)

@@ -331,7 +331,7 @@ def test_drq_alone_learns_from_the_reward():
     updated, metrics = drq_baseline.update_once(agent, drq_baseline.Buffers(steps), key, args)
     for ours, theirs in zip(jax.tree.leaves(updated), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert metrics["reward/sparse_mean"] == batch.reward.mean()
+    assert metrics["reward/task_mean"] == batch.reward.mean()
 
 
 def test_the_policy_is_the_evaluated_agents_and_takes_frames_of_any_size():

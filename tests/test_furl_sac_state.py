@@ -542,7 +542,7 @@ def test_both_agents_learn_from_one_batch_with_their_own_rewards(buffers):
     jax.tree.map(close, after.furl, furl)
     jax.tree.map(close, after.relay, relay)
     close(metrics["reward/vlm_mean"], fuzzy.mean())
-    close(metrics["reward/sparse_mean"], task.mean() + 1)
+    close(metrics["reward/task_mean"], task.mean() + 1)
 
 
 @pytest.mark.parametrize("alignment", ["success", "goal-image"])

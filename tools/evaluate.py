@@ -259,23 +259,29 @@ def film(
 def evaluate_returns(trained: Trained, args: Args) -> dict[str, Any]:
     """What `main` does where a return counts, not a success: on Gymnasium's environments.
 
-    Episodes are played on the original environment, and differ from those of the run itself.
+    Episodes are played on the original environment, by default other ones than the run's own. The
+    video shows the first of them.
     """
+    if args.videos > 1:
+        raise UserError(f"--videos must be 0 or 1 for a run on {trained.args.env_id}, not "
+                        f"{args.videos}")
     if args.env_id is not None or args.goal is not None:
         raise UserError(f"--env-id and --goal are for Meta-World; this run is on "
                         f"{trained.args.env_id}")
-    seed = trained.args.seed + EVAL_SEED_OFFSET if args.seed is None else args.seed
+    seed = trained.args.seed + 2 * EVAL_SEED_OFFSET if args.seed is None else args.seed
     env_id = suite_for(trained.args.env_id).evaluated_on(trained.args.env_id)
     output = args.output or Path("evaluations") / "__".join(
         [trained.name, f"step_{trained.env_steps}", env_id.replace(":", "_"), str(seed)])
     new_folder(output)
-    evaluate = Evaluator(
-        trained.args.env_id, seed=seed, goal="fixed", num_episodes=args.episodes,
-        capture_video=args.videos > 0,
-    )
-    output.mkdir(parents=True)
-    means = evaluate(trained.policy, output / "episode_0.mp4")
+    same = {"seed": seed, "goal": "fixed", "seed_offset": 0}
+    evaluate = Evaluator(trained.args.env_id, num_episodes=args.episodes, **same)
+    means = evaluate(trained.policy)
     evaluate.close()
+    output.mkdir(parents=True)
+    if args.videos:  # apart, so that not all episodes are drawn
+        film = Evaluator(trained.args.env_id, num_episodes=1, capture_video=True, **same)
+        film(trained.policy, output / "episode_0.mp4")
+        film.close()
     error = standard_error(evaluate.returns) if args.episodes > 1 else None
     results = {
         "env_id": env_id, "seed": seed, "env_steps": trained.env_steps, "episodes": args.episodes,

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import run_script
+from common.cli import check_ranges, run_script
 from common.envs import gymnasium as suite
 from common.envs import vlm_rm_tasks
 from common.errors import UserError
-from common.flags import PositiveInt, Share
+from common.flags import NotNegativeInt, PositiveInt, Share
 from common.vlms import load_vlm, view_for
 from tools.measures import goal_baseline_reward, spearman
 
@@ -41,7 +41,7 @@ class Args:
     """strengths of goal-baseline regularisation, a line each"""
     repeats: PositiveInt = 8
     """states for each value on the axis"""
-    seed: int = 0
+    seed: NotNegativeInt = 0
     """of what is not on the axis"""
     output: Path = Path("landscapes")
     """folder"""
@@ -61,6 +61,7 @@ def pictures(env_id: str, axis: vlm_rm_tasks.Axis, size: int, args: Args) -> np.
 
 
 def main(args: Args) -> None:
+    check_ranges(args)
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame opens no window
     axes, prompts = [], []
     for env_id in args.env_id:
@@ -87,6 +88,9 @@ def main(args: Args) -> None:
         frames = pictures(env_id, axis, view.size, args)
         images = np.asarray(vlm.embed_images(view.crop(frames.reshape(-1, *frames.shape[2:]))))
         text, baseline = np.asarray(vlm.embed_text(texts))
+        if np.allclose(text, baseline):
+            raise UserError(f"--baseline-prompt {texts[1]!r} means the same as the prompt "
+                            f"{texts[0]!r} to this VLM: there is no line through both")
         for alpha in args.alpha:
             reward = goal_baseline_reward(text, baseline, images, alpha)
             mean = reward.reshape(frames.shape[:2]).mean(1)

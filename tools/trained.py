@@ -32,8 +32,8 @@ Reward = Callable[[np.ndarray], np.ndarray]  # image embeddings [n, D] -> r_VLM 
 class Script(Protocol):
     """What the tools use of a script: these names at the top level of its file.
 
-    `Args` needs the fields env_id, seed and goal. Everything else that the tools must know is in
-    config.json, where the script's `start_run` has put it.
+    `Args` needs the fields env_id, seed, and for Meta-World goal. Everything else that the tools
+    must know is in config.json, where the script's `start_run` has put it.
     """
 
     Args: type

@@ -29,8 +29,8 @@ DEFAULT_VLM = "toy"
 CUTS_BORDER = False  # of a VLM's pictures
 DEFAULT_MAX_EPISODE_STEPS = 1_000  # where an environment has no limit
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
-# Environments whose attributes are all of their state.
-PLAIN_STATE = ("gymnasium.envs.classic_control.", "gymnasium.envs.toy_text.")
+# Where environments are defined whose attributes, and MuJoCo's state, are all of their state.
+KNOWN_STATE = ("gymnasium.envs.classic_control.", "gymnasium.envs.mujoco.", "common.envs.")
 
 vlm_rm_tasks.register()
 
@@ -38,6 +38,11 @@ vlm_rm_tasks.register()
 def knows(env_id: str) -> bool:
     """Whether `gymnasium.make` could know the id; that of a module (`module:Name-v0`) counts."""
     return ":" in env_id or env_id in gymnasium.registry
+
+
+def ids() -> list[str]:
+    """All that are registered."""
+    return list(gymnasium.registry)
 
 
 def resolve_env_id(name: str) -> str:
@@ -51,7 +56,7 @@ def resolve_env_id(name: str) -> str:
     except ImportError as error:
         raise UserError(f"unknown environment {name!r}; {error}") from None
     except gymnasium.error.Error as error:
-        closest = difflib.get_close_matches(name, list(gymnasium.registry), n=3, cutoff=0.4)
+        closest = difflib.get_close_matches(name, ids(), n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(closest)}?" if closest else str(error).splitlines()[0]
         raise UserError(f"unknown environment {name!r}; {hint}") from None
     return name
@@ -166,16 +171,18 @@ def make_env(env_id: str, *, seed: int, index: int, frame_size: int) -> gymnasiu
         UserError: see `VecGymnasium`.
     """
     options: dict[str, Any] = {"max_episode_steps": max_episode_steps(env_id)}
-    if frame_size:
-        options["render_mode"] = "rgb_array"
     try:
-        if frame_size and issubclass(_class_of(env_id), MujocoEnv):  # else it draws 480 px
-            options |= {"width": frame_size, "height": frame_size}
+        if frame_size:
+            cls = _class_of(env_id)
+            if "rgb_array" not in cls.metadata.get("render_modes", ()):
+                raise UserError(f"{env_id} draws no frames (no render mode rgb_array), which are "
+                                "needed here")
+            options["render_mode"] = "rgb_array"
+            if issubclass(cls, MujocoEnv):  # else it draws 480 px
+                options |= {"width": frame_size, "height": frame_size}
         env = gymnasium.make(env_id, disable_env_checker=True, **options)
-    except (gymnasium.error.Error, ImportError) as error:
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
         raise UserError(f"{env_id} cannot be made here: {str(error).splitlines()[0]}") from error
-    if frame_size and "rgb_array" not in env.metadata.get("render_modes", ()):
-        raise UserError(f"{env_id} draws no frames (no render mode rgb_array): a VLM needs them")
     spaces = gymnasium.spaces
     if isinstance(env.action_space, spaces.Discrete):
         if env.action_space.start != 0:
@@ -198,11 +205,15 @@ def make_env(env_id: str, *, seed: int, index: int, frame_size: int) -> gymnasiu
     return env
 
 
-def _class_of(env_id: str) -> type:
+def _class_of(env_id: str) -> type[gymnasium.Env]:
     creator = _spec(env_id).entry_point
     if isinstance(creator, str):
         creator = gymnasium.envs.registration.load_env_creator(creator)
-    return creator if isinstance(creator, type) else object
+    if isinstance(creator, type):
+        return creator
+    env = creator()  # a function: nothing but an environment tells
+    env.close()
+    return type(env.unwrapped)
 
 
 def make_draw(env: gymnasium.Env, camera: Camera) -> Callable[..., np.ndarray]:
@@ -228,8 +239,7 @@ def elapsed_steps(env: gymnasium.Env) -> int:
 
 
 def _state_is_known(env: gymnasium.Env) -> bool:
-    plain = any(cls.__module__.startswith(PLAIN_STATE) for cls in type(env.unwrapped).__mro__)
-    return plain or (hasattr(env.unwrapped, "data") and hasattr(env.unwrapped, "model"))
+    return type(env.unwrapped).__module__.startswith(KNOWN_STATE)
 
 
 def get_env_state(env: gymnasium.Env) -> dict[str, Any]:
@@ -244,7 +254,7 @@ def get_env_state(env: gymnasium.Env) -> dict[str, Any]:
         name: value.copy() if isinstance(value, np.ndarray) else value
         for name, value in vars(base).items() if isinstance(value, plain)
     }
-    if hasattr(base, "data"):
+    if isinstance(base, MujocoEnv):
         state["physics"] = np.empty(mujoco.mj_stateSize(base.model, PHYSICS))
         mujoco.mj_getState(base.model, base.data, state["physics"], PHYSICS)
         # A step leaves positions of bodies as they were before its last substep, and the next
