@@ -433,9 +433,9 @@ def test_a_checkpoint_of_another_format_is_passed_over(tmp_path, monkeypatch):
     assert "another version's" in warnings[0]
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, 3])
 def test_a_checkpoint_of_an_earlier_format_is_refused(tmp_path, monkeypatch, number):
-    assert checkpoint.FORMAT == 3
+    assert checkpoint.FORMAT == 4
     monkeypatch.setattr(checkpoint, "FORMAT", number)
     save(tmp_path, 4)
     monkeypatch.undo()

@@ -356,7 +356,7 @@ def test_dqn_runs_and_is_resumed(tmp_path):
     evaluation = dqn.main(args)
     assert 5 < evaluation["eval/return"] < 500
     rows = metrics_of(tmp_path / "whole")
-    assert {"losses/q_loss", "reward/vlm_mean", "charts/return", "charts/epsilon"} <= {
+    assert {"losses/q_loss", "reward/vlm_mean", "eval/length", "charts/epsilon"} <= {
         key for _, key, _ in rows}
     again = evaluate_tool.main(evaluate_tool.Args(
         tmp_path / "whole", episodes=3, output=tmp_path / "evaluation"))
@@ -420,6 +420,9 @@ def test_ends_reach_the_replay(own_environments, tmp_path, monkeypatch):
         jax.tree.map(np.asarray, a[3])) or save(*a))
     sac.main(sac.Args(**SMALL | {"checkpoint_every": 0, "total_timesteps": 800}, buffer_size=1000,
                       env_id="environments:ContinuousLine-v0", run_dir=str(tmp_path / "run")))
+    returns = [float(value) for _, key, value in metrics_of(tmp_path / "run")
+               if key == "charts/return"]
+    assert 0 < returns[0] < 1, "some of the random episodes reach the end"
     rows: Transition = jax.tree.map(lambda x: x[:800], saved[-1]["transitions"].data)
     rows = jax.tree.map(lambda x: x.reshape(200, 4, *x.shape[1:]), rows)  # [steps, num_envs, ...]
     reached = rows.next_obs[..., 1] >= 3
