@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_scripts_agree import definitions
 
 import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
@@ -448,3 +449,9 @@ def test_a_landscape_of_the_textured_car(tmp_path, capsys):
     assert "Spearman with nearness 0.9" in capsys.readouterr().out
     with pytest.raises(UserError, match="Pendulum-v1 has no axis to draw over; these have: CartP"):
         landscape.main(landscape.Args(("Pendulum-v1",), output=tmp_path / "no"))
+
+
+@pytest.mark.parametrize("name", ["MLP", "cosine_similarity", "goal_baseline_reward", "load_reward"])
+def test_dqn_and_sac_have_the_same_reward(name):
+    """Byte for byte, as `test_scripts_agree` asks it of the scripts of the FuRL paper."""
+    assert definitions("vlm_rm_dqn")[name] == definitions("vlm_rm_baseline")[name]
