@@ -451,7 +451,9 @@ def test_a_landscape_of_the_textured_car(tmp_path, capsys):
         landscape.main(landscape.Args(("Pendulum-v1",), output=tmp_path / "no"))
 
 
-@pytest.mark.parametrize("name", ["MLP", "cosine_similarity", "goal_baseline_reward", "load_reward"])
+@pytest.mark.parametrize("name", [
+    "MLP", "cosine_similarity", "goal_baseline_reward", "load_reward",
+])
 def test_dqn_and_sac_have_the_same_reward(name):
     """Byte for byte, as `test_scripts_agree` asks it of the scripts of the FuRL paper."""
     assert definitions("vlm_rm_dqn")[name] == definitions("vlm_rm_baseline")[name]
