@@ -298,9 +298,10 @@ class VecEnv:
 
 def _end(workers: list[tuple[subprocess.Popen, Connection]]) -> None:
     """End the workers and empty their list."""
-    while workers:
-        process, connection = workers.pop()
+    for _, connection in workers:
         connection.close()
+    while workers:
+        process, _ = workers.pop()
         try:
             process.wait(timeout=5)
         except subprocess.TimeoutExpired:
