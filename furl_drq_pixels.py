@@ -57,6 +57,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
+    init_q: float = 0.0  # added to both critics: what they say before learning
     hidden_features: flags.PositiveInts = (256, 256, 256)  # hidden layers of actor and critics
     frame_stack: flags.PositiveInt = 3  # pictures that the policy sees, the newest last
     shift: flags.PositiveInt = 4  # pixels by which pictures are shifted at random
@@ -190,6 +191,7 @@ class CriticPair(nn.Module):
 
     hidden_features: tuple[int, ...]
     encoder_dim: int
+    init_q: float
 
     @nn.compact
     def __call__(self, features: jax.Array, action: jax.Array) -> jax.Array:
@@ -197,7 +199,7 @@ class CriticPair(nn.Module):
             MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
         )
         x = jnp.concatenate([Neck(self.encoder_dim)(features), action], axis=-1)
-        return ensemble((*self.hidden_features, 1))(x).squeeze(-1)
+        return self.init_q + ensemble((*self.hidden_features, 1))(x).squeeze(-1)
 
 
 class Projection(nn.Module):
@@ -416,7 +418,7 @@ def adam_step(loss_fn, params, opt_state, args: Args):
 def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
     encoder = Encoder(args.encoder_features)
     actor = Actor(sizes.action, args.hidden_features, args.encoder_dim)
-    critic = CriticPair(args.hidden_features, args.encoder_dim)
+    critic = CriticPair(args.hidden_features, args.encoder_dim, args.init_q)
     encoder_key, actor_key, critic_key = jax.random.split(key, 3)
     shape = (1, pixels.PICTURE_SIZE, pixels.PICTURE_SIZE, 3 * args.frame_stack)
     pictures = jnp.zeros(shape, jnp.uint8)

@@ -58,6 +58,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
+    init_q: float = 0.0  # added to both critics: what they say before learning
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     # --- VLM reward
     vlm: str = "mini"  # mini, mini2, liv, clip, or an open_clip pair such as ViT-B-32/openai
@@ -153,6 +154,7 @@ class CriticPair(nn.Module):
     """obs [batch, obs_dim], action [batch, action_dim] -> Q of both critics [2, batch]."""
 
     hidden_features: tuple[int, ...]
+    init_q: float
 
     @nn.compact
     def __call__(self, obs: jax.Array, action: jax.Array) -> jax.Array:
@@ -160,7 +162,7 @@ class CriticPair(nn.Module):
             MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
         )
         x = jnp.concatenate([obs, action], axis=-1)
-        return ensemble((*self.hidden_features, 1))(x).squeeze(-1)
+        return self.init_q + ensemble((*self.hidden_features, 1))(x).squeeze(-1)
 
 
 class Projection(nn.Module):
@@ -343,7 +345,7 @@ def adam_step(loss_fn, params, opt_state, args: Args):
 @partial(jax.jit, static_argnames=("sizes", "args"))  # eagerly it takes twice as long
 def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
     actor = Actor(sizes.action, args.hidden_features)
-    critic = CriticPair(args.hidden_features)
+    critic = CriticPair(args.hidden_features, args.init_q)
     actor_key, critic_key = jax.random.split(key)
     obs, action = jnp.zeros((1, sizes.obs)), jnp.zeros((1, sizes.action))
     params = {

@@ -412,6 +412,22 @@ def test_initial_state():
     assert changed(state.furl.params, state.relay.params), "two agents, two initialisations"
 
 
+def test_init_q_moves_both_critics_and_their_targets():
+    """Only what they say: their parameters are as without it."""
+    before, after = (
+        init_state(jax.random.key(0), SIZES, replace(SMALL, init_q=q)).furl for q in (0.0, -100.0)
+    )
+    assert not changed(before.params, after.params)
+    obs, action = jnp.ones((5, SIZES.obs)), jnp.ones((5, SIZES.action))
+    for network in ("critic", "target"):
+        zero, moved = (
+            agent.critic.apply(agent.target_critic if network == "target" else
+                               agent.params["critic"], obs, action)
+            for agent in (before, after)
+        )
+        assert_close(moved, zero - 100)
+
+
 # -------------------------------------------------------------------------------- probes
 
 
