@@ -406,8 +406,7 @@ def main(args: Args) -> dict[str, float]:
             buffers, previous = Buffers(pixels.add_step(buffers.steps, *previous)), None
             run.save(agent, buffers, envs)
 
-    for thing in (run, evaluate, envs):
-        thing.close()
+    run.close(evaluate, envs)
     return run.evaluation
 
 

@@ -461,11 +461,8 @@ def init_buffers(sizes: Sizes, args: Args) -> Buffers:
     # Embeddings of a network with random weights differ by less than float16 can tell.
     exact = not args.pretrained
     step, frame = pixels.example_step(sizes, exact), replay.example_frame(sizes, exact)
-    return Buffers(
-        replay.init_ring(step, args.buffer_size),
-        replay.init_ring(frame, args.embedding_buffer_size),
-        replay.init_ring(frame, args.embedding_buffer_size),
-    )
+    positives, negatives = (replay.init_ring(frame, args.embedding_buffer_size) for _ in range(2))
+    return Buffers(replay.init_ring(step, args.buffer_size), positives, negatives)
 
 
 def update_projection(
@@ -684,8 +681,7 @@ def main(args: Args) -> dict[str, float]:
             buffers, previous = store(buffers, *previous), None
             run.save(state, buffers, envs)
 
-    for thing in (run, evaluate, envs):
-        thing.close()
+    run.close(evaluate, envs)
     return run.evaluation
 
 

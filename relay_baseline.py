@@ -426,8 +426,7 @@ def main(args: Args) -> dict[str, float]:
             buffers, previous = store(buffers, *previous), None
             run.save(state, buffers, envs)
 
-    for thing in (run, evaluate, envs):
-        thing.close()
+    run.close(evaluate, envs)
     return run.evaluation
 
 

@@ -322,8 +322,7 @@ def main(args: Args) -> dict[str, float]:
             buffers, previous = Buffers(replay.add_rows(buffers.transitions, previous)), None
             run.save(agent, buffers, envs)
 
-    for thing in (run, evaluate, envs):
-        thing.close()
+    run.close(evaluate, envs)
     return run.evaluation
 
 

@@ -467,8 +467,7 @@ def main(args: Args) -> dict[str, float]:
         if saves:
             run.save(agent, buffers, envs)
 
-    for thing in (run, evaluate, envs):
-        thing.close()
+    run.close(evaluate, envs)
     return run.evaluation
 
 

@@ -220,8 +220,11 @@ class Run:
         return UserError(f"{what} is {value} at step {self.env_steps}: the run has diverged; its "
                          f"last checkpoint before that is in {self.dir}")
 
-    def close(self, finished: bool = True) -> None:
-        """End the records; `finished`: the last evaluation is that of the final policy."""
+    def close(self, *environments: Any, finished: bool = True) -> None:
+        """End the records, and the environments with them.
+
+        `finished`: the last evaluation is that of the final policy.
+        """
         while self._handlers:
             signal.signal(*self._handlers.popitem())
         if finished and self.evaluation:
@@ -235,6 +238,8 @@ class Run:
             checkpoint.drop_replay(self.dir)
         self.logger.close()
         unlock_run_dir(self.dir)
+        for envs in environments:
+            envs.close()
 
 
 def start_run(

@@ -41,8 +41,8 @@ def _gl_context():
     """
     os.environ["MUJOCO_GL"] = "egl"
     os.environ["PYOPENGL_PLATFORM"] = "egl"
-    # Mesa's cache of compiled shaders saves 0.2 s. But it has a thread that runs only when a core is
-    # idle, also to end: on a busy machine a process that draws then needs seconds to exit.
+    # Mesa's cache of compiled shaders saves 0.2 s. But it has a thread that runs only on an idle
+    # core, also to end: on a busy machine a process that draws then needs seconds to exit.
     os.environ.setdefault("MESA_SHADER_CACHE_DISABLE", "true")
     if not os.environ.get("FURL_ENV_WORKER"):  # environments' workers never load torch
         # Mesa loads its LLVM with global symbols, and torch loads Triton late, which holds another

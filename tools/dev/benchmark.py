@@ -411,35 +411,50 @@ def measure_baselines(_rounds: int) -> Iterator[Row]:
         yield run_script(script, name, flags, steps)
 
 
+PEERS = (  # script, its flags, the peers' algorithm, task, samples per update
+    ("sac_baseline.py", "", "SAC", "drawer-close-v3", 256),
+    ("sac_baseline.py", "", "SAC", "Pendulum-v1", 256),
+    ("vlm_rm_dqn.py", "--no-vlm-reward", "DQN", "CartPole-v1", 32),
+)
+
+
+def own_speed(script: str, flags: list[str]) -> float:
+    """Steps a second of one run of a script."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*flags, "--total-timesteps", "5000"]
+        return time_run(ROOT / script, flags, Path(folder) / "run", warm_up=2000)[0]
+
+
+def peer_speed(package: str, flags: list[str]) -> float:
+    """Steps a second of one run of another library's algorithm."""
+    command = [sys.executable, "-m", "tools.dev.peer", "--package", package, *flags]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"{package} failed: {result.stderr[-500:]}")
+    return float(result.stdout.splitlines()[-1])
+
+
 def measure_peers(rounds: int) -> Iterator[Row]:
-    """`sac_baseline.py` in turns with the SAC of those other libraries that are installed."""
+    """SAC and DQN in turns with those of the other libraries that are installed."""
     installed = [package for package in PACKAGES if importlib.util.find_spec(package)]
-
-    def ours() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            return time_run(ROOT / "sac_baseline.py", ["--total-timesteps", "5000"],
-                            Path(folder) / "run", warm_up=2000)[0]
-
-    def theirs(package: str) -> float:
-        command = [sys.executable, "-m", "tools.dev.peer_sac", "--package", package]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise UserError(f"{package} failed: {result.stderr[-500:]}")
-        return float(result.stdout.splitlines()[-1])
-
-    contenders: dict[str, Callable[[], float]] = {"sac_baseline.py": ours}
-    for package in installed:
-        name = {"sbx": "sbx-rl"}.get(package, package)
-        contenders[f"{name} {metadata.version(name)}"] = lambda p=package: theirs(p)
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for package in set(PACKAGES) - set(installed):
-        yield f"SAC, one update a step: {package}", "-", "not installed (see tools/dev/peer_sac.py)"
-    for _ in range(min(rounds, 3)):
-        for name, run in contenders.items():
-            speeds[name].append(run())
-    for name, values in speeds.items():
-        yield (f"SAC, one update a step: {name}", f"{np.median(values):.0f} steps/s",
-               f"{min(values):.0f} to {max(values):.0f} in {len(values)} runs, in turns")
+        yield package, "-", "not installed (see tools/dev/peer.py)"
+    for script, flags, algorithm, task, batch_size in PEERS:
+        same = ["--env-id", task, "--batch-size", str(batch_size)]
+        contenders = {script: partial(own_speed, script, [*flags.split(), *same])}
+        for package in installed:
+            name = {"sbx": "sbx-rl"}.get(package, package)
+            contenders[f"{name} {metadata.version(name)}"] = partial(
+                peer_speed, package, ["--algorithm", algorithm, *same]
+            )
+        speeds: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(min(rounds, 3)):
+            for name, run in contenders.items():
+                speeds[name].append(run())
+        for name, values in speeds.items():
+            yield (f"{algorithm} on {task}, batch {batch_size}: {name}",
+                   f"{np.median(values):.0f} steps/s",
+                   f"{min(values):.0f} to {max(values):.0f} in {len(values)} runs, in turns")
 
 
 def run_script(
