@@ -60,7 +60,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
-    init_q: float = 0.0  # added to both critics: what they say before learning
+    init_q: float = 0.0  # with --task-reward: what the critics say before learning
     tune_temperature: bool = True  # --no-tune-temperature: it stays as it was, as in VLM-RM
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     # --- VLM reward
@@ -271,7 +271,7 @@ def adam_step(loss_fn, params, opt_state, args: Args):
 @partial(jax.jit, static_argnames=("sizes", "args"))  # eagerly it takes twice as long
 def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
     actor = Actor(sizes.action, args.hidden_features)
-    critic = CriticPair(args.hidden_features, args.init_q)
+    critic = CriticPair(args.hidden_features, args.init_q if args.task_reward else 0.0)
     actor_key, critic_key = jax.random.split(key)
     obs, action = jnp.zeros((1, sizes.obs)), jnp.zeros((1, sizes.action))
     params = {

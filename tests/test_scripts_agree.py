@@ -29,7 +29,7 @@ DEFINITIONS = {
     "actor_loss": (2, "on pixels it is given features"),
     "sac_loss": (2, "VLM-RM's temperature can be kept as it is"),
     "vlm_reward": (2, "Eq. 3 of FuRL; the rewards of VLM-RM"),
-    "init_agent": (2, "on pixels with the encoder"),
+    "init_agent": (3, "on pixels with the encoder; VLM-RM has --init-q beside a task reward only"),
     "update_agent": (2, "on pixels with the encoder"),
     "init_state": (3, "two agents and heads, two agents, one agent"),
     "init_buffers": (5, "as Buffers, and SAC and DrQ store no embeddings"),
@@ -43,6 +43,7 @@ DEFINITIONS = {
 # The same for the lines and properties of Args.
 FIELDS = {
     "camera_id": (3, "on pixels the policy sees the frames as well; VLM-RM has other suites"),
+    "init_q": (2, "as init_agent"),
     "vlm": (2, "VLM-RM has other suites, with an embedded VLM of their own"),
     "prompt": (2, "as vlm"),
     "buffer_size": (2, "on pixels 2e5 pictures, Table 5"),
