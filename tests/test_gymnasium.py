@@ -118,6 +118,7 @@ def test_a_users_own_environment(own_environments, close):
 
 @pytest.mark.parametrize(("env_id", "camera"), [
     ("CartPole-v1", None), ("MountainCarTextured-v0", 32), ("Reacher-v5", 32),
+    ("HumanoidKneeling-v0", 32),
     ("Humanoid-v5", None),
 ])
 def test_an_episode_goes_on_bit_by_bit(env_id, camera, close):

@@ -1,5 +1,7 @@
 """The environments of the VLM-RM paper (Rocamonde et al., ICLR 2024), appendix C.
 
+CartPole and MountainCar are here, the humanoid's poses in `humanoid.py`.
+
 No episode terminates, which would tell the task: with termination any positive reward solves
 CartPole. They are registered with Gymnasium under ids of their own, and evaluated on the originals
 where those have a reward.
@@ -16,6 +18,8 @@ import numpy as np
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from gymnasium.envs.classic_control.continuous_mountain_car import Continuous_MountainCarEnv
 from PIL import Image, ImageDraw
+
+from common.envs import humanoid
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,10 @@ TASKS = {
     "MountainCarContinuous-v0": Task(*MOUNTAIN_CAR, "MountainCarContinuous-v0", CAR_POSITION),
     "MountainCarAbsorbing-v0": Task(*MOUNTAIN_CAR, "MountainCarContinuous-v0", CAR_POSITION),
     "MountainCarTextured-v0": Task(*MOUNTAIN_CAR, "MountainCarContinuous-v0", CAR_POSITION),
+} | {
+    env_id: Task(pose.prompt, humanoid.BASELINE_PROMPT, env_id)
+    for name, pose in humanoid.POSES.items()
+    for env_id in (humanoid.env_id(name, look) for look in humanoid.LOOKS)
 }
 
 
@@ -196,3 +204,4 @@ def register() -> None:
     ):
         if env_id not in gymnasium.registry:
             gymnasium.register(env_id, entry_point, max_episode_steps=steps)
+    humanoid.register()

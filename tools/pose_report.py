@@ -1,0 +1,137 @@
+"""How well VLMs tell a humanoid's pose: Figures 3, 4 and 7 of the VLM-RM paper, without training.
+
+    python -m tools.pose_report --vlm ViT-B-32/openai ViT-L-14/laion2b_s32b_b82k
+    python -m tools.pose_report --pose Lotus --look original textured camera --vlm ViT-B-32/openai
+
+A small labelled set is drawn: the robot is put into each of eight poses (Rocamonde et al., ICLR
+2024, arXiv 2310.12921, Table 1), with noise on its joints, and on the way there from standing. A
+state is a goal state if the condition of the pose holds (Table 2, common/envs/humanoid.py). Writes
+figures, the rewards as CSV, a sheet of pictures, and prints for each VLM, look and strength of
+goal-baseline regularisation the EPIC distance to the labels (0 is best) and the AUC.
+"""
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["MUJOCO_GL"] = "egl"  # before MuJoCo: it draws without a display
+
+import numpy as np
+from PIL import Image
+
+from common.cli import check_ranges, run_script
+from common.envs import humanoid
+from common.errors import UserError
+from common.flags import NotNegativeInt, PositiveInt, Share
+from common.vlms import load_vlm
+from tools.measures import auc, epic_distance, goal_baseline_reward
+
+NOISE = 12.0  # largest standard deviation of a joint's angle in a state, degrees
+
+
+@dataclass(frozen=True)
+class Args:
+    pose: str = "Kneeling"
+    """the goal: one of Table 1's, see common/envs/humanoid.py"""
+    look: tuple[humanoid.Look, ...] = ("camera",)
+    """original, textured, camera: the panels of Figure 3"""
+    vlm: tuple[str, ...] = ("ViT-B-32/openai",)
+    """clip, liv, or open_clip pairs; the paper's largest is ViT-bigG-14/laion2b_s39b_b160k"""
+    prompt: str | None = None
+    """default: Table 3's"""
+    baseline_prompt: str = humanoid.BASELINE_PROMPT
+    alpha: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """strengths of goal-baseline regularisation"""
+    samples: PositiveInt = 40
+    """states for each of the eight poses"""
+    seed: NotNegativeInt = 0
+    output: Path = Path("poses")
+    """folder"""
+
+
+def labelled_states(
+    env: humanoid.PosingHumanoid, samples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(pictures uint8 [n, size, size, 3], whether the goal's condition holds, bool [n])."""
+    rng = np.random.default_rng(seed)
+    pictures, is_goal = [], []
+    for pose in humanoid.POSES:
+        for i in range(samples):
+            share = 1.0 if i % 2 else rng.uniform(0, 1)  # of the way from standing
+            # Half of the states have little noise, so that some hold the pose.
+            is_goal.append(humanoid.set_pose(env, pose, share, rng, NOISE * rng.uniform() ** 3))
+            pictures.append(env.render().copy())
+    return np.stack(pictures), np.array(is_goal)
+
+
+def sheet(pictures: np.ndarray, is_goal: np.ndarray) -> np.ndarray:
+    """A page with ten pictures of each pose, goal states with a green border: uint8 [H, W, 3]."""
+    rows = pictures.reshape(len(humanoid.POSES), -1, *pictures.shape[1:])[:, :10].copy()
+    goals = is_goal.reshape(len(humanoid.POSES), -1)[:, :10]
+    framed = rows[goals]
+    framed[:, :5] = framed[:, -5:] = framed[:, :, :5] = framed[:, :, -5:] = (0, 170, 60)
+    rows[goals] = framed
+    return np.concatenate(np.concatenate(rows, axis=1), axis=1)
+
+
+def main(args: Args) -> None:
+    check_ranges(args)
+    if args.pose not in humanoid.POSES:
+        raise UserError(f"--pose {args.pose} is unknown; these are: {', '.join(humanoid.POSES)}")
+    prompts = [args.prompt or humanoid.POSES[args.pose].prompt, args.baseline_prompt]
+    vlms = {name: load_vlm(name) for name in args.vlm}
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [f"{vlm}, {look}" for vlm in vlms for look in args.look]
+    histograms, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.2),
+                                      squeeze=False, layout="constrained")
+    curves, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    rows, distances = [], {}
+    for look in args.look:
+        pictures, is_goal = labelled_states(
+            humanoid.make(args.pose, look), args.samples, args.seed
+        )
+        Image.fromarray(sheet(pictures, is_goal)).save(args.output / f"{look}.png")
+        print(f"{look}: {len(pictures)} states, {is_goal.sum()} of them {args.pose}")
+        for vlm_name, vlm in vlms.items():
+            name = f"{vlm_name}, {look}"
+            images = np.concatenate([
+                vlm.embed_images(part) for part in np.array_split(pictures, -(-len(pictures) // 64))
+            ])
+            text, baseline = np.asarray(vlm.embed_text(prompts))
+            for alpha in args.alpha:
+                reward = goal_baseline_reward(text, baseline, images, alpha)
+                distances[name, alpha] = epic_distance(reward, is_goal)
+                print(f"{name}, alpha {alpha:g}: EPIC distance {distances[name, alpha]:.3f}, "
+                      f"AUC {auc(reward[is_goal], reward[~is_goal]):.3f}")
+                rows += [(vlm_name, look, alpha, i, int(goal), value)
+                         for i, (goal, value) in enumerate(zip(is_goal, reward, strict=True))]
+                if alpha == args.alpha[0]:
+                    panel = panels[0][names.index(name)]
+                    panel.set(title=name, xlabel=f"reward, alpha {alpha:g}")
+                    bins = np.linspace(reward.min(), reward.max(), 40)
+                    for label, chosen, colour in (("goal", is_goal, "C2"), ("not", ~is_goal, "C7")):
+                        panel.hist(reward[chosen], bins, density=True, alpha=0.6, label=label,
+                                   color=colour)
+                        panel.axvline(reward[chosen].mean(), linestyle=":", color=colour)
+            axis.plot(args.alpha, [distances[name, alpha] for alpha in args.alpha], "o-",
+                      label=name)
+    panels[0][0].legend()
+    axis.set(title=args.pose, xlabel="alpha", ylabel="EPIC distance to the labels")
+    axis.legend()
+    histograms.savefig(args.output / "histograms.png", dpi=120)
+    curves.savefig(args.output / "epic.png", dpi=120)
+    with open(args.output / "rewards.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("vlm", "look", "alpha", "state", "is_goal", "reward"), *rows])
+    print(f"wrote {args.output}/histograms.png, epic.png, rewards.csv and pictures")
+
+
+if __name__ == "__main__":
+    run_script(main, Args)
