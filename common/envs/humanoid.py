@@ -2,8 +2,8 @@
 
 Gymnasium's Humanoid-v5 (the paper: v4) with episodes of 100 steps, no termination, other colours
 and a camera that stands still. An environment's own reward is 1 while the robot holds the pose and
-0 otherwise, so an episode's return is the number of steps in the pose; the paper counts an episode
-as a success from 50 on (Table 2). A VLM's reward knows nothing of it.
+0 otherwise, so an episode's return is the number of steps in the pose; from 50 on the episode is a
+success (Table 2). A VLM's reward knows nothing of it.
 """
 
 from collections.abc import Callable
@@ -221,6 +221,7 @@ class PosingHumanoid(HumanoidEnv):
 
     def __init__(self, pose: str, look: Look = "camera", **options: Any):
         self.holds = POSES[pose].holds
+        self.steps_in_pose = 0  # of the running episode
         if look == "camera":
             options["default_camera_config"] = STILL_CAMERA
         super().__init__(terminate_when_unhealthy=False, **options)
@@ -231,7 +232,13 @@ class PosingHumanoid(HumanoidEnv):
         obs, _, _, _, info = super().step(action)
         mujoco.mj_kinematics(self.model, self.data)  # places as they are after the last substep
         holds = bool(self.holds(Body(self.model, self.data)))
-        return obs, float(holds), False, False, info | {"success": holds}
+        self.steps_in_pose += holds
+        success = self.steps_in_pose >= STEPS_FOR_SUCCESS
+        return obs, float(holds), False, False, info | {"success": success}
+
+    def reset_model(self) -> np.ndarray:
+        self.steps_in_pose = 0
+        return super().reset_model()
 
 
 def set_pose(
