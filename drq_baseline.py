@@ -56,7 +56,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
-    init_q: float = 0.0  # what the critics say before learning; added to them
+    init_q: flags.FiniteFloat = 0.0  # what the critics say before learning; added to them
     hidden_features: flags.PositiveInts = (256, 256, 256)  # hidden layers of actor and critics
     frame_stack: flags.PositiveInt = 3  # pictures that the policy sees, the newest last
     shift: flags.PositiveInt = 4  # pixels by which pictures are shifted at random

@@ -60,7 +60,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
-    init_q: float = 0.0  # with --task-reward: what the critics say before learning
+    init_q: flags.FiniteFloat = 0.0  # with --task-reward: what the critics say before learning
     tune_temperature: bool = True  # --no-tune-temperature: it stays as it was, as in VLM-RM
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     # --- VLM reward

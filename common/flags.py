@@ -10,12 +10,13 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, Le, MinLen, Predicate
 
 from common.errors import UserError
 
 PositiveInt = Annotated[int, Ge(1)]
 NotNegativeInt = Annotated[int, Ge(0)]
+FiniteFloat = Annotated[float, Predicate(math.isfinite)]
 PositiveFloat = Annotated[float, Gt(0)]
 NotNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Gt(0), Le(1)]
@@ -69,7 +70,7 @@ def check_range(value: Any, kind: Any, flag: str) -> None:
         for element in value:
             check_range(element, (typing.get_args(kind) or (None,))[0], flag)
         return
-    limits = [limit for limit in limits if isinstance(limit, Ge | Gt | Le)]
+    limits = [limit for limit in limits if isinstance(limit, Ge | Gt | Le | Predicate)]
     if not limits or not isinstance(value, int | float):
         return
     for limit in limits:

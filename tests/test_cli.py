@@ -78,6 +78,8 @@ def rows_of(run_dir: Path) -> list[list[str]]:
     ({"tau": 0.0}, "--tau"),
     ({"tau": 1.5}, "--tau"),
     ({"init_temperature": 0.0}, "--init-temperature"),
+    ({"init_q": math.nan}, "--init-q"),
+    ({"init_q": -math.inf}, "--init-q"),
     ({"hidden_features": ()}, "--hidden-features"),
     ({"hidden_features": (256, 0)}, "--hidden-features"),
     ({"projection_features": (-64,)}, "--projection-features"),
@@ -102,7 +104,7 @@ def test_a_value_that_cannot_work_is_named(change, flag):
     {}, {"rho": 0.0}, {"seed": 0}, {"checkpoint_every": 0}, {"eval_episodes": 0},
     {"learning_starts": 0}, {"relay_until": 0}, {"reward_margin": 0.0}, {"l2_margin": 0.0},
     {"gamma": 1.0}, {"tau": 1.0}, {"utd": 0.5}, {"utd": 0.25}, {"buffer_size": 4},
-    {"relay_noise": 0.0}, {"lag": 1}, {"camera_id": 0}, {"camera_id": 6},
+    {"relay_noise": 0.0}, {"init_q": -100.0}, {"lag": 1}, {"camera_id": 0}, {"camera_id": 6},
     {"total_timesteps": 2**31 - 4}, {"hidden_features": (1,)},
     {"num_envs": 10, "utd": 0.3},  # 3 updates, though not in binary
 ])
