@@ -56,7 +56,7 @@ def measure_scripts(scripts: tuple[Path, ...], steps: int, rounds: int) -> Itera
             speeds[script].append(speed)
             peaks[script] = max(peaks[script], peak)
     for script, values in speeds.items():
-        yield (script.name, f"{np.median(values):,.3g} steps/s",
+        yield (str(script), f"{np.median(values):,.3g} steps/s",
                f"{min(values):,.3g} to {max(values):,.3g} in {len(values)} runs, in turns; peak "
                f"memory {peaks[script] / 2**30:.1f} GiB with its workers")
 
