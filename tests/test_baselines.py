@@ -238,9 +238,9 @@ def test_the_reward_that_tools_show_is_that_of_training(projection):
 
 
 TINY = [
-    "--env-id", "drawer-close-v3", "--num-envs", "4", "--total-timesteps", "1600",
-    "--learning-starts", "400", "--batch-size", "32", "--eval-every", "800",
-    "--checkpoint-every", "800", "--log-every", "400", "--buffer-size", "1200", "--utd", "0.5",
+    "--env-id", "drawer-close-v3", "--num-envs", "4", "--total-timesteps", "800",
+    "--learning-starts", "200", "--batch-size", "32", "--eval-every", "400",
+    "--checkpoint-every", "400", "--log-every", "200", "--buffer-size", "600", "--utd", "0.5",
     "--hidden-features", "16", "16",
 ]
 
@@ -298,14 +298,14 @@ def test_a_run_and_its_resumption(script, flags, tmp_path, monkeypatch):
     """A run that stopped half way and was resumed logs what the whole run logs."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run(script, *TINY, *flags, "--run-dir", str(whole), monkeypatch=monkeypatch)
-    run(script, *TINY, *flags, "--total-timesteps", "800", "--run-dir", str(halves),
+    run(script, *TINY, *flags, "--total-timesteps", "400", "--run-dir", str(halves),
         monkeypatch=monkeypatch)
-    run(script, "--resume", str(halves), "--total-timesteps", "1600", monkeypatch=monkeypatch)
+    run(script, "--resume", str(halves), "--total-timesteps", "800", monkeypatch=monkeypatch)
     rows = metrics(whole)
     assert metrics(halves) == rows
-    assert {step for step, key in rows if key == "eval/success_once"} == {800, 1600}
+    assert {step for step, key in rows if key == "eval/success_once"} == {400, 800}
     assert all(np.isfinite(value) for value in rows.values())
-    assert (1600, "losses/critic_loss") in rows
+    assert (800, "losses/critic_loss") in rows
     relayed = {key for _, key in rows if key.startswith("losses/relay_")}
     assert bool(relayed) == (script is relay)
     config = json.loads((whole / "config.json").read_text())
@@ -318,9 +318,9 @@ def test_sac_on_the_native_engine(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     flags = [*TINY, "--engine", "envpool", "--goal", "random", "--eval-episodes", "2"]
     run(sac, *flags, "--run-dir", str(run_dir), monkeypatch=monkeypatch)
-    run(sac, "--resume", str(run_dir), "--total-timesteps", "2000", monkeypatch=monkeypatch)
+    run(sac, "--resume", str(run_dir), "--total-timesteps", "1000", monkeypatch=monkeypatch)
     rows = metrics(run_dir)
-    assert rows[2000, "charts/num_updates"] > rows[1600, "charts/num_updates"] > 0
+    assert rows[1000, "charts/num_updates"] > rows[800, "charts/num_updates"] > 0
     assert "envpool" in json.loads((run_dir / "config.json").read_text())["engine"]
 
 

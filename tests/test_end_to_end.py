@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "furl_sac_state.py"
 TINY = [
     "--env-id", "drawer-close-v3", "--num-envs", "4", "--total-timesteps", "2400",
-    "--learning-starts", "400", "--batch-size", "32", "--eval-every", "1200",
+    "--learning-starts", "400", "--batch-size", "32", "--eval-every", "2400",
     "--checkpoint-every", "800", "--log-every", "400", "--buffer-size", "2000", "--utd", "0.5",
+    "--hidden-features", "32", "32",
 ]
 
 
@@ -65,11 +66,11 @@ def test_a_run_leaves_everything_that_its_reader_needs(whole_run):
     keys = {key for _, key in rows}
     assert {"eval/success_once", "eval/success_at_end", "time/steps_per_second",
             "losses/critic_loss", "losses/relay_critic_loss", "reward/vlm_mean"} <= keys
-    assert {step for step, key in rows if key == "eval/success_once"} == {1200, 2400}
+    assert {step for step, key in rows if key == "eval/success_once"} == {2400}
     # 4 environments x 0.5 updates: two an iteration, from the first step after 400 on.
     assert float(rows[2400, "charts/num_updates"]) == (2400 - 400) / 4 * 2
     assert all(np.isfinite(float(value)) for value in rows.values())
-    assert len(list((whole_run / "videos").glob("*.mp4"))) == 2
+    assert len(list((whole_run / "videos").glob("*.mp4"))) == 1
     assert list((whole_run / "tensorboard").glob("events.*"))
 
 

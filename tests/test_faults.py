@@ -36,6 +36,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
     """Compiled programs are kept as scripts do it, in a folder of these tests' own.
 
     So twenty starts need not compile twenty times, and kills meet programs that are being written.
+    One core each, hence one worker: it starts sooner.
     """
     caches = tmp_path_factory.mktemp("caches")
     for folder in cache_dir().glob("*"):
@@ -43,7 +44,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
             (caches / folder.name).symlink_to(folder.absolute())
     chosen_here = ("JAX_COMPILATION", "JAX_PERSISTENT")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(chosen_here)}
-    return inherited | {"FURL_CACHE_DIR": str(caches)}
+    return inherited | {"FURL_CACHE_DIR": str(caches), "FURL_NUM_CORES": "1"}
 
 
 # What a shell starts in the background ignores Ctrl-C, and so would the script. (Not by preexec_fn:
