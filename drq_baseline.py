@@ -406,7 +406,7 @@ def main(args: Args) -> dict[str, float]:
             buffers, previous = Buffers(pixels.add_step(buffers.steps, *previous)), None
             run.save(agent, buffers, envs)
 
-    run.close(evaluate, envs)
+    run.close()
     return run.evaluation
 
 

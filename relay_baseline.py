@@ -426,7 +426,7 @@ def main(args: Args) -> dict[str, float]:
             buffers, previous = store(buffers, *previous), None
             run.save(state, buffers, envs)
 
-    run.close(evaluate, envs)
+    run.close()
     return run.evaluation
 
 

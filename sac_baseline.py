@@ -322,7 +322,7 @@ def main(args: Args) -> dict[str, float]:
             buffers, previous = Buffers(replay.add_rows(buffers.transitions, previous)), None
             run.save(agent, buffers, envs)
 
-    run.close(evaluate, envs)
+    run.close()
     return run.evaluation
 
 

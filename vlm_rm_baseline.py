@@ -467,7 +467,7 @@ def main(args: Args) -> dict[str, float]:
         if saves:
             run.save(agent, buffers, envs)
 
-    run.close(evaluate, envs)
+    run.close()
     return run.evaluation
 
 

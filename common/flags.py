@@ -81,6 +81,8 @@ def check_range(value: Any, kind: Any, flag: str) -> None:
                 raise UserError(f"{flag} must be above {bound}, not {value}")
             case Le(le=most) if not value <= most:
                 raise UserError(f"{flag} must be at most {most}, not {value}")
+            case Predicate(func=allows) if not allows(value):
+                raise UserError(f"{flag} cannot be {value}")
     if isinstance(value, int) and value > LARGEST:
         raise UserError(f"{flag} must be at most {LARGEST}, not {value}")
     if not math.isfinite(value):

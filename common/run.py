@@ -35,10 +35,20 @@ from common.vlms import VLM, View
 
 
 class Run:
-    """Bookkeeping that is the same in every script; made by `start_run`."""
+    """Bookkeeping that is the same in every script; made by `start_run`.
 
-    def __init__(self, args: Any, run_dir: Path, config: dict[str, Any]):
+    Args:
+        args: the script's arguments.
+        run_dir: its folder.
+        config: what its config.json holds.
+        environments: what `close` closes with it.
+    """
+
+    def __init__(
+        self, args: Any, run_dir: Path, config: dict[str, Any], environments: tuple[Any, ...] = ()
+    ):
         self.args, self.dir, self.config = args, run_dir, config
+        self._environments = environments
         self._logger: Logger | None = None
         self.env_steps = 0  # done when the current iteration ends
         self._succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
@@ -220,8 +230,8 @@ class Run:
         return UserError(f"{what} is {value} at step {self.env_steps}: the run has diverged; its "
                          f"last checkpoint before that is in {self.dir}")
 
-    def close(self, *environments: Any, finished: bool = True) -> None:
-        """End the records, and the environments with them.
+    def close(self, finished: bool = True) -> None:
+        """End the records and the environments.
 
         `finished`: the last evaluation is that of the final policy.
         """
@@ -238,7 +248,7 @@ class Run:
             checkpoint.drop_replay(self.dir)
         self.logger.close()
         unlock_run_dir(self.dir)
-        for envs in environments:
+        for envs in self._environments:
             envs.close()
 
 
@@ -254,14 +264,14 @@ def start_run(
         args: the script's arguments.
         buffers: its rings, a NamedTuple, for the check that the disk can hold their checkpoints.
         sizes: what its networks are made for.
-        envs, evaluate: its environments and its Evaluator.
+        envs, evaluate: its environments and its Evaluator, which the run closes.
         vlm, view: its VLM, if any, and what that is shown of a scene.
         facts: what else belongs into config.json, e.g. the prompt.
     """
     source = source_file(type(args))
     if args.resume:
         run_dir = Path(args.resume)
-        run = Run(args, run_dir, read_config(run_dir))
+        run = Run(args, run_dir, read_config(run_dir), (evaluate, envs))
         kept = source and run_dir / source.name
         if kept and kept.exists() and kept.read_bytes() != source.read_bytes():
             show(f"note: {source.name} has changed since this run began; {kept} is what it was")
@@ -284,7 +294,7 @@ def start_run(
     )
     if source:
         shutil.copy(source, run_dir / source.name)
-    run = Run(args, run_dir, config)
+    run = Run(args, run_dir, config, (evaluate, envs))
     run.logger.say(f"run folder: {run_dir}")
     for key, value in facts.items():
         run.logger.say(f"  {key}: {value}")

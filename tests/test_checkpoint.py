@@ -483,12 +483,16 @@ class NoEnvs:
         assert state == self.get_state()
         return self.observations()
 
+    def close(self) -> None:
+        pass
+
 
 def begin_run(args: sac.Args) -> tuple[Run, tuple]:
     """A run with tiny networks and no environments: (run, what its `begin` returns)."""
     sizes = Sizes(39, 4)
     buffers = sac.init_buffers(sizes, args)
-    run = start_run(args, buffers, sizes, NoEnvs(), SimpleNamespace(settings={}))
+    evaluate = SimpleNamespace(settings={}, close=lambda: None)
+    run = start_run(args, buffers, sizes, NoEnvs(), evaluate)
     try:
         return run, run.begin(sac.init_state(jax.random.key(0), sizes, args), buffers, NoEnvs())
     except UserError:

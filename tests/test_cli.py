@@ -642,6 +642,7 @@ class Envs:
     def __init__(self, resumes_episodes: bool = True):
         self.resumes_episodes = resumes_episodes
         self.time = np.arange(4.0)
+        self.closed = False
 
     def observations(self) -> np.ndarray:
         return self.time
@@ -653,13 +654,17 @@ class Envs:
         self.time = state["time"]
         return self.time
 
+    def close(self) -> None:
+        self.closed = True
+
 
 SETTINGS = {"camera_id": 2, "quality": "fast"}
 
 
-def start_with(args: Args) -> Run:
-    evaluate = types.SimpleNamespace(settings=SETTINGS)
-    return start_run(args, Rings(small_ring()), Sizes(39, 4, 8), Envs(), evaluate, prompt="Go.")
+def start_with(args: Args, envs: Envs | None = None) -> Run:
+    evaluate = types.SimpleNamespace(settings=SETTINGS, close=lambda: None)
+    return start_run(args, Rings(small_ring()), Sizes(39, 4, 8), envs or Envs(), evaluate,
+                     prompt="Go.")
 
 
 def start(tmp_path: Path, **changes) -> Run:
@@ -700,6 +705,16 @@ def test_start_run_writes_config_and_says_where(tmp_path, capsys):
     assert (tmp_path / "run" / script.name).read_bytes() == script.read_bytes()
     with pytest.raises(UserError, match="already holds a run"):
         start(tmp_path)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_closes_its_environments(finished, tmp_path):
+    """Whichever way it ends."""
+    envs = Envs()
+    run = start_with(replace(GOOD, run_dir=str(tmp_path / "run")), envs)
+    assert not envs.closed
+    run.close(finished)
+    assert envs.closed
 
 
 def test_the_script_is_the_file_that_defines_args(tmp_path, monkeypatch, capsys):

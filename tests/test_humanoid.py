@@ -42,6 +42,7 @@ def test_an_example_holds_its_own_condition_and_no_other(env, pose):
     ("Splits", "right_knee", -90),
     ("HandsOnHips", "left_shoulder2", -60),
     ("ArmsCrossed", "right_elbow", 50),
+    ("ArmsCrossed", "left_shoulder2", 30),
     ("OneLeg", "left_knee", -150),
 ])
 def test_one_wrong_joint_ends_a_pose(env, pose, joint, degrees):
@@ -49,6 +50,18 @@ def test_one_wrong_joint_ends_a_pose(env, pose, joint, degrees):
     env.data.joint(joint).qpos[0] = np.radians(degrees)
     mujoco.mj_forward(env.model, env.data)
     assert not POSES[pose].holds(Body(env.model, env.data))
+
+
+@pytest.mark.parametrize(("pose", "name", "joints"), [
+    ("arms that hang", "HandsOnHips", {"shoulder1": 45, "shoulder2": -30, "elbow": -90}),
+    ("front splits", "Splits", {"right_hip_y": -85, "left_hip_y": 20, "hip_x": -5, "hip_z": -20}),
+    ("a squat", "StandingUp", {"hip_y": -60, "knee": -100}),
+    ("hands before the face", "ArmsCrossed", {"shoulder1": -21, "shoulder2": 53, "elbow": -20}),
+])
+def test_what_resembles_a_pose_is_none(env, monkeypatch, pose, name, joints):
+    monkeypatch.setitem(POSES, pose, humanoid.Pose("", POSES[name].holds, joints))
+    set_pose(env, pose)
+    assert not POSES[name].holds(Body(env.model, env.data))
 
 
 def test_falling_and_lying_are_no_pose(env):
@@ -76,7 +89,7 @@ def test_places_are_measured_in_metres(env):
 
 
 def test_an_episode_counts_the_steps_in_the_pose():
-    """100 steps, no end before, reward 1 for each step in the pose; the states are v5.s."""
+    """100 steps, no end before, reward 1 for each step in the pose; the states are v5's."""
     own = suite.make_env("HumanoidStandingUp-v0", seed=0, index=0, frame_size=0)
     plain = suite.make_env("Humanoid-v5", seed=0, index=0, frame_size=0)
     obs, expected = own.reset()[0], plain.reset()[0]

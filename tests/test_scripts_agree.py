@@ -6,6 +6,7 @@ The scripts that are compared are those of docs/paper.md; a user's own may be as
 import ast
 import importlib
 from collections import defaultdict
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,29 @@ def test_an_update_leaves_the_types_as_they_were(script):
              for tree in (before, after)]
     assert len(paths) > 20
     assert dict(zip(paths, types[0], strict=True)) == dict(zip(paths, types[1], strict=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_init_q_is_added_to_what_critics_say(script):
+    """In VLM-RM only where the task's reward is learned from, too."""
+    module = importlib.import_module(script)
+    changes = {"init_q": -100.0, "hidden_features": (8,)}
+    if with_task := hasattr(module.Args(), "task_reward"):
+        changes["task_reward"] = True
+    args, sizes = replace(module.Args(), **changes), Sizes(obs=39, action=4, embedding=8)
+    agent = module.init_agent(jax.random.key(0), sizes, args)
+    zero = agent.critic.clone(init_q=0.0)
+    width = sizes.obs
+    if hasattr(args, "frame_stack"):  # of the encoder's features
+        pictures = jnp.zeros((2, PICTURE_SIZE, PICTURE_SIZE, 3 * args.frame_stack), jnp.uint8)
+        width = module.encode(agent.encoder, agent.params["encoder"], pictures).shape[-1]
+    obs, action = jnp.ones((2, width)), jnp.ones((2, sizes.action))
+    with_q, without = (critic.apply(agent.params["critic"], obs, action)
+                       for critic in (agent.critic, zero))
+    assert jnp.allclose(with_q, without - 100, atol=1e-4)
+    if with_task:
+        alone = module.init_agent(jax.random.key(0), sizes, replace(args, task_reward=False))
+        assert alone.critic.init_q == 0
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

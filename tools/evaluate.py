@@ -283,18 +283,21 @@ def evaluate_returns(trained: Trained, args: Args) -> dict[str, Any]:
         film(trained.policy, output / "episode_0.mp4")
         film.close()
     error = standard_error(evaluate.returns) if args.episodes > 1 else None
+    low, high = wilson_interval(round(means["eval/success_at_end"] * args.episodes), args.episodes)
     results = {
         "env_id": env_id, "seed": seed, "env_steps": trained.env_steps, "episodes": args.episodes,
         "return": {"mean": means["eval/return"], "standard_error": error,
                    "each": evaluate.returns.tolist()},
         "length": means["eval/length"], "success_once": means["eval/success_once"],
+        "success_at_end": {"mean": means["eval/success_at_end"], "wilson_95": [low, high]},
         "run": {key: trained.config.get(key) for key in RUN_FACTS},
         "commit": git_commit(), "versions": versions(),
     }
     (output / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
     interval = "" if error is None else f" (standard error {error:.1f})"
     print(f"{trained.name}: {args.episodes} episodes of {env_id}: mean return "
-          f"{means['eval/return']:.1f}{interval}, mean length {means['eval/length']:.1f}")
+          f"{means['eval/return']:.1f}{interval}, mean length {means['eval/length']:.1f}, success "
+          f"at the end {means['eval/success_at_end']:.0%} ({low:.0%} to {high:.0%})")
     print(f"written: {output}")
     return results
 

@@ -97,8 +97,8 @@ PRESETS = {
     "paper": Preset("--total-timesteps 1000000", {"liv": "--vlm liv --quality paper",
                                                   "clip": "--vlm clip --quality paper"},
                     memory=6.0),
-    # What two cores do in a night: the embedded VLM and fast pictures. Chosen by pilots on window
-    # tasks (docs/lab_notes.md); the same for all methods, as far as a script has the flag.
+    # What two cores do in a night: the embedded VLM and fast pictures. Chosen by pilots on
+    # window-close (docs/lab_notes.md); the same for all methods, as far as a script has the flag.
     "laptop": Preset("--total-timesteps 120000 --batch-size 64 --learning-rate 3e-4 "
                      "--init-q -100 --init-temperature 0.01 --stage2-after 2500 "
                      "--eval-every 2000", {"clip": "--vlm clip"}),

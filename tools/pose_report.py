@@ -1,4 +1,4 @@
-"""How well VLMs tell a humanoid's pose: Figures 3, 4 and 7 of the VLM-RM paper, without training.
+"""How well VLMs tell a humanoid's pose: Figures 4a, 4b and 7 of the VLM-RM paper, no training.
 
     python -m tools.pose_report --vlm ViT-B-32/openai ViT-L-14/laion2b_s32b_b82k
     python -m tools.pose_report --pose Lotus --look original textured camera --vlm ViT-B-32/openai
@@ -11,20 +11,19 @@ goal-baseline regularisation the EPIC distance to the labels (0 is best) and the
 """
 
 import csv
-import os
 from dataclasses import dataclass
 from pathlib import Path
-
-os.environ["MUJOCO_GL"] = "egl"  # before MuJoCo: it draws without a display
 
 import numpy as np
 from PIL import Image
 
 from common.cli import check_ranges, run_script
+from common.envs import gymnasium as suite
 from common.envs import humanoid
+from common.envs.rendering import prepare_gl
 from common.errors import UserError
 from common.flags import NotNegativeInt, PositiveInt, Share
-from common.vlms import load_vlm
+from common.vlms import load_vlm, view_for
 from tools.measures import auc, epic_distance, goal_baseline_reward
 
 NOISE = 12.0  # largest standard deviation of a joint's angle in a state, degrees
@@ -35,12 +34,15 @@ class Args:
     pose: str = "Kneeling"
     """the goal: one of Table 1's, see common/envs/humanoid.py"""
     look: tuple[humanoid.Look, ...] = ("camera",)
-    """original, textured, camera: the panels of Figure 3"""
+    """original, textured, camera: the pictures of Figure 3"""
     vlm: tuple[str, ...] = ("ViT-B-32/openai",)
     """clip, liv, or open_clip pairs; the paper's largest is ViT-bigG-14/laion2b_s39b_b160k"""
+    vlm_weights: str | None = None
+    """local weights file, if there is one VLM"""
     prompt: str | None = None
     """default: Table 3's"""
-    baseline_prompt: str = humanoid.BASELINE_PROMPT
+    baseline_prompt: str | None = None
+    """default: Table 3's"""
     alpha: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """strengths of goal-baseline regularisation"""
     samples: PositiveInt = 40
@@ -51,17 +53,20 @@ class Args:
 
 
 def labelled_states(
-    env: humanoid.PosingHumanoid, samples: int, seed: int
+    pose: str, look: humanoid.Look, size: int, samples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(pictures uint8 [n, size, size, 3], whether the goal's condition holds, bool [n])."""
+    """(pictures uint8 [n, size, size, 3], whether the pose's condition holds, bool [n])."""
+    env = humanoid.PosingHumanoid(pose, look, render_mode="rgb_array", width=size, height=size)
+    env.reset(seed=0)
     rng = np.random.default_rng(seed)
     pictures, is_goal = [], []
-    for pose in humanoid.POSES:
+    for posed in humanoid.POSES:
         for i in range(samples):
             share = 1.0 if i % 2 else rng.uniform(0, 1)  # of the way from standing
             # Half of the states have little noise, so that some hold the pose.
-            is_goal.append(humanoid.set_pose(env, pose, share, rng, NOISE * rng.uniform() ** 3))
+            is_goal.append(humanoid.set_pose(env, posed, share, rng, NOISE * rng.uniform() ** 3))
             pictures.append(env.render().copy())
+    env.close()
     return np.stack(pictures), np.array(is_goal)
 
 
@@ -79,8 +84,13 @@ def main(args: Args) -> None:
     check_ranges(args)
     if args.pose not in humanoid.POSES:
         raise UserError(f"--pose {args.pose} is unknown; these are: {', '.join(humanoid.POSES)}")
-    prompts = [args.prompt or humanoid.POSES[args.pose].prompt, args.baseline_prompt]
-    vlms = {name: load_vlm(name) for name in args.vlm}
+    if args.vlm_weights and len(args.vlm) > 1:
+        raise UserError(f"--vlm-weights is for one --vlm, not {len(args.vlm)}")
+    env_id = humanoid.env_id(args.pose)
+    prompts = [suite.prompt_for(env_id, args.prompt),
+               suite.baseline_prompt_for(env_id, args.baseline_prompt)]
+    prepare_gl()
+    vlms = {name: load_vlm(name, weights=args.vlm_weights) for name in args.vlm}
     args.output.mkdir(parents=True, exist_ok=True)
 
     import matplotlib
@@ -94,15 +104,23 @@ def main(args: Args) -> None:
     curves, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
     rows, distances = [], {}
     for look in args.look:
-        pictures, is_goal = labelled_states(
-            humanoid.make(args.pose, look), args.samples, args.seed
-        )
-        Image.fromarray(sheet(pictures, is_goal)).save(args.output / f"{look}.png")
-        print(f"{look}: {len(pictures)} states, {is_goal.sum()} of them {args.pose}")
+        drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by the size that a VLM wants
         for vlm_name, vlm in vlms.items():
+            view = view_for(vlm, suite.CUTS_BORDER)
+            if view.size not in drawn:
+                drawn[view.size] = labelled_states(
+                    args.pose, look, view.size, args.samples, args.seed
+                )
+            pictures, is_goal = drawn[view.size]
+            if not is_goal.any():
+                raise UserError(f"--samples {args.samples} gave no state that holds {args.pose}: "
+                                "draw more")
+            Image.fromarray(sheet(pictures, is_goal)).save(args.output / f"{look}.png")
+            print(f"{look}: {len(pictures)} states, {is_goal.sum()} of them {args.pose}")
             name = f"{vlm_name}, {look}"
             images = np.concatenate([
-                vlm.embed_images(part) for part in np.array_split(pictures, -(-len(pictures) // 64))
+                vlm.embed_images(view.crop(part))
+                for part in np.array_split(pictures, -(-len(pictures) // 64))
             ])
             text, baseline = np.asarray(vlm.embed_text(prompts))
             for alpha in args.alpha:

@@ -16,7 +16,7 @@ from gymnasium.envs.mujoco import MujocoEnv
 from PIL import Image
 
 from common.envs import vlm_rm_tasks
-from common.envs.rendering import Camera
+from common.envs.rendering import Camera, prepare_gl
 from common.envs.workers import VecEnv
 from common.errors import UserError
 
@@ -173,6 +173,7 @@ def make_env(env_id: str, *, seed: int, index: int, frame_size: int) -> gymnasiu
     options: dict[str, Any] = {"max_episode_steps": max_episode_steps(env_id)}
     try:
         if frame_size:
+            prepare_gl()
             cls = _class_of(env_id)
             if "rgb_array" not in cls.metadata.get("render_modes", ()):
                 raise UserError(f"{env_id} draws no frames (no render mode rgb_array), which are "

@@ -61,14 +61,21 @@ class Body:
         """Where the knee is, [3]."""
         return self.data.joint(f"{side}_knee").xanchor
 
-    def from_torso(self, place: np.ndarray) -> np.ndarray:
-        """A place in the torso's own axes: forward, left, up, [3]."""
-        torso = self.data.body("torso")
-        return torso.xmat.reshape(3, 3).T @ (place - torso.xpos)
+    def seen_from(self, part: str, place: np.ndarray) -> np.ndarray:
+        """A place in the axes of a part of the body: forward, left, up of its centre, [3]."""
+        body = self.data.body(part)
+        return body.xmat.reshape(3, 3).T @ (place - body.xpos)
 
-    def hand(self, side: str) -> np.ndarray:
-        """A hand in the torso's own axes, [3]."""
-        return self.from_torso(self.data.geom(f"{side}_hand").xpos)
+    def hand(self, side: str, part: str = "torso") -> np.ndarray:
+        """A hand in the axes of a part of the body, [3]."""
+        return self.seen_from(part, self.data.geom(f"{side}_hand").xpos)
+
+    def elbow(self, side: str) -> float:
+        """How far an arm is bent, degrees; 0: straight."""
+        upper = self.data.body(f"{side}_lower_arm").xpos - self.data.body(f"{side}_upper_arm").xpos
+        lower = self.data.geom(f"{side}_hand").xpos - self.data.body(f"{side}_lower_arm").xpos
+        cosine = upper @ lower / np.linalg.norm(upper) / np.linalg.norm(lower)
+        return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
 
     @cached_property
     def upright(self) -> float:
@@ -84,8 +91,9 @@ class Body:
         return self.bottom(geom) < FLOOR
 
     def thigh(self, side: str) -> np.ndarray:
-        """The thigh's direction from hip to knee, a unit vector [3]."""
-        direction = self.knee(side) - self.data.body(f"{side}_thigh").xpos
+        """The thigh's direction in the pelvis's axes, from hip to knee, a unit vector [3]."""
+        hip = self.data.body(f"{side}_thigh").xpos
+        direction = self.seen_from("pelvis", self.knee(side)) - self.seen_from("pelvis", hip)
         return direction / np.linalg.norm(direction)
 
 
@@ -104,11 +112,11 @@ def kneels(body: Body) -> bool:
 def sits_in_lotus(body: Body) -> bool:
     """Seated, knees bent and outwards, feet inwards.
 
-    Table 2 wants the knees on the floor. This body's hips cannot turn a thigh about its length, so
-    that its shins cannot lie flat before it: knees below 45 cm are enough.
+    Table 2 wants the knees on the floor. This body's hips can turn a thigh about its length by 25
+    degrees only, too little for shins that lie flat before it: knees below 45 cm are enough.
     """
-    feet = [body.from_torso(body.data.geom(f"{side}_foot").xpos)[1] for side in body.SIDES]
-    knees = [body.from_torso(body.knee(side))[1] for side in body.SIDES]
+    feet = [body.seen_from("torso", body.data.geom(f"{side}_foot").xpos)[1] for side in body.SIDES]
+    knees = [body.seen_from("torso", body.knee(side))[1] for side in body.SIDES]
     return (
         body.bottom("butt") < 0.15 and body.upright > 0.7
         and all(body.joint(f"{side}_knee") < -90 and body.knee(side)[2] < 0.45
@@ -118,11 +126,14 @@ def sits_in_lotus(body: Body) -> bool:
 
 
 def stands(body: Body) -> bool:
-    """Upright on its feet, knees and hips nearly straight, not falling."""
+    """Upright, a foot on the floor, legs straight enough to be high, not falling.
+
+    The torso is 1.29 m above the floor when the legs are straight.
+    """
     return (
         body.upright > 0.9 and body.speed < 1
         and any(body.on_floor(f"{side}_foot") for side in body.SIDES)
-        and body.data.body("torso").xpos[2] > 1.15
+        and body.data.body("torso").xpos[2] > 1.2
     )
 
 
@@ -132,29 +143,32 @@ def raises_arms(body: Body) -> bool:
 
 
 def does_splits(body: Body) -> bool:
-    """Seated, legs straight, on the floor and more than 100 degrees apart."""
-    angle = np.degrees(np.arccos(np.clip(body.thigh("right") @ body.thigh("left"), -1, 1)))
+    """Seated, legs straight, on the floor, to the sides and more than 100 degrees apart."""
+    right, left = (body.thigh(side) for side in body.SIDES)
+    angle = np.degrees(np.arccos(np.clip(right @ left, -1, 1)))
     return (
-        body.bottom("butt") < 0.15 and body.upright > 0.5 and angle > 100
+        body.bottom("butt") < 0.15 and body.upright > 0.5
+        and angle > 100 and right[1] < -0.5 and left[1] > 0.5
         and all(body.joint(f"{side}_knee") > -30 and body.bottom(f"{side}_foot") < 0.2
                 for side in body.SIDES)
     )
 
 
 def has_hands_on_hips(body: Body) -> bool:
-    """Standing, each hand within 15 cm of the outer side of its hip."""
-    hips = {"right": np.array([0.0, -0.2, -0.42]), "left": np.array([0.0, 0.2, -0.42])}
+    """Standing, arms bent, each hand within 12 cm of the outer side of its hip."""
     return stands(body) and all(
-        np.linalg.norm(body.hand(side) - hips[side]) < 0.15 for side in body.SIDES
+        body.elbow(side) > 40
+        and np.linalg.norm(body.hand(side, "pelvis") - (0.0, outwards, 0.0)) < 0.12
+        for side, outwards in (("right", -0.2), ("left", 0.2))
     )
 
 
 def crosses_arms(body: Body) -> bool:
     """Standing, hands before the chest, each of them past the middle on the other's side."""
-    (right, left) = (body.hand(side) for side in body.SIDES)
+    right, left = (body.hand(side) for side in body.SIDES)
     return (
         stands(body) and right[1] > 0.02 and left[1] < -0.02
-        and all(hand[0] > 0.08 and abs(hand[2]) < 0.3 for hand in (right, left))
+        and all(hand[0] > 0.08 and -0.25 < hand[2] < 0.15 for hand in (right, left))
     )
 
 
@@ -298,13 +312,6 @@ def _paint(model: mujoco.MjModel) -> None:
         elif model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D:
             dark = pixels.mean(-1) < 100
             pixels[dark], pixels[~dark] = (150, 128, 100), (172, 150, 120)
-
-
-def make(pose: str, look: Look = "camera", size: int = 224) -> PosingHumanoid:
-    """One environment that draws pictures of `size` px, e.g. to put it into poses."""
-    env = PosingHumanoid(pose, look, render_mode="rgb_array", width=size, height=size)
-    env.reset(seed=0)
-    return env
 
 
 def env_id(pose: str, look: Look = "camera") -> str:

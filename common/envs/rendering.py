@@ -32,13 +32,8 @@ DEVICES = Path("/dev")
 SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "software")
 
 
-@cache
-def _gl_context():
-    """This process's one GL context: every picture is drawn through it.
-
-    Raises:
-        UserError: EGL cannot be used.
-    """
+def prepare_gl() -> None:
+    """Settings of a process that draws; before its first GL context."""
     os.environ["MUJOCO_GL"] = "egl"
     os.environ["PYOPENGL_PLATFORM"] = "egl"
     # Mesa's cache of compiled shaders saves 0.2 s. But it has a thread that runs only on an idle
@@ -49,6 +44,16 @@ def _gl_context():
         # LLVM and crashes if it finds those first. The other way round both work.
         with contextlib.suppress(ImportError):
             import triton  # noqa: F401
+
+
+@cache
+def _gl_context():
+    """This process's one GL context: every picture is drawn through it.
+
+    Raises:
+        UserError: EGL cannot be used.
+    """
+    prepare_gl()
     try:
         from mujoco.egl import GLContext
 

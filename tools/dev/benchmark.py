@@ -39,7 +39,7 @@ from common.pixels import PICTURE_SIZE
 from common.replay import Sizes
 from common.vlms import load_vlm
 from tools.benchmark import Row, tabulate, time_run
-from tools.dev.peer_sac import PACKAGES
+from tools.dev.peer import PACKAGES
 
 Part = Literal["environments", "frames", "embeddings", "updates", "scaling", "checkpoints",
                "furl", "baselines", "pixels", "peers"]

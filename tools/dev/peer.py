@@ -4,8 +4,8 @@
     python -m tools.dev.peer --package sbx
     python -m tools.dev.peer --package stable_baselines3 --algorithm DQN --env-id CartPole-v1
 
-One environment, one update a step, two hidden layers of 256: what each library calls its defaults,
-and what our scripts do per environment step.
+One environment, one update a step, two hidden layers of 256, as our scripts do per step; all else
+is the library's default.
 """
 
 import importlib
