@@ -26,15 +26,11 @@ STILL_CAMERA = {  # from the front, a little to the side
     "distance": 2.9, "lookat": np.array((0.0, 0.0, 0.8)), "elevation": -15.0, "azimuth": 150.0,
 }
 FLOOR = 0.05  # metres: what is lower than this touches the floor
-COLOURS = {  # of geoms by the beginning of their name, RGB
-    "head": (0.85, 0.87, 0.9), "torso": (0.75, 0.77, 0.8), "uwaist": (0.25, 0.26, 0.3),
-    "lwaist": (0.25, 0.26, 0.3), "butt": (0.55, 0.57, 0.6),
-    "right_thigh": (0.75, 0.77, 0.8), "left_thigh": (0.75, 0.77, 0.8),
-    "right_shin": (0.3, 0.45, 0.65), "left_shin": (0.3, 0.45, 0.65),
-    "right_foot": (0.2, 0.2, 0.22), "left_foot": (0.2, 0.2, 0.22),
-    "right_uarm": (0.75, 0.77, 0.8), "left_uarm": (0.75, 0.77, 0.8),
-    "right_larm": (0.3, 0.45, 0.65), "left_larm": (0.3, 0.45, 0.65),
-    "right_hand": (0.2, 0.2, 0.22), "left_hand": (0.2, 0.2, 0.22),
+COLOURS = {  # of the geoms that have this in their name, RGB
+    "head": (0.85, 0.87, 0.9), "torso": (0.75, 0.77, 0.8), "waist": (0.25, 0.26, 0.3),
+    "butt": (0.55, 0.57, 0.6), "thigh": (0.75, 0.77, 0.8), "shin": (0.3, 0.45, 0.65),
+    "foot": (0.2, 0.2, 0.22), "uarm": (0.75, 0.77, 0.8), "larm": (0.3, 0.45, 0.65),
+    "hand": (0.2, 0.2, 0.22),
 }
 
 
@@ -295,8 +291,8 @@ def _paint(model: mujoco.MjModel) -> None:
     """
     model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
     for i in range(model.ngeom):
-        for name, colour in COLOURS.items():
-            if model.geom(i).name.startswith(name):
+        for part, colour in COLOURS.items():
+            if part in model.geom(i).name:
                 model.geom_matid[i] = -1
                 model.geom_rgba[i, :3] = colour
     floor = model.material("MatPlane")
