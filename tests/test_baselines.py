@@ -269,7 +269,8 @@ def test_relay_is_furl_without_alignment(tmp_path, monkeypatch):
         return step
 
     monkeypatch.setattr(VecMetaWorld, "step_wait", prescribed)
-    flags = [*TINY, "--num-envs", "2", "--total-timesteps", "1200", "--relay-until", "60"]
+    flags = [*TINY, "--num-envs", "2", "--total-timesteps", "1200", "--relay-until", "60",
+             "--eval-every", "1200"]
     found = []
     for script, more in ((relay, []), (furl, ["--no-align"])):
         script.update.clear_cache()

