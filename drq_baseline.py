@@ -58,6 +58,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
     init_q: flags.FiniteFloat = 0.0  # what the critics say before learning; added to them
     hidden_features: flags.PositiveInts = (256, 256, 256)  # hidden layers of actor and critics
+    layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
     frame_stack: flags.PositiveInt = 3  # pictures that the policy sees, the newest last
     shift: flags.PositiveInt = 4  # pixels by which pictures are shifted at random
     encoder_features: flags.PositiveInts = (32, 32, 32, 32)  # 3 x 3 convolutions, the first by 2
@@ -91,11 +92,13 @@ class Buffers(NamedTuple):
 
 class MLP(nn.Module):
     features: tuple[int, ...]
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for features in self.features[:-1]:
-            x = nn.relu(nn.Dense(features)(x))
+            x = nn.Dense(features)(x)
+            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
         return nn.Dense(self.features[-1])(x)
 
 
@@ -145,6 +148,7 @@ class CriticPair(nn.Module):
     hidden_features: tuple[int, ...]
     encoder_dim: int
     init_q: float
+    layer_norm: bool
 
     @nn.compact
     def __call__(self, features: jax.Array, action: jax.Array) -> jax.Array:
@@ -152,7 +156,7 @@ class CriticPair(nn.Module):
             MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
         )
         x = jnp.concatenate([Neck(self.encoder_dim)(features), action], axis=-1)
-        return self.init_q + ensemble((*self.hidden_features, 1))(x).squeeze(-1)
+        return self.init_q + ensemble((*self.hidden_features, 1), self.layer_norm)(x).squeeze(-1)
 
 
 def encode(encoder: Encoder, params: dict, pictures: jax.Array) -> jax.Array:
@@ -231,11 +235,6 @@ def actor_loss(
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> jax.Array:
-    """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
-    return jnp.exp(log_alpha) * (jax.lax.stop_gradient(entropy) + action_dim / 2)
-
-
 def drq_loss(
     params: dict, agent: AgentState, batch: Transition, reward: jax.Array, key: jax.Array,
     args: Args,
@@ -245,9 +244,11 @@ def drq_loss(
     critic, (features, critic_metrics) = critic_loss(params, agent, batch, reward, critic_key, args)
     features = jax.lax.stop_gradient(features)
     actor, actor_metrics = actor_loss(params["actor"], agent, features, actor_key)
-    alpha = alpha_loss(params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1])
-    metrics = critic_metrics | actor_metrics | {"alpha": jnp.exp(params["log_alpha"])}
-    return critic + actor + alpha, metrics
+    # The temperature alpha moves so that the entropy approaches its target, -|A|/2 (Table 5).
+    excess = jax.lax.stop_gradient(actor_metrics["entropy"]) + batch.action.shape[-1] / 2
+    alpha = jnp.exp(params["log_alpha"])
+    metrics = critic_metrics | actor_metrics | {"alpha": alpha}
+    return critic + actor + alpha * excess, metrics
 
 
 # ---------------------------------------------------------------------------- updates
@@ -264,7 +265,7 @@ def adam_step(loss_fn, params, opt_state, args: Args):
 def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
     encoder = Encoder(args.encoder_features)
     actor = Actor(sizes.action, args.hidden_features, args.encoder_dim)
-    critic = CriticPair(args.hidden_features, args.encoder_dim, args.init_q)
+    critic = CriticPair(args.hidden_features, args.encoder_dim, args.init_q, args.layer_norm)
     encoder_key, actor_key, critic_key = jax.random.split(key, 3)
     shape = (1, pixels.PICTURE_SIZE, pixels.PICTURE_SIZE, 3 * args.frame_stack)
     pictures = jnp.zeros(shape, jnp.uint8)

@@ -62,6 +62,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
     init_q: flags.FiniteFloat = 0.0  # what the critics say before learning; added to them
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
+    layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
     # --- VLM reward
     vlm: str = "mini"  # mini, mini2, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
@@ -101,11 +102,13 @@ class Buffers(NamedTuple):
 
 class MLP(nn.Module):
     features: tuple[int, ...]
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for features in self.features[:-1]:
-            x = nn.relu(nn.Dense(features)(x))
+            x = nn.Dense(features)(x)
+            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
         return nn.Dense(self.features[-1])(x)
 
 
@@ -127,6 +130,7 @@ class CriticPair(nn.Module):
 
     hidden_features: tuple[int, ...]
     init_q: float
+    layer_norm: bool
 
     @nn.compact
     def __call__(self, obs: jax.Array, action: jax.Array) -> jax.Array:
@@ -134,7 +138,7 @@ class CriticPair(nn.Module):
             MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
         )
         x = jnp.concatenate([obs, action], axis=-1)
-        return self.init_q + ensemble((*self.hidden_features, 1))(x).squeeze(-1)
+        return self.init_q + ensemble((*self.hidden_features, 1), self.layer_norm)(x).squeeze(-1)
 
 
 def sample_action(
@@ -179,11 +183,6 @@ def actor_loss(
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> jax.Array:
-    """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
-    return jnp.exp(log_alpha) * (jax.lax.stop_gradient(entropy) + action_dim / 2)
-
-
 def sac_loss(
     params: dict, agent: AgentState, batch: Transition, reward: jax.Array, key: jax.Array,
     args: Args,
@@ -192,9 +191,11 @@ def sac_loss(
     critic_key, actor_key = jax.random.split(key)
     critic, critic_metrics = critic_loss(params["critic"], agent, batch, reward, critic_key, args)
     actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
-    alpha = alpha_loss(params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1])
-    metrics = critic_metrics | actor_metrics | {"alpha": jnp.exp(params["log_alpha"])}
-    return critic + actor + alpha, metrics
+    # The temperature alpha moves so that the entropy approaches its target, -|A|/2 (Table 5).
+    excess = jax.lax.stop_gradient(actor_metrics["entropy"]) + batch.action.shape[-1] / 2
+    alpha = jnp.exp(params["log_alpha"])
+    metrics = critic_metrics | actor_metrics | {"alpha": alpha}
+    return critic + actor + alpha * excess, metrics
 
 
 # ------------------------------------------------------------------------- VLM reward
@@ -230,7 +231,7 @@ def adam_step(loss_fn, params, opt_state, args: Args):
 @partial(jax.jit, static_argnames=("sizes", "args"))  # eagerly it takes twice as long
 def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
     actor = Actor(sizes.action, args.hidden_features)
-    critic = CriticPair(args.hidden_features, args.init_q)
+    critic = CriticPair(args.hidden_features, args.init_q, args.layer_norm)
     actor_key, critic_key = jax.random.split(key)
     obs, action = jnp.zeros((1, sizes.obs)), jnp.zeros((1, sizes.action))
     params = {

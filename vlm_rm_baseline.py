@@ -63,6 +63,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     init_q: flags.FiniteFloat = 0.0  # with --task-reward: what the critics say before learning
     tune_temperature: bool = True  # --no-tune-temperature: it stays as it was, as in VLM-RM
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
+    layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
     # --- VLM reward
     vlm: str | None = None  # default: the suite's embedded one; liv, clip, or an open_clip pair
     vlm_weights: str | None = None  # local weights file for --vlm
@@ -105,11 +106,13 @@ class VLMInputs(NamedTuple):
 
 class MLP(nn.Module):
     features: tuple[int, ...]
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for features in self.features[:-1]:
-            x = nn.relu(nn.Dense(features)(x))
+            x = nn.Dense(features)(x)
+            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
         return nn.Dense(self.features[-1])(x)
 
 
@@ -131,6 +134,7 @@ class CriticPair(nn.Module):
 
     hidden_features: tuple[int, ...]
     init_q: float
+    layer_norm: bool
 
     @nn.compact
     def __call__(self, obs: jax.Array, action: jax.Array) -> jax.Array:
@@ -138,7 +142,7 @@ class CriticPair(nn.Module):
             MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
         )
         x = jnp.concatenate([obs, action], axis=-1)
-        return self.init_q + ensemble((*self.hidden_features, 1))(x).squeeze(-1)
+        return self.init_q + ensemble((*self.hidden_features, 1), self.layer_norm)(x).squeeze(-1)
 
 
 class Projection(nn.Module):
@@ -195,11 +199,6 @@ def actor_loss(
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, action_dim: int) -> jax.Array:
-    """Moves the temperature so that the entropy approaches its target, -|A|/2 (Table 5)."""
-    return jnp.exp(log_alpha) * (jax.lax.stop_gradient(entropy) + action_dim / 2)
-
-
 def sac_loss(
     params: dict, agent: AgentState, batch: Transition, reward: jax.Array, key: jax.Array,
     args: Args,
@@ -208,9 +207,11 @@ def sac_loss(
     critic_key, actor_key = jax.random.split(key)
     critic, critic_metrics = critic_loss(params["critic"], agent, batch, reward, critic_key, args)
     actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
-    alpha = alpha_loss(params["log_alpha"], actor_metrics["entropy"], batch.action.shape[-1])
-    metrics = critic_metrics | actor_metrics | {"alpha": jnp.exp(params["log_alpha"])}
-    return critic + actor + alpha * args.tune_temperature, metrics
+    # The temperature alpha moves so that the entropy approaches its target, -|A|/2 (Table 5).
+    excess = jax.lax.stop_gradient(actor_metrics["entropy"]) + batch.action.shape[-1] / 2
+    alpha = jnp.exp(params["log_alpha"])
+    metrics = critic_metrics | actor_metrics | {"alpha": alpha}
+    return critic + actor + alpha * excess * args.tune_temperature, metrics
 
 
 # ------------------------------------------------------------------------- VLM reward
@@ -271,7 +272,8 @@ def adam_step(loss_fn, params, opt_state, args: Args):
 @partial(jax.jit, static_argnames=("sizes", "args"))  # eagerly it takes twice as long
 def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
     actor = Actor(sizes.action, args.hidden_features)
-    critic = CriticPair(args.hidden_features, args.init_q if args.task_reward else 0.0)
+    init_q = args.init_q if args.task_reward else 0.0
+    critic = CriticPair(args.hidden_features, init_q, args.layer_norm)
     actor_key, critic_key = jax.random.split(key)
     obs, action = jnp.zeros((1, sizes.obs)), jnp.zeros((1, sizes.action))
     params = {

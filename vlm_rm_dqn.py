@@ -94,11 +94,13 @@ class VLMInputs(NamedTuple):
 
 class MLP(nn.Module):
     features: tuple[int, ...]
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for features in self.features[:-1]:
-            x = nn.relu(nn.Dense(features)(x))
+            x = nn.Dense(features)(x)
+            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
         return nn.Dense(self.features[-1])(x)
 
 

@@ -344,17 +344,6 @@ def test_actor_loss(agent):
     np.testing.assert_allclose(metrics["entropy"], -np.mean(log_prob), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("entropy", "expected"), [(-2.0, 0.0), (1.0, 1.5), (-3.0, -0.5)])
-def test_alpha_loss(entropy, expected):
-    """alpha (H + |A|/2) with alpha = 0.5 and a target entropy of -2; its own gradient in log."""
-    log_alpha = jnp.log(0.5)
-    loss, (gradient, entropy_gradient) = jax.value_and_grad(script.alpha_loss, argnums=(0, 1))(
-        log_alpha, jnp.array(entropy), 4)
-    assert_close(loss, expected)
-    assert_close(gradient, expected)  # too much entropy lowers the temperature, too little raises
-    assert entropy_gradient == 0
-
-
 def test_each_sac_loss_moves_its_own_parameters(agent):
     """The gradient of the sum is, part by part, the gradient of that part's loss alone."""
     batch, key = random_batch(0), jax.random.key(7)

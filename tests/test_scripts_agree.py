@@ -57,7 +57,7 @@ FIELDS = {
 # What every script has, by whatever method it learns: the agent, and what tools look for.
 EVERYWHERE = {
     "Args", "AgentState", "Buffers", "MLP", "Actor", "CriticPair", "sample_action", "critic_loss",
-    "actor_loss", "alpha_loss", "adam_step", "init_agent", "update_agent", "init_state",
+    "actor_loss", "adam_step", "init_agent", "update_agent", "init_state",
     "init_buffers", "update_once", "update", "act", "policy", "main", "LOG_STD_MIN", "LOG_STD_MAX",
 }
 
@@ -142,6 +142,25 @@ def test_an_update_leaves_the_types_as_they_were(script):
              for tree in (before, after)]
     assert len(paths) > 20
     assert dict(zip(paths, types[0], strict=True)) == dict(zip(paths, types[1], strict=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_layer_norm_is_in_the_critics(script):
+    """A scale for each hidden layer of both, and nowhere else."""
+    module = importlib.import_module(script)
+    sizes = Sizes(obs=39, action=4, embedding=8)
+    counts = []
+    for layer_norm in (False, True):
+        args = replace(module.Args(), layer_norm=layer_norm, hidden_features=(16, 8))
+        agent = jax.eval_shape(partial(module.init_agent, sizes=sizes, args=args),
+                               jax.random.key(0))
+        counts.append({
+            name: [leaf.shape for path, leaf in jax.tree.leaves_with_path(part)
+                   if "MLP" in jax.tree_util.keystr(path) and "scale" in jax.tree_util.keystr(path)]
+            for name, part in agent.params.items()
+        })
+    assert not any(counts[0].values())
+    assert counts[1].pop("critic") == [(2, 16), (2, 8)] and not any(counts[1].values())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

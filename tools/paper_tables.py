@@ -100,7 +100,7 @@ PRESETS = {
     # What two cores do in a night: the embedded VLM and fast pictures. Chosen by pilots on
     # window-close (docs/lab_notes.md); the same for all methods, as far as a script has the flag.
     "laptop": Preset("--total-timesteps 120000 --batch-size 64 --learning-rate 3e-4 "
-                     "--init-q -100 --init-temperature 0.01 --stage2-after 2500 "
+                     "--init-q -100 --layer-norm --init-temperature 0.01 --stage2-after 2500 "
                      "--eval-every 2000", {"clip": "--vlm clip"}),
     "none": Preset(vlms={"clip": "--vlm clip"}),
 }
