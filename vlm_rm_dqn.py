@@ -5,7 +5,7 @@ DQN (Mnih et al., 2015) maximises: CartPole in Rocamonde et al., ICLR 2024, arXi
 section 4.2. vlm_rm_baseline.py is the same with SAC, for continuous actions.
 
     python vlm_rm_dqn.py --total-timesteps 20000 --learning-starts 5000 --learning-rate 5e-4 \
-        --target-update-every 500 --batch-size 64
+        --target-update-every 500 --batch-size 64 --layer-norm
     python vlm_rm_dqn.py --vlm ViT-B-32/openai --alpha 0.5 --embed-batch 3200
     python vlm_rm_dqn.py --env-id Acrobot-v1 --no-vlm-reward  # DQN on the environment's own reward
 
@@ -58,6 +58,7 @@ class Args(flags.RunArgs):  # seed, total_timesteps, num_envs, utd, logs: common
     epsilon: flags.Share = 0.05  # share of random actions in the end
     exploration: flags.Share = 0.1  # share of the steps in which epsilon falls from 1
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of the Q network
+    layer_norm: bool = False  # in them, against overestimated values (Ball et al., 2023)
     # --- VLM reward
     vlm: str | None = None  # default: the embedded toy; liv, clip, or an open_clip pair
     vlm_weights: str | None = None  # local weights file for --vlm
@@ -169,7 +170,7 @@ def optimizer(args: Args) -> optax.GradientTransformation:
 
 @partial(jax.jit, static_argnames=("sizes", "args"))
 def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
-    network = MLP((*args.hidden_features, sizes.action))
+    network = MLP((*args.hidden_features, sizes.action), args.layer_norm)
     params = network.init(key, jnp.zeros((1, sizes.obs)))
     return AgentState(params, jax.tree.map(jnp.copy, params), optimizer(args).init(params), network)
 

@@ -263,13 +263,20 @@ def random_batch(seed: int) -> Transition:
 
 
 def q_in_numpy(params: dict, obs: np.ndarray) -> np.ndarray:
-    first, second = (params["params"][f"Dense_{i}"] for i in range(2))
-    hidden = np.maximum(obs @ np.asarray(first["kernel"]) + np.asarray(first["bias"]), 0)
-    return hidden @ np.asarray(second["kernel"]) + np.asarray(second["bias"])
+    """Of one hidden layer, with layer normalisation if there is one."""
+    layers = jax.tree.map(np.asarray, params["params"])
+    hidden = obs @ layers["Dense_0"]["kernel"] + layers["Dense_0"]["bias"]
+    if norm := layers.get("LayerNorm_0"):
+        hidden = (hidden - hidden.mean(1, keepdims=True)) / np.sqrt(hidden.var(1, keepdims=True)
+                                                                    + 1e-6)
+        hidden = hidden * norm["scale"] + norm["bias"]
+    return np.maximum(hidden, 0) @ layers["Dense_1"]["kernel"] + layers["Dense_1"]["bias"]
 
 
-def test_q_loss_against_numpy():
-    agent = dqn.init_agent(jax.random.key(0), SIZES, ARGS)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_q_loss_against_numpy(layer_norm):
+    agent = dqn.init_agent(jax.random.key(0), SIZES, replace(ARGS, layer_norm=layer_norm))
+    assert ("LayerNorm_0" in agent.params["params"]) == layer_norm
     agent = agent.replace(target=jax.tree.map(lambda x: x + 0.3, agent.params))
     batch = random_batch(0)
     reward = np.linspace(-3, 3, 16).astype(np.float32)  # both branches of Huber's loss
