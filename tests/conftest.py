@@ -19,6 +19,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+# What a shell starts in the background ignores Ctrl-C, and so would the script. (Not by preexec_fn:
+# forking a process that holds JAX's threads may hang.)
+HEED_SIGNALS = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
 
 def paper_scripts() -> list[str]:
     """The names of the scripts whose commands stand in docs/paper.md, sorted, without `.py`.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import HEED_SIGNALS
 
 from common.cache import cache_dir
 
@@ -45,14 +46,6 @@ def environment(tmp_path_factory) -> dict[str, str]:
     chosen_here = ("JAX_COMPILATION", "JAX_PERSISTENT")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(chosen_here)}
     return inherited | {"FURL_CACHE_DIR": str(caches), "FURL_NUM_CORES": "1"}
-
-
-# What a shell starts in the background ignores Ctrl-C, and so would the script. (Not by preexec_fn:
-# forking a process that holds JAX's threads may hang.)
-HEED_SIGNALS = (
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
-    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-)
 
 
 class Script:

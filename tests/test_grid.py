@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import HEED_SIGNALS, ROOT
 
 from tools import cells, engines, grid
 from tools.cells import Cell, Job, Outcome
@@ -52,7 +52,8 @@ def start():
     started: list[subprocess.Popen] = []
 
     def begin(words: list[str]) -> subprocess.Popen:
-        started.append(subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        heeding = [sys.executable, "-c", HEED_SIGNALS, *words[1:]]
+        started.append(subprocess.Popen(heeding, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, start_new_session=True))
         return started[-1]
 
