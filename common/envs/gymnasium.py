@@ -173,7 +173,6 @@ def make_env(env_id: str, *, seed: int, index: int, frame_size: int) -> gymnasiu
     options: dict[str, Any] = {"max_episode_steps": max_episode_steps(env_id)}
     try:
         if frame_size:
-            prepare_gl()
             cls = _class_of(env_id)
             if "rgb_array" not in cls.metadata.get("render_modes", ()):
                 raise UserError(f"{env_id} draws no frames (no render mode rgb_array), which are "
@@ -219,6 +218,7 @@ def _class_of(env_id: str) -> type[gymnasium.Env]:
 
 def make_draw(env: gymnasium.Env, camera: Camera) -> Callable[..., np.ndarray]:
     """`draw(env, first=False)`: the picture of any environment; `first` makes no difference."""
+    prepare_gl()
 
     def draw(env: gymnasium.Env, first: bool = False) -> np.ndarray:
         return square(env.render(), camera.size)

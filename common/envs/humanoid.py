@@ -9,7 +9,7 @@ success (Table 2). A VLM's reward knows nothing of it.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import gymnasium
 import mujoco
@@ -20,8 +20,8 @@ EPISODE_LENGTH = 100
 STEPS_FOR_SUCCESS = 50  # of an episode, in the pose
 BASELINE_PROMPT = "a humanoid robot"  # Table 3
 # Pictures: the original's, other colours, and these with a camera that stands still (Figure 3).
-LOOKS = ("original", "textured", "camera")
 Look = Literal["original", "textured", "camera"]
+LOOKS: tuple[Look, ...] = get_args(Look)
 STILL_CAMERA = {  # from the front, a little to the side
     "distance": 2.9, "lookat": np.array((0.0, 0.0, 0.8)), "elevation": -15.0, "azimuth": 150.0,
 }
@@ -269,8 +269,7 @@ def set_pose(
     for joint in range(1, model.njnt):  # 0: the free joint of the torso
         name = model.joint(joint).name
         side, _, part = name.partition("_")
-        angle = angles.get(name, angles.get(part, 0.0))
-        angle *= share
+        angle = share * angles.get(name, angles.get(part, 0.0))
         if noise:
             angle += alike.setdefault(part, rng.normal(0, noise)) + rng.normal(0, noise / 5)
         if side == "left" and part.startswith("shoulder"):  # whose axes are not mirrored

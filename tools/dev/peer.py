@@ -11,7 +11,7 @@ is the library's default.
 import importlib
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import gymnasium
 import torch
@@ -19,12 +19,13 @@ import tyro
 
 from common.envs import metaworld, suites
 
-PACKAGES = ("stable_baselines3", "sbx")
+Package = Literal["stable_baselines3", "sbx"]
+PACKAGES: tuple[Package, ...] = get_args(Package)
 
 
 @dataclass(frozen=True)
 class Args:
-    package: Literal["stable_baselines3", "sbx"]
+    package: Package
     algorithm: Literal["SAC", "DQN"] = "SAC"
     env_id: str = "drawer-close-v3"
     batch_size: int = 256
