@@ -194,6 +194,10 @@ def test_steps_are_rounded_up_to_whole_iterations(args, whole, iteration, capsys
     (["--camera-id", "-1"], "--camera-id must be 0 or more"),
     (["--buffer-size", "3999"], "--buffer-size must hold an episode of each of 8"),
     (["--embedding-buffer-size", "499"], "--embedding-buffer-size must hold an episode"),
+    (["--env-id", "drawer-opn-v3"], "did you mean drawer-open-v3"),
+    (["--num-envs", "-8"], "--num-envs"),
+    (["--utd", "0.3"], "--utd 0.3 x --num-envs 8"),
+    (["--resume", "/nowhere"], "no such folder"),
 ])
 def test_what_cannot_work_is_refused_before_anything_is_built(
     flags, message, tmp_path, monkeypatch, refused

@@ -14,9 +14,9 @@ from common.envs.rendering import Camera, Renderer
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden"
 TASKS = ("drawer-open-v3", "window-close-v3", "pick-place-v3")
 SIZE = 96  # pixels
-# Of `difference`. Other versions of Mesa round differently; a moved camera or another light gives 5
-# and more.
-TOLERANCE = 2.0
+# Of `difference`. Other versions of Mesa round differently, and an NVIDIA H100 differs by up to 2.3
+# in the quality "paper"; a moved camera or another light gives 5 and more.
+TOLERANCE = 3.5
 
 
 def scene(task: str):

@@ -31,18 +31,19 @@ import tyro
 import drq_baseline as drq
 import furl_sac_state as furl
 from common import checkpoint, convolution, replay
-from common.cores import share_cores
+from common.cores import num_cores, share_cores
 from common.envs.metaworld import ACTION_DIM, OBS_DIM, VecMetaWorld
 from common.envs.rendering import Camera, Renderer
 from common.errors import UserError
 from common.pixels import PICTURE_SIZE
 from common.replay import Sizes
 from common.vlms import load_vlm
+from common.vlms.open_clip import fast_precision
 from tools.benchmark import Row, tabulate, time_run
 from tools.dev.peer import PACKAGES
 
-Part = Literal["environments", "frames", "embeddings", "updates", "scaling", "checkpoints",
-               "furl", "baselines", "pixels", "peers"]
+Part = Literal["environments", "frames", "workers", "embeddings", "precision", "updates", "scaling",
+               "checkpoints", "furl", "baselines", "pixels", "peers"]
 ROOT = Path(__file__).resolve().parent.parent.parent
 PARTS: tuple[Part, ...] = get_args(Part)
 TASK = "drawer-open-v3"
@@ -113,6 +114,26 @@ def measure_frames(rounds: int) -> Iterator[Row]:
                    f"{1 / seconds:,.0f} a second and core")
 
 
+def measure_workers(rounds: int) -> Iterator[Row]:
+    """Environment steps per second, each of them drawn, by number of workers that draw at once."""
+    cores = num_cores()
+    for num_workers in (n for n in (1, 2, 4, 8, 16, 32) if n <= cores):
+        for quality, size, steps in (("fast", 112, 20), ("fast", 224, 20), ("paper", 224, 2)):
+            envs = VecMetaWorld(TASK, 2 * num_workers, seed=0, num_workers=num_workers,
+                                camera=Camera(size, quality=quality))
+            envs.reset()
+            actions = np.zeros((envs.num_envs, ACTION_DIM), np.float32)
+
+            def play(envs=envs, actions=actions, steps=steps) -> None:
+                for _ in range(steps):
+                    envs.step(actions)
+
+            seconds = medians({"play": play}, rounds)["play"]
+            envs.close()
+            yield (f"drawn steps/s, {quality}, {size} px, {num_workers} workers",
+                   f"{envs.num_envs * steps / seconds:,.0f}", "two environments each")
+
+
 def measure_embeddings(rounds: int) -> Iterator[Row]:
     """Milliseconds per image at batch 16."""
     for name, pretrained in (("mini", True), ("clip", False)):
@@ -127,6 +148,36 @@ def measure_embeddings(rounds: int) -> Iterator[Row]:
         label = "mini" if name == "mini" else "RN50 (CLIP's, random weights)"
         yield (f"image embedding, {label}, batch 16", f"{seconds / 16 * 1e3:.2f} ms",
                f"D = {vlm.embed_dim}, {vlm.frame_size} px")
+
+
+def measure_precision(_rounds: int) -> Iterator[Row]:
+    """Embeddings as a run has them on this machine, against float32 on the CPU."""
+    for name, pretrained in (("mini", True), ("clip", False)):
+        exact = load_vlm(name, pretrained=pretrained, device="cpu")
+        fast = load_vlm(name, pretrained=pretrained)
+        if not pretrained:  # networks with random weights run in float32, see OpenClipVLM
+            fast._precision = fast_precision(fast.device)
+        envs = VecMetaWorld(TASK, 4, seed=0, camera=Camera(exact.frame_size))
+        rng = np.random.default_rng(0)
+        steps = [envs.step(rng.uniform(-1, 1, (4, ACTION_DIM)).astype(np.float32))
+                 for _ in range(8)]
+        envs.close()
+        frames = np.concatenate([step.frames for step in steps])
+        a, b = (np.asarray(vlm.embed_images(frames)) for vlm in (exact, fast))
+        text = exact.embed_text(["Open a drawer."])[0]
+        unit_a, unit_b, unit_text = (
+            x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b, text)
+        )
+        rewards = unit_a @ unit_text, unit_b @ unit_text
+        distance = np.linalg.norm(a[:, None] - a, axis=-1)
+        label = "mini" if pretrained else "RN50 (CLIP's, random weights)"
+        precision = getattr(fast, "_precision", None) or "float32"
+        yield (f"embeddings, {label}, {precision} on {fast.device.type}",
+               f"cosine {(unit_a * unit_b).sum(1).min():.6f} or more",
+               f"to float32 on the CPU; similarity to a text differs by at most "
+               f"{np.abs(rewards[0] - rewards[1]).max():.1e}, an embedding by "
+               f"{np.linalg.norm(a - b, axis=1).max() / np.median(distance[distance > 0]):.2%} of "
+               "the median distance between frames")
 
 
 def sac_flops(args: furl.Args) -> float:
@@ -471,7 +522,8 @@ def run_script(
 def main(args: Args) -> None:
     share_cores()
     measures = {"environments": measure_environments, "frames": measure_frames,
-                "embeddings": measure_embeddings, "updates": measure_updates,
+                "workers": measure_workers, "embeddings": measure_embeddings,
+                "precision": measure_precision, "updates": measure_updates,
                 "scaling": measure_scaling, "checkpoints": measure_checkpoints,
                 "furl": measure_furl, "baselines": measure_baselines, "pixels": measure_pixels,
                 "peers": measure_peers}
