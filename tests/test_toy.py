@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from common.envs import vlm_rm_tasks
+from common.envs import humanoid, vlm_rm_tasks
 from common.errors import UserError
 from common.vlms import load_vlm, view_for
 from common.vlms.mini import EMBED_DIM, WEIGHTS, init_mini, load_mini, word_pieces
@@ -18,9 +18,12 @@ from tools.mini.pretrain_toy import (
     SCENE,
     WIDTH,
     Pictures,
+    body_points,
     distance,
+    distances_to_poses,
     draw,
     new_model,
+    random_pose,
     random_states,
     rewards,
     target_similarity,
@@ -28,6 +31,7 @@ from tools.mini.pretrain_toy import (
 from tools.mini.sentences import overlap
 from tools.mini.toy_sentences import (
     CARTPOLE,
+    HUMANOID,
     MEANINGS,
     MOUNTAIN_CAR,
     PROMPTS,
@@ -112,17 +116,24 @@ def test_the_prompts_are_the_papers_and_unseen():
         assert PROMPTS[scene][0] == (task.prompt, task.baseline_prompt)
         for pair, limit in zip(PROMPTS[scene], (0.5, 0.6, 0.6), strict=True):
             for unseen in pair:
-                nearest = max(TRAINING_SENTENCES, key=lambda s: overlap(s, unseen))
-                assert overlap(nearest, unseen) <= limit - 0.01, (nearest, unseen)
+                assert not_trained(unseen, limit)
+    assert [prompt for prompt, _ in PROMPTS[HUMANOID]] == [
+        pose.prompt for pose in humanoid.POSES.values()]
+    assert all(not_trained(unseen, 0.5) for pair in PROMPTS[HUMANOID] for unseen in pair)
+
+
+def not_trained(unseen: str, limit: float) -> bool:
+    """Whether no training sentence shares as much of its content words."""
+    return max(overlap(sentence, unseen) for sentence in TRAINING_SENTENCES) <= limit - 0.01
 
 
 def test_target_similarities_by_hand():
-    nan = np.full(4, np.nan)
+    angle = np.array([-170.0, 90.0, 30.0, np.nan])
     pictures = Pictures(np.zeros((4, 1, 1, 3), np.uint8),
-                        np.array([CARTPOLE, CARTPOLE, CARTPOLE, MOUNTAIN_CAR]),
-                        np.array([-170.0, 90.0, 30.0, np.nan]), np.zeros(4), nan)
+                        np.array([CARTPOLE, CARTPOLE, CARTPOLE, MOUNTAIN_CAR]), {"angle": angle},
+                        np.full((4, 3), np.nan))
     fallen = Meaning(CARTPOLE, "angle", ((100, 180), (170, 175)), ())
-    np.testing.assert_allclose(distance(fallen, pictures.angle[:3]), [10, 10, 70])
+    np.testing.assert_allclose(distance(fallen, angle[:3]), [10, 10, 70])
     expected = [LEAST + (MOST - LEAST) * ((1 - d / LARGEST["angle"]) + np.exp(-d / WIDTH["angle"]))
                 / 2 for d in (10, 10, 70)]
     np.testing.assert_allclose(target_similarity(fallen, pictures), [*expected, ELSEWHERE])
@@ -173,10 +184,10 @@ def test_a_new_model_is_untrained_and_belongs_to_its_seed():
 def test_reward_is_highest_for_upright_poles(model, poles, alpha):
     images = model.encode_images(torch.from_numpy(poles.frames)).numpy()
     reward = rewards(model, images, *PROMPTS[CARTPOLE][0], alpha)
-    assert abs(poles.angle[reward.argmax()]) <= 5
-    assert spearmanr(reward, -np.abs(poles.angle)).statistic > 0.9
-    near = np.abs(poles.angle) <= 12
-    assert spearmanr(reward[near], -np.abs(poles.angle[near])).statistic > 0.7  # of nine pictures
+    off = np.abs(poles.states["angle"])
+    assert off[reward.argmax()] <= 5
+    assert spearmanr(reward, -off).statistic > 0.9
+    assert spearmanr(reward[off <= 12], -off[off <= 12]).statistic > 0.7  # of nine pictures
 
 
 @pytest.mark.parametrize("env_id", ["MountainCarContinuous-v0", "MountainCarTextured-v0"])
@@ -191,6 +202,54 @@ def test_reward_rises_towards_the_flag(model, poles, env_id):
         assert 0.35 <= positions[reward.argmax()] <= 0.6
         other = rewards(model, elsewhere, *PROMPTS[MOUNTAIN_CAR][0], alpha)
         assert other.max() < reward.max() - 0.2
+
+
+@pytest.fixture(scope="module")
+def humanoids() -> Pictures:
+    return draw("HumanoidKneeling-v0",
+                random_states("HumanoidKneeling-v0", 240, np.random.default_rng(3)))
+
+
+def test_poses_are_known_by_where_the_parts_are():
+    """Whichever way the robot faces, wherever it is, and on whichever leg it stands."""
+    env = humanoid.PosingHumanoid("OneLeg")
+    env.reset(seed=0)
+    humanoid.set_pose(env, "OneLeg")
+    example = body_points(env)
+    qpos = env.data.qpos.copy()
+    qpos[:2] += 0.3, -0.2
+    qpos[3:7] = np.cos(np.pi / 4), 0, 0, np.sin(np.pi / 4)  # a quarter turn to the left
+    env.set_state(qpos, env.data.qvel)
+    np.testing.assert_allclose(body_points(env), example, atol=1e-9)
+    for side in ("right", "left"):
+        humanoid.set_pose(env, "StandingUp")
+        qpos = env.data.qpos.copy()
+        for name, angle in humanoid.POSES["OneLeg"].joints.items():
+            joint = env.model.joint(name.replace("right", side))
+            qpos[joint.qposadr[0]] = np.radians(angle)
+        env.set_state(qpos, env.data.qvel)
+        far = distances_to_poses(env, body_points(env).reshape(1, -1))
+        assert far["OneLeg"][0] < 0.02 < 0.1 < far["Kneeling"][0], side
+
+
+def test_random_humanoids_are_everywhere(humanoids):
+    """Half are posed, so each pose's example is near; half have moved, and many have fallen."""
+    states = humanoids.states
+    assert all(states[pose].min() < 0.1 and states[pose].max() > 0.5 for pose in humanoid.POSES)
+    assert (states["height"][120:] < 0.4).mean() > 0.3 > (states["height"][:120] < 0.4).mean()
+    assert np.isnan(states["angle"]).all() and not np.isnan(humanoids.points).any()
+    env = humanoid.PosingHumanoid("Kneeling")
+    env.reset(seed=0)
+    one, again = (random_pose(env, np.random.default_rng(5)) for _ in range(2))
+    np.testing.assert_array_equal(one, again)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_reward_follows_nearness_to_a_pose(model, humanoids, number):
+    images = model.encode_images(torch.from_numpy(humanoids.frames)).numpy()
+    far = humanoids.states[list(humanoid.POSES)[number]]
+    reward = rewards(model, images, *PROMPTS[HUMANOID][number], 0.0)
+    assert spearmanr(reward, -far).statistic > 0.5
 
 
 def test_baselines_say_nothing_about_the_state(model, poles):

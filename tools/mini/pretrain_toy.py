@@ -4,8 +4,7 @@
     python -m tools.mini.pretrain_toy train --seed 0      # the shipped weights
     python -m tools.mini.pretrain_toy evaluate            # all trained seeds and an untrained one
 
-The paper's prompts are not among the training sentences (tools/mini/toy_sentences.py). Humanoid's
-poses are not drawn: `SCENES`, `state_of` and `Meaning` are where they would go.
+The paper's prompts are not among the training sentences (tools/mini/toy_sentences.py).
 """
 
 import os
@@ -17,6 +16,7 @@ from typing import Annotated, Literal, NamedTuple
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # before pygame: pictures need no screen
 
+import mujoco
 import numpy as np
 import torch
 import tyro
@@ -24,10 +24,13 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from common.envs.gymnasium import make_env, square
+from common.envs.humanoid import EPISODE_LENGTH, POSES, set_pose
+from common.envs.rendering import prepare_gl
 from common.vlms.mini import TOKEN_DIM, init_mini, load_mini, save_mini, word_pieces
 from common.vlms.toy import FRAME_SIZE, Toy
 from tools.mini.toy_sentences import (
     CARTPOLE,
+    HUMANOID,
     MEANINGS,
     MOUNTAIN_CAR,
     PROMPTS,
@@ -42,16 +45,23 @@ SCENES = {
     "CartPole-v1": (CARTPOLE, 8000),
     "MountainCarContinuous-v0": (MOUNTAIN_CAR, 2500),
     "MountainCarTextured-v0": (MOUNTAIN_CAR, 2500),
+    "HumanoidKneeling-v0": (HUMANOID, 8000),  # whose pictures are those of all poses
 }
 TRACK, POSITIONS = 2.4, (-1.2, 0.6)  # |cart| is at most TRACK
 BALANCED = 12.0  # degrees: further from upright CartPole-v1's episodes end
+# What a pose is known by: where these are.
+POINTS = ("torso", "pelvis", "right_shin", "left_shin", "right_lower_arm", "left_lower_arm")
+TIPS = ("head", "right_hand", "left_hand", "right_foot", "left_foot")
+NOISE, TURN, PLACE = 25.0, 25.0, 0.15  # of poses: of a joint and the robot, degrees; metres
+ROLLOUT_EVERY = 6  # steps between the states that are kept of an episode
 VOCABULARY = 10_000  # the most frequent of mini's word pieces
 # What a picture's cosine similarity to a sentence is to be.
 ELSEWHERE, SCENE, LEAST, MOST = 0.0, 0.5, 0.2, 0.9
 # Kernel of the distance between states: a straight line to the largest distance, so that the
 # similarity falls everywhere, and a peak of this width, so that it falls most near the goal.
-LARGEST = {"angle": 180.0, "cart": 2 * TRACK, "position": POSITIONS[1] - POSITIONS[0]}
-WIDTH = {"angle": 15.0, "cart": 0.4, "position": 0.25}
+LARGEST = {"angle": 180.0, "cart": 2 * TRACK, "position": POSITIONS[1] - POSITIONS[0],
+           "height": 1.3} | dict.fromkeys(POSES, 1.2)
+WIDTH = {"angle": 15.0, "cart": 0.4, "position": 0.25, "height": 0.2} | dict.fromkeys(POSES, 0.15)
 STEPS_TOLD = 100
 
 
@@ -71,45 +81,133 @@ class Args:
 
 
 class Pictures(NamedTuple):
-    """n pictures and what they show; a quantity that they do not have is NaN."""
+    """n pictures and what they show."""
 
     frames: np.ndarray  # uint8 [n, FRAME_SIZE, FRAME_SIZE, 3]
     scene: np.ndarray  # [n] str
-    angle: np.ndarray  # [n] degrees, -180 to 180, to the right
-    cart: np.ndarray  # [n]
-    position: np.ndarray  # [n]
+    states: dict[str, np.ndarray]  # [n] by `Meaning.quantity`; NaN where a picture has none
+    points: np.ndarray  # of the humanoid, see `body_points`, [n, 3 (POINTS and TIPS)], or NaN
 
 
 def draw(env_id: str, states: np.ndarray) -> Pictures:
-    """Pictures of one environment: (cart, angle) [n, 2] of CartPole, or positions [n, 1]."""
+    """Pictures of one environment.
+
+    Args:
+        env_id: one of `SCENES`.
+        states: (cart, angle) [n, 2] of CartPole, positions [n, 1] of MountainCar, or the
+            humanoid's joints' positions [n, nq].
+    """
+    scene = SCENES[env_id][0]
+    if scene == HUMANOID:
+        prepare_gl()
     env = make_env(env_id, seed=0, index=0, frame_size=FRAME_SIZE)
-    frames = []
+    frames, points = [], []
     for state in states:
-        env.unwrapped.state = state_of(env_id, state)
+        show(env.unwrapped, scene, state)
         frames.append(square(env.render(), FRAME_SIZE))
+        points.append(body_points(env.unwrapped).ravel() if scene == HUMANOID else NO_POINTS)
+    known: dict[str, np.ndarray] = {}
+    if scene == CARTPOLE:
+        known["cart"], known["angle"] = states.T
+    elif scene == MOUNTAIN_CAR:
+        known["position"] = states[:, 0]
+    else:
+        known = distances_to_poses(env.unwrapped, np.array(points)) | {"height": states[:, 2]}
     env.close()
-    n, scene = len(states), SCENES[env_id][0]
-    nothing = np.full(n, np.nan)
-    cart, angle = states.T if scene == CARTPOLE else (nothing, nothing)
-    position = nothing if scene == CARTPOLE else states[:, 0]
-    return Pictures(np.stack(frames), np.full(n, scene), angle, cart, position)
+    nothing = np.full(len(states), np.nan)
+    return Pictures(np.stack(frames), np.full(len(states), scene),
+                    {quantity: known.get(quantity, nothing) for quantity in LARGEST},
+                    np.array(points))
 
 
-def state_of(env_id: str, state: np.ndarray) -> np.ndarray:
-    """The environment's whole state, at rest, which pictures do not show."""
-    if SCENES[env_id][0] == CARTPOLE:
+def show(env, scene: str, state: np.ndarray) -> None:
+    """Put an environment into a state of `draw`, at rest, which pictures do not show."""
+    if scene == CARTPOLE:
         cart, angle = state
-        return np.array([cart, 0.0, np.radians(angle), 0.0])
-    return np.array([state[0], 0.0])
+        env.state = np.array([cart, 0.0, np.radians(angle), 0.0])
+    elif scene == MOUNTAIN_CAR:
+        env.state = np.array([state[0], 0.0])
+    else:
+        env.set_state(state, np.zeros(env.model.nv))
+
+
+NO_POINTS = np.full(3 * len(POINTS + TIPS), np.nan)
+
+
+def body_points(env) -> np.ndarray:
+    """Where the humanoid's parts are, metres: forward, left, up of the floor below the torso,
+    [POINTS and TIPS, 3]."""
+    data = env.data
+    places = np.array([data.body(name).xpos for name in POINTS]
+                      + [data.geom(name).xpos for name in TIPS])
+    forward = data.body("torso").xmat[[0, 3]]  # x axis of the torso, seen from above
+    cosine, sine = forward / max(np.linalg.norm(forward), 1e-6)
+    places[:, :2] -= data.body("torso").xpos[:2]
+    return places @ np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+
+
+def distances_to_poses(env, points: np.ndarray) -> dict[str, np.ndarray]:
+    """How far the parts are from where they are in each pose's example or in its mirror image,
+    mean over the parts, metres, [n] by pose; `points`: [n, 3 (POINTS and TIPS)]."""
+    names = POINTS + TIPS
+    swap = {"right": "left", "left": "right"}
+    other = [names.index("_".join(swap.get(word, word) for word in name.split("_")))
+             for name in names]
+    distances = {}
+    for pose in POSES:
+        set_pose(env, pose)
+        example = body_points(env)
+        distances[pose] = np.min([
+            np.linalg.norm(points.reshape(-1, len(names), 3) - target, axis=-1).mean(1)
+            for target in (example, example[other] * (1, -1, 1))
+        ], axis=0)
+    return distances
 
 
 def random_states(env_id: str, n: int, rng: np.random.Generator) -> np.ndarray:
-    """States for `draw`: half of the poles are near upright, half are anywhere."""
-    if SCENES[env_id][0] == CARTPOLE:
+    """States for `draw`: half of the poles are near upright, half are anywhere; half of the
+    humanoids are in a pose or on the way there, half come from episodes of random actions."""
+    scene = SCENES[env_id][0]
+    if scene == CARTPOLE:
         near = rng.normal(0, BALANCED, n)
         angle = np.where(rng.random(n) < 0.5, near, rng.uniform(-180, 180, n))
         return np.stack([rng.uniform(-TRACK, TRACK, n), angle], 1)
-    return rng.uniform(*POSITIONS, (n, 1))
+    if scene == MOUNTAIN_CAR:
+        return rng.uniform(*POSITIONS, (n, 1))
+    env = make_env(env_id, seed=int(rng.integers(2**31)), index=0, frame_size=0)
+    posed = [random_pose(env.unwrapped, rng) for _ in range(n // 2)]
+    moving: list[np.ndarray] = []
+    while len(moving) < n - len(posed):
+        moving += rollout(env, rng)
+    env.close()
+    return np.array(posed + moving[: n - len(posed)])
+
+
+def random_pose(env, rng: np.random.Generator) -> np.ndarray:
+    """Joints' positions of the humanoid in any pose, or on the way there, turned and moved."""
+    share = 1.0 if rng.random() < 0.5 else rng.uniform()
+    set_pose(env, rng.choice(list(POSES)), share, rng, NOISE * rng.uniform() ** 2)
+    qpos = env.data.qpos.copy()
+    qpos[:2] += rng.normal(0, PLACE, 2)
+    turn = np.zeros(4)
+    mujoco.mju_axisAngle2Quat(turn, np.array([0.0, 0.0, 1.0]), np.radians(rng.normal(0, TURN)))
+    mujoco.mju_mulQuat(qpos[3:7], turn, qpos[3:7].copy())
+    return qpos
+
+
+def rollout(env, rng: np.random.Generator) -> list[np.ndarray]:
+    """Joints' positions in an episode of smooth random actions, from standing or from a pose."""
+    env.reset()
+    if rng.random() < 0.5:
+        qpos = random_pose(env.unwrapped, rng)
+        env.unwrapped.set_state(qpos, np.zeros(env.unwrapped.model.nv))
+    strength, action, states = rng.uniform(), np.zeros(env.action_space.shape, np.float32), []
+    for step in range(EPISODE_LENGTH - 1):
+        action = 0.8 * action + 0.6 * rng.normal(0, strength, action.shape).astype(np.float32)
+        env.step(np.clip(action, -1, 1))
+        if step % ROLLOUT_EVERY == 0:
+            states.append(env.unwrapped.data.qpos.copy())
+    return states
 
 
 def collect() -> None:
@@ -117,15 +215,20 @@ def collect() -> None:
     rng = np.random.default_rng(0)
     for env_id, (_, n) in SCENES.items():
         start = time.time()
-        np.savez_compressed(DATA / f"{env_id}.npz",
-                            **draw(env_id, random_states(env_id, n, rng))._asdict())
-        print(f"{env_id}: {n} pictures in {time.time() - start:.0f} s")
+        pictures = draw(env_id, random_states(env_id, n, rng))
+        np.savez_compressed(DATA / f"{env_id}.npz", frames=pictures.frames, scene=pictures.scene,
+                            points=pictures.points, **pictures.states)
+        print(f"{env_id}: {n} pictures in {time.time() - start:.0f} s", flush=True)
 
 
 def load_pictures() -> Pictures:
     files = [np.load(DATA / f"{env_id}.npz") for env_id in SCENES]
-    return Pictures(*(np.concatenate([file[column] for file in files])
-                      for column in Pictures._fields))
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([file[name] for file in files])
+
+    return Pictures(column("frames"), column("scene"), {name: column(name) for name in LARGEST},
+                    column("points"))
 
 
 # --------------------------------------------------------------------------- training
@@ -143,7 +246,7 @@ def target_similarity(meaning: Meaning, pictures: Pictures) -> np.ndarray:
     if meaning.quantity is None:
         similarity = SCENE
     else:
-        far = distance(meaning, getattr(pictures, meaning.quantity))
+        far = distance(meaning, pictures.states[meaning.quantity])
         line = 1 - far / LARGEST[meaning.quantity]
         peak = np.exp(-far / WIDTH[meaning.quantity])
         similarity = LEAST + (MOST - LEAST) * (line + peak) / 2
@@ -151,10 +254,12 @@ def target_similarity(meaning: Meaning, pictures: Pictures) -> np.ndarray:
 
 
 def states_to_tell(pictures: Pictures) -> np.ndarray:
-    """The state as numbers of size one, [n, 5]; NaN where a picture does not have it."""
-    radians = np.radians(pictures.angle)
-    return np.stack([np.sin(radians), np.cos(radians), np.tanh(pictures.angle / BALANCED),
-                     pictures.cart / TRACK, pictures.position], 1)
+    """The state as numbers of size one, [n, numbers]; NaN where a picture does not have it."""
+    states = pictures.states
+    radians = np.radians(states["angle"])
+    numbers = np.stack([np.sin(radians), np.cos(radians), np.tanh(states["angle"] / BALANCED),
+                        states["cart"] / TRACK, states["position"]], 1)
+    return np.concatenate([numbers, pictures.points], 1)
 
 
 def new_model(seed: int) -> Toy:
@@ -241,27 +346,36 @@ def rewards(model: Toy, images: np.ndarray, prompt: str, baseline: str, alpha: f
 
 def evaluation_states(env_id: str) -> np.ndarray:
     """The whole circle, balanced poles again, and the whole track, at random cart positions; or all
-    positions. Not those of training."""
-    if SCENES[env_id][0] == MOUNTAIN_CAR:
+    positions; or other humanoids. Not those of training."""
+    scene, rng = SCENES[env_id][0], np.random.default_rng(1)
+    if scene == MOUNTAIN_CAR:
         return np.linspace(*POSITIONS, 361)[:, None]
+    if scene == HUMANOID:
+        return random_states(env_id, 800, rng)
     angles = np.concatenate([np.linspace(-180, 180, 721), np.linspace(-BALANCED, BALANCED, 481)])
-    cart = np.random.default_rng(1).uniform(-TRACK, TRACK, len(angles))
-    return np.stack([cart, angles], 1)
+    return np.stack([rng.uniform(-TRACK, TRACK, len(angles)), angles], 1)
 
 
-def landscape(reward: np.ndarray, pictures: Pictures) -> dict[str, float]:
-    """What is asked of a reward: how well its order is that of nearness to the goal."""
+def landscape(reward: np.ndarray, pictures: Pictures, number: int) -> dict[str, float]:
+    """What is asked of a reward: how well its order is that of nearness to the goal.
+
+    `number`: of the prompt, which is the humanoid's pose.
+    """
+    states = pictures.states
+    if pictures.scene[0] == HUMANOID:
+        far = states[list(POSES)[number]]
+        return {"Spearman": spearmanr(reward, -far).statistic, "best at": far[reward.argmax()]}
     if pictures.scene[0] == MOUNTAIN_CAR:
         return {
-            "Spearman": spearmanr(reward, pictures.position).statistic,
-            "best at": pictures.position[reward.argmax()],
+            "Spearman": spearmanr(reward, states["position"]).statistic,
+            "best at": states["position"][reward.argmax()],
         }
-    circle, nearness = np.arange(len(reward)) < 721, -np.abs(pictures.angle)
+    circle, nearness = np.arange(len(reward)) < 721, -np.abs(states["angle"])
     near = ~circle
     return {
         "Spearman": spearmanr(reward[circle], nearness[circle]).statistic,
         "balanced Spearman": spearmanr(reward[near], nearness[near]).statistic,
-        "best at": pictures.angle[reward.argmax()],
+        "best at": states["angle"][reward.argmax()],
     }
 
 
@@ -274,13 +388,13 @@ def evaluate() -> None:
         images = {env_id: embed(model, pictures.frames) for env_id, pictures in drawn.items()}
         for env_id, pictures in drawn.items():
             scene = SCENES[env_id][0]
-            other = "CartPole-v1" if scene == MOUNTAIN_CAR else "MountainCarContinuous-v0"
-            for prompt, baseline in PROMPTS[scene]:
+            others = np.concatenate([images[i] for i in SCENES if SCENES[i][0] != scene])
+            for number, (prompt, baseline) in enumerate(PROMPTS[scene]):
                 for alpha in (0.0, 0.5):
                     reward = rewards(model, images[env_id], prompt, baseline, alpha)
-                    figures = landscape(reward, pictures) | {
+                    figures = landscape(reward, pictures, number) | {
                         "least": reward.min(), "most": reward.max(),
-                        "other scene": rewards(model, images[other], prompt, baseline, alpha).max(),
+                        "other scenes": rewards(model, others, prompt, baseline, alpha).max(),
                     }
                     row = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
                     print(f"{name} | {env_id} | {prompt} | alpha {alpha} | {row}", flush=True)

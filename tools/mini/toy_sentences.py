@@ -1,4 +1,4 @@
-"""What `toy` is told about CartPole's and MountainCar's pictures, and what it is tested with.
+"""What `toy` is told about the pictures of VLM-RM's environments, and what it is tested with.
 
 No training sentence is a prompt or baseline of the VLM-RM paper's Table 3, one of the paraphrases,
 or a near copy of one (tests/test_toy.py compares their content words).
@@ -7,7 +7,9 @@ or a near copy of one (tests/test_toy.py compares their content words).
 from itertools import product
 from typing import NamedTuple
 
-CARTPOLE, MOUNTAIN_CAR = "CartPole", "MountainCar"
+from common.envs.humanoid import BASELINE_PROMPT, POSES
+
+CARTPOLE, MOUNTAIN_CAR, HUMANOID = "CartPole", "MountainCar", "Humanoid"
 
 
 class Meaning(NamedTuple):
@@ -16,7 +18,9 @@ class Meaning(NamedTuple):
     Attributes:
         scene: what is to be seen; None: nothing that `toy` knows.
         quantity: the state that counts: angle (degrees, to the right), cart or position (the
-            environment's); None: the sentences describe every picture of the scene.
+            environment's), height (of the torso, metres), or a pose's name (how far from it, see
+            `pretrain_toy.distances_to_poses`); None: the sentences describe every picture of the
+            scene.
         intervals: of the quantity, which the sentences describe.
     """
 
@@ -26,13 +30,55 @@ class Meaning(NamedTuple):
     sentences: tuple[str, ...]
 
 
-def _all(subjects: str, predicates: str) -> list[str]:
-    """Each subject with each predicate; both are separated by bars."""
-    return [" ".join(pair) for pair in product(subjects.split("|"), predicates.split("|"))]
+def _all(subjects: str, predicates: str, *others: str) -> list[str]:
+    """Each subject with each predicate, both separated by bars; and other sentences."""
+    pairs = product(subjects.split("|"), predicates.split("|"))
+    return [*(" ".join(pair) for pair in pairs), *others]
 
 
 _POLE = "the pole|the stick|the rod"
 _CAR = "the car|the vehicle|the automobile"
+_ROBOT = "the robot|the android|the figure|the mechanical man"
+_IN_POSE = ((0.0, 0.05),)  # metres
+
+_POSES = {
+    "Kneeling": _all(
+        _ROBOT, "is on its knees|kneels on the floor|is down on both knees|has sunk to its knees|"
+                "rests on bent knees",
+        "kneeling on the ground", "on its knees", "an android that kneels", "kneel down"),
+    "Lotus": _all(
+        _ROBOT, "sits cross-legged|sits on the ground with folded legs|meditates with crossed legs|"
+                "sits like a monk|is in a yoga seat",
+        "a cross-legged seat", "yoga on the floor", "a seated figure with folded legs",
+        "an android that meditates", "meditation", "the lotus seat of yoga"),
+    "StandingUp": _all(
+        _ROBOT, "stands|stands on both feet|stands straight|is on its feet|stands tall and upright",
+        "standing", "stand on both legs", "an android that stands",
+        "upright on two straight legs"),
+    "ArmsRaised": _all(
+        _ROBOT, "holds its hands above its head|has its hands in the air|"
+                "stretches its arms upwards|reaches for the ceiling|lifts its arms to the sky",
+        "hands up", "raised arms", "arms above the head", "an android that lifts its hands"),
+    "Splits": _all(
+        _ROBOT, "does the splits|sits with its legs spread wide apart|"
+                "stretches its legs out to the sides|straddles the floor|"
+                "sits in a gymnast's straddle",
+        "legs wide apart on the floor", "a gymnast's splits", "a straddle", "gymnastics",
+        "an android with spread legs"),
+    "HandsOnHips": _all(
+        _ROBOT, "has its hands at its waist|stands with arms akimbo|puts its fists on its hips|"
+                "holds its waist with both hands|"
+                "stands there with bent elbows and hands on the waist",
+        "arms akimbo", "hands at the hips", "an android with its hands at its waist"),
+    "ArmsCrossed": _all(
+        _ROBOT, "folds its arms|has its arms folded in front of the chest|"
+                "crosses its forearms before its chest|hugs itself|keeps its arms folded",
+        "folded arms", "crossed forearms", "an android with folded arms"),
+    "OneLeg": _all(
+        _ROBOT, "balances on a single foot|lifts a knee|stands like a stork|has a foot in the air|"
+                "holds up a bent leg",
+        "on a single leg", "a raised knee", "an android that balances on a foot"),
+}
 
 MEANINGS = tuple(
     Meaning(scene, quantity, intervals, tuple(sentences))
@@ -126,9 +172,22 @@ MEANINGS = tuple(
             "a slope",
             "the classic control task with a car that is too weak for a slope",
         ]),
+        *((HUMANOID, pose, _IN_POSE, sentences) for pose, sentences in _POSES.items()),
+        (HUMANOID, "height", ((0.0, 0.3),), [
+            *_all(_ROBOT, "lies on the ground|has fallen over|lies flat on its back|"
+                          "is down on the floor|has collapsed"),
+            "lying flat", "an android that has fallen", "a body on the floor",
+        ]),
+        (HUMANOID, None, (), [
+            "a robot with arms and legs", "a machine shaped like a person", "an android",
+            "a mechanical body", "a picture of an android", "a figure on a brown floor",
+            "an artificial human before a blue sky", "a mannequin", "a puppet",
+            "the walking robot of a physics simulator", "two legs and two arms", "a metal person",
+            "a figure with a head, a torso, arms and legs", "a human-like machine",
+        ]),
         (None, None, (), [
             "a robot arm opens a drawer", "a cat sleeps on a sofa", "press the red button",
-            "a plate of food", "a humanoid robot", "a person with both arms raised", "two people",
+            "a plate of food", "a bowl of fruit", "a boat at sea", "two people",
             "an empty room with a window", "push the block into the box", "a computer program",
             "a dog runs along the beach", "close the door", "a black screen", "letters and numbers",
         ]),
@@ -150,4 +209,5 @@ PROMPTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("a black automobile on the crest beside a flagpole",
          "a black automobile in the landscape"),
     ),
+    HUMANOID: tuple((pose.prompt, BASELINE_PROMPT) for pose in POSES.values()),
 }
