@@ -99,7 +99,9 @@ def newest(run_dir: Path) -> int:
 def metrics(run_dir: Path, until: int = 2400) -> dict[tuple[int, str], str]:
     """All rows up to a step but those of times; each (step, key) once."""
     with open(run_dir / "metrics.csv", newline="") as file:
-        rows = [(int(step), key, value) for step, key, value in list(csv.reader(file))[1:]]
+        header, *lines = csv.reader(file)
+    assert header == ["env_steps", "key", "value"]
+    rows = [(int(step), key, value) for step, key, value in lines]
     assert len(rows) == len({row[:2] for row in rows}), "a row was written twice"
     return {row[:2]: row[2] for row in rows if row[0] <= until and not row[1].startswith("time/")}
 
@@ -111,6 +113,7 @@ def whole_run(tmp_path_factory, environment) -> Path:
                     "--capture-video")
     assert script.end() == 0, script.errors
     assert "final policy: success_once" in script.out
+    assert "time/steps_per_second" in (run_dir / "metrics.csv").read_text()
     return run_dir
 
 
@@ -153,7 +156,7 @@ def test_killed_again_and_again(whole_run, tmp_path, environment):
     """
     rng = random.Random(0)
     run_dir, steps_at_kill = tmp_path / "run", []
-    flags = [*TINY, "--run-dir", str(run_dir)]
+    flags = [*TINY, "--run-dir", str(run_dir), "--capture-video"]
     while True:
         before = newest(run_dir)
         number = len(steps_at_kill)
@@ -164,7 +167,7 @@ def test_killed_again_and_again(whole_run, tmp_path, environment):
         if number == 0:
             script.wait_until(run_dir.exists)
         elif number == 1:
-            script.wait_until(lambda: newest(run_dir) == 0)
+            script.wait_until(lambda: newest(run_dir) >= 0)
         elif number % 3 == 2:
             at = time.monotonic() + rng.uniform(0, 8)
             script.wait_until(
@@ -177,11 +180,11 @@ def test_killed_again_and_again(whole_run, tmp_path, environment):
         assert script.process.poll() is None, f"ended after {number} kills: {script.errors}"
         os.kill(script.process.pid, signal.SIGKILL)
         script.end()
-        assert script.errors == ""
+        assert "Traceback" not in script.errors
         steps_at_kill.append(newest(run_dir))
         if steps_at_kill[-1] >= 0:
             flags = ["--resume", str(run_dir)]
-    assert steps_at_kill[:2] == [-1, 0]
+    assert steps_at_kill[0] == -1 < steps_at_kill[1]
     assert metrics(run_dir) == metrics(whole_run)
 
 

@@ -110,21 +110,22 @@ def test_damaged_and_foreign_files_are_one_clear_line(tmp_path):
         load_vlm("toy", weights=WEIGHTS)  # mini's own
 
 
+def nearest(unseen: str) -> str:
+    return max(TRAINING_SENTENCES, key=lambda sentence: overlap(sentence, unseen))
+
+
 def test_the_prompts_are_the_papers_and_unseen():
     for scene, env_id in ((CARTPOLE, "CartPole-v1"), (MOUNTAIN_CAR, "MountainCarContinuous-v0")):
         task = vlm_rm_tasks.TASKS[env_id]
         assert PROMPTS[scene][0] == (task.prompt, task.baseline_prompt)
         for pair, limit in zip(PROMPTS[scene], (0.5, 0.6, 0.6), strict=True):
             for unseen in pair:
-                assert not_trained(unseen, limit)
+                assert overlap(nearest(unseen), unseen) <= limit - 0.01, (nearest(unseen), unseen)
     assert [prompt for prompt, _ in PROMPTS[HUMANOID]] == [
         pose.prompt for pose in humanoid.POSES.values()]
-    assert all(not_trained(unseen, 0.5) for pair in PROMPTS[HUMANOID] for unseen in pair)
-
-
-def not_trained(unseen: str, limit: float) -> bool:
-    """Whether no training sentence shares as much of its content words."""
-    return max(overlap(sentence, unseen) for sentence in TRAINING_SENTENCES) <= limit - 0.01
+    for pair in PROMPTS[HUMANOID]:
+        for unseen in pair:
+            assert overlap(nearest(unseen), unseen) <= 0.49, (nearest(unseen), unseen)
 
 
 def test_target_similarities_by_hand():
@@ -229,27 +230,32 @@ def test_poses_are_known_by_where_the_parts_are():
             qpos[joint.qposadr[0]] = np.radians(angle)
         env.set_state(qpos, env.data.qvel)
         far = distances_to_poses(env, body_points(env).reshape(1, -1))
-        assert far["OneLeg"][0] < 0.02 < 0.1 < far["Kneeling"][0], side
+        assert far["OneLeg"][0] < 0.02 < 0.3 < far["Kneeling"][0], side
 
 
 def test_random_humanoids_are_everywhere(humanoids):
     """Half are posed, so each pose's example is near; half have moved, and many have fallen."""
     states = humanoids.states
-    assert all(states[pose].min() < 0.1 and states[pose].max() > 0.5 for pose in humanoid.POSES)
-    assert (states["height"][120:] < 0.4).mean() > 0.3 > (states["height"][:120] < 0.4).mean()
+    assert all(states[pose].min() < 0.15 and states[pose].max() > 0.5 for pose in humanoid.POSES)
+    posed, moving = np.split(states["height"] < 0.4, 2)
+    assert moving.mean() > 0.15 > posed.mean()
     assert np.isnan(states["angle"]).all() and not np.isnan(humanoids.points).any()
     env = humanoid.PosingHumanoid("Kneeling")
     env.reset(seed=0)
-    one, again = (random_pose(env, np.random.default_rng(5)) for _ in range(2))
-    np.testing.assert_array_equal(one, again)
+    rng = np.random.default_rng(5)
+    assert np.std([random_pose(env, rng)[[0, 1, 6]] for _ in range(20)], axis=0).min() > 0.05
 
 
-@pytest.mark.parametrize("number", range(8))
-def test_reward_follows_nearness_to_a_pose(model, humanoids, number):
+@pytest.mark.parametrize("pose", humanoid.POSES)
+def test_reward_tells_a_pose(model, humanoids, pose):
+    """Nearness to it, among all states and among those of robots that are on their feet."""
     images = model.encode_images(torch.from_numpy(humanoids.frames)).numpy()
-    far = humanoids.states[list(humanoid.POSES)[number]]
-    reward = rewards(model, images, *PROMPTS[HUMANOID][number], 0.0)
+    far = humanoids.states[pose]
+    reward = rewards(model, images, humanoid.POSES[pose].prompt, humanoid.BASELINE_PROMPT, 0.0)
     assert spearmanr(reward, -far).statistic > 0.5
+    high = humanoids.states["height"] > 1
+    if far[high].min() < 0.2:  # a pose on the feet
+        assert spearmanr(reward[high], -far[high]).statistic > 0.3
 
 
 def test_baselines_say_nothing_about_the_state(model, poles):

@@ -115,12 +115,13 @@ def measure_frames(rounds: int) -> Iterator[Row]:
 
 
 def measure_workers(rounds: int) -> Iterator[Row]:
-    """Environment steps per second, each of them drawn, by number of workers that draw at once."""
+    """Environment steps per second by number of workers at once, each step drawn or none."""
     cores = num_cores()
     for num_workers in (n for n in (1, 2, 4, 8, 16, 32) if n <= cores):
-        for quality, size, steps in (("fast", 112, 20), ("fast", 224, 20), ("paper", 224, 2)):
+        for camera, steps in ((None, 200), (Camera(112), 100), (Camera(224), 100),
+                              (Camera(224, quality="paper"), 4)):
             envs = VecMetaWorld(TASK, 2 * num_workers, seed=0, num_workers=num_workers,
-                                camera=Camera(size, quality=quality))
+                                camera=camera)
             envs.reset()
             actions = np.zeros((envs.num_envs, ACTION_DIM), np.float32)
 
@@ -130,7 +131,8 @@ def measure_workers(rounds: int) -> Iterator[Row]:
 
             seconds = medians({"play": play}, rounds)["play"]
             envs.close()
-            yield (f"drawn steps/s, {quality}, {size} px, {num_workers} workers",
+            drawn = f"drawn, {camera.quality}, {camera.size} px" if camera else "not drawn"
+            yield (f"steps/s, {drawn}, {num_workers} workers",
                    f"{envs.num_envs * steps / seconds:,.0f}", "two environments each")
 
 
@@ -151,33 +153,37 @@ def measure_embeddings(rounds: int) -> Iterator[Row]:
 
 
 def measure_precision(_rounds: int) -> Iterator[Row]:
-    """Embeddings as a run has them on this machine, against float32 on the CPU."""
+    """Embeddings in this machine's fast precision against float32 on the CPU.
+
+    `mini` as a run has it. CLIP's RN50 has random weights here, and is made to use the precision
+    that runs use with trained ones.
+    """
     for name, pretrained in (("mini", True), ("clip", False)):
-        exact = load_vlm(name, pretrained=pretrained, device="cpu")
-        fast = load_vlm(name, pretrained=pretrained)
-        if not pretrained:  # networks with random weights run in float32, see OpenClipVLM
-            fast._precision = fast_precision(fast.device)
-        envs = VecMetaWorld(TASK, 4, seed=0, camera=Camera(exact.frame_size))
+        exact_vlm = load_vlm(name, pretrained=pretrained, device="cpu")
+        fast_vlm = load_vlm(name, pretrained=pretrained)
+        if not pretrained:
+            fast_vlm._precision = fast_precision(fast_vlm.device)
+        envs = VecMetaWorld(TASK, 4, seed=0, camera=Camera(exact_vlm.frame_size))
         rng = np.random.default_rng(0)
         steps = [envs.step(rng.uniform(-1, 1, (4, ACTION_DIM)).astype(np.float32))
                  for _ in range(8)]
         envs.close()
         frames = np.concatenate([step.frames for step in steps])
-        a, b = (np.asarray(vlm.embed_images(frames)) for vlm in (exact, fast))
-        text = exact.embed_text(["Open a drawer."])[0]
-        unit_a, unit_b, unit_text = (
-            x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b, text)
+        exact, fast = (np.asarray(vlm.embed_images(frames)) for vlm in (exact_vlm, fast_vlm))
+        text = exact_vlm.embed_text(["Open a drawer."])[0]
+        unit_exact, unit_fast, unit_text = (
+            x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (exact, fast, text)
         )
-        rewards = unit_a @ unit_text, unit_b @ unit_text
-        distance = np.linalg.norm(a[:, None] - a, axis=-1)
+        similarities = unit_exact @ unit_text, unit_fast @ unit_text
+        distances = np.linalg.norm(exact[:, None] - exact, axis=-1)
+        moved = np.linalg.norm(exact - fast, axis=1).max() / np.median(distances[distances > 0])
         label = "mini" if pretrained else "RN50 (CLIP's, random weights)"
-        precision = getattr(fast, "_precision", None) or "float32"
-        yield (f"embeddings, {label}, {precision} on {fast.device.type}",
-               f"cosine {(unit_a * unit_b).sum(1).min():.6f} or more",
+        precision = getattr(fast_vlm, "_precision", None) or "float32"
+        yield (f"embeddings, {label}, {precision} on {fast_vlm.device.type}",
+               f"cosine {(unit_exact * unit_fast).sum(1).min():.6f} or more",
                f"to float32 on the CPU; similarity to a text differs by at most "
-               f"{np.abs(rewards[0] - rewards[1]).max():.1e}, an embedding by "
-               f"{np.linalg.norm(a - b, axis=1).max() / np.median(distance[distance > 0]):.2%} of "
-               "the median distance between frames")
+               f"{np.abs(similarities[0] - similarities[1]).max():.1e}, an embedding by "
+               f"{moved:.2%} of the median distance between frames")
 
 
 def sac_flops(args: furl.Args) -> float:
