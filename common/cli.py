@@ -115,13 +115,14 @@ def check_args(args: ArgsT, suite: ModuleType, whole_episodes: bool = False) -> 
         UserError: names the first flag whose value cannot work, and what can.
     """
     check_ranges(args)
-    for name, default in (("camera_id", suite.DEFAULT_CAMERA), ("vlm", suite.DEFAULT_VLM)):
+    args = dataclasses.replace(args, env_id=suite.resolve_env_id(args.env_id))
+    defaults = {"camera_id": suite.DEFAULT_CAMERA, "vlm": suite.default_vlm(args.env_id)}
+    for name, default in defaults.items():
         if getattr(args, name, default) is None:
             args = dataclasses.replace(args, **{name: default})
     if getattr(args, "camera_id", 0) >= len(suite.CAMERAS):
         listed = ", ".join(f"{i} ({name})" for i, name in enumerate(suite.CAMERAS))
         raise UserError(f"unknown camera {args.camera_id}; this task has {listed}")
-    args = dataclasses.replace(args, env_id=suite.resolve_env_id(args.env_id))
     updates = args.utd * args.num_envs
     if not 1 <= updates <= LARGEST or abs(updates - round(updates)) > 1e-6:
         raise UserError(f"--utd {args.utd:g} x --num-envs {args.num_envs} gives {updates:g} "

@@ -148,11 +148,11 @@ def test_vlm_rm_trains_on_a_pose(tmp_path):
 
 def test_the_report(tmp_path, capsys):
     pose_report.main(pose_report.Args(
-        pose="Splits", look=("original", "camera"), vlm=("toy",), alpha=(0.0, 1.0), samples=10,
+        pose="Splits", look=("original", "camera"), vlm=("poses",), alpha=(0.0, 1.0), samples=10,
         output=tmp_path,
     ))
     out = capsys.readouterr().out
-    assert "camera: 80 states" in out and "toy, original, alpha 1: EPIC distance" in out
+    assert "camera: 80 states" in out and "poses, original, alpha 1: EPIC distance" in out
     with open(tmp_path / "rewards.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 2 * 80

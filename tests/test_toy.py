@@ -1,15 +1,16 @@
-"""The embedded VLM `toy`: its file, that the paper's prompts are unseen, its reward's landscape."""
+"""The embedded VLMs `toy` and `poses`: their files, that the paper's prompts are unseen, and the
+landscapes of their rewards."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
-from common.envs import humanoid, vlm_rm_tasks
+from common.envs import humanoid, suites, vlm_rm_tasks
 from common.errors import UserError
 from common.vlms import load_vlm, view_for
 from common.vlms.mini import EMBED_DIM, WEIGHTS, init_mini, load_mini, word_pieces
-from common.vlms.toy import FRAME_SIZE, Toy, mean_places
+from common.vlms.toy import FRAME_SIZE, Poses, Toy, mean_places
 from tools.mini.pretrain_toy import (
     ELSEWHERE,
     LARGEST,
@@ -22,6 +23,7 @@ from tools.mini.pretrain_toy import (
     distance,
     distances_to_poses,
     draw,
+    meanings_of,
     new_model,
     random_pose,
     random_states,
@@ -58,8 +60,17 @@ def noise(n: int, size: int = FRAME_SIZE) -> torch.Tensor:
     return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
-def test_the_shipped_file_is_small():
-    assert Toy.weights.stat().st_size <= 4_000_000
+@pytest.mark.parametrize("kind", [Toy, Poses])
+def test_the_shipped_files_are_small(kind):
+    assert kind.weights.stat().st_size <= 4_000_000
+
+
+@pytest.mark.parametrize(("env_id", "name"), [
+    ("CartPole-v1", "toy"), ("Reacher-v5", "toy"), ("HumanoidKneeling-v0", "poses"),
+    ("HumanoidSplitsOriginal-v0", "poses"), ("reach-v3", "mini"),
+])
+def test_the_default_is_the_one_that_knows_the_pictures(env_id, name):
+    assert suites.suite_for(env_id).default_vlm(env_id) == name
 
 
 def test_loaded_by_name(poles):
@@ -95,8 +106,11 @@ def test_unknown_words_fall_into_pieces(model):
     # The training sentences have the same pieces as with mini's larger vocabulary.
     larger = {piece: i for i, piece in enumerate(load_mini().vocabulary)}
     assert len(larger) > len(vocabulary)
-    for sentence in TRAINING_SENTENCES:
-        assert word_pieces(sentence, vocabulary) == word_pieces(sentence, larger), sentence
+    for kind, name in ((Toy, "toy"), (Poses, "poses")):
+        vocabulary = {piece: i for i, piece in enumerate(load_mini(kind=kind).vocabulary)}
+        for meaning in meanings_of(name):
+            for sentence in meaning.sentences:
+                assert word_pieces(sentence, vocabulary) == word_pieces(sentence, larger), sentence
     for prompt in ("", "?!", "机器人", "Défenestrate the zyzzyva!"):
         torch.testing.assert_close(model.encode_text([prompt]).norm(), torch.tensor(1.0))
 
@@ -177,7 +191,7 @@ def test_half_of_the_poles_are_nearly_upright():
 
 
 def test_a_new_model_is_untrained_and_belongs_to_its_seed():
-    one, again, two = (new_model(seed).image_head.weight for seed in (1, 1, 2))
+    one, again, two = (new_model("toy", seed).image_head.weight for seed in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, two)
 
 
@@ -247,14 +261,15 @@ def test_random_humanoids_are_everywhere(humanoids):
 
 
 @pytest.mark.parametrize("pose", humanoid.POSES)
-def test_reward_tells_a_pose(model, humanoids, pose):
+def test_reward_tells_a_pose(humanoids, pose):
     """Nearness to it, among all states and among those of robots that are on their feet."""
+    model = load_mini(kind=Poses)
     images = model.encode_images(torch.from_numpy(humanoids.frames)).numpy()
     far = humanoids.states[pose]
     reward = rewards(model, images, humanoid.POSES[pose].prompt, humanoid.BASELINE_PROMPT, 0.0)
     assert spearmanr(reward, -far).statistic > 0.5
-    high = humanoids.states["height"] > 1
-    if far[high].min() < 0.2:  # a pose on the feet
+    if pose in ("StandingUp", "ArmsRaised", "ArmsCrossed", "OneLeg"):  # hands on hips: it cannot
+        high = humanoids.states["height"] > 1
         assert spearmanr(reward[high], -far[high]).statistic > 0.3
 
 

@@ -29,7 +29,7 @@ from tools.measures import goal_baseline_reward, spearman
 class Args:
     env_id: tuple[str, ...] = ("CartPole-v1",)
     """environments, a panel each"""
-    vlm: str = suite.DEFAULT_VLM
+    vlm: str = "toy"
     """toy, clip, or an open_clip pair such as ViT-B-32/openai"""
     vlm_weights: str | None = None
     """local weights file for --vlm"""

@@ -25,7 +25,6 @@ SPARSE_REWARD = False
 REWARD_SHIFT = 0.0
 CAMERAS = ("the environment's own",)
 DEFAULT_CAMERA = 0
-DEFAULT_VLM = "toy"
 CUTS_BORDER = False  # of a VLM's pictures
 DEFAULT_MAX_EPISODE_STEPS = 1_000  # where an environment has no limit
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -78,6 +77,12 @@ def evaluated_on(env_id: str) -> str:
     """The environment that a policy for `env_id` is evaluated on: the original of a changed one."""
     task = vlm_rm_tasks.TASKS.get(env_id)
     return task.evaluated_on if task else env_id
+
+
+def default_vlm(env_id: str) -> str:
+    """The embedded VLM that knows the pictures, or `toy`, which knows the least."""
+    task = vlm_rm_tasks.TASKS.get(env_id)
+    return task.vlm if task else "toy"
 
 
 def prompt_for(env_id: str, prompt: str | None) -> str:

@@ -23,7 +23,6 @@ REWARD_SHIFT = -1.0  # what is added to it (B.2 of the FuRL paper)
 MAX_EPISODE_STEPS = 500  # Meta-World's own limit, the same for all tasks
 CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
 DEFAULT_CAMERA = 2  # the paper's
-DEFAULT_VLM = "mini"
 CUTS_BORDER = True  # of a VLM's pictures, as the authors do: common.vlms.view_for
 GOALS = ("fixed", "random", "random-hidden")
 # What tasks move in the model itself when they are reset.
@@ -84,6 +83,11 @@ class VecMetaWorld(VecEnv):
 
 
 make_vec = VecMetaWorld
+
+
+def default_vlm(env_id: str) -> str:
+    """The embedded VLM that knows the pictures."""
+    return "mini"
 
 
 def evaluated_on(env_id: str) -> str:

@@ -1,8 +1,8 @@
 """Which suite an environment's id belongs to: Gymnasium's, or else Meta-World's.
 
 A suite is a module of this folder. Workers use of it what `workers.Suite` says, scripts
-`resolve_env_id`, `make_vec`, `prompt_for`, `baseline_prompt_for`, `evaluated_on` and the constants
-`CAMERAS`, `DEFAULT_CAMERA`, `DEFAULT_VLM`, `CUTS_BORDER`, `EPISODES_DIFFER` and `REWARD_SHIFT`.
+`resolve_env_id`, `make_vec`, `prompt_for`, `baseline_prompt_for`, `evaluated_on`, `default_vlm` and
+the constants `CAMERAS`, `DEFAULT_CAMERA`, `CUTS_BORDER`, `EPISODES_DIFFER` and `REWARD_SHIFT`.
 """
 
 import difflib

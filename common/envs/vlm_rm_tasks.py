@@ -49,12 +49,14 @@ class Task:
         prompt, baseline_prompt: goal l and baseline b.
         evaluated_on: the id of the environment whose return counts.
         axis: what Figure 2 draws the reward over.
+        vlm: the embedded VLM that knows the pictures.
     """
 
     prompt: str
     baseline_prompt: str
     evaluated_on: str
     axis: Axis | None = None
+    vlm: str = "toy"
 
 
 POLE_ANGLE = Axis(
@@ -79,7 +81,7 @@ TASKS = {
     "MountainCarAbsorbing-v0": Task(*MOUNTAIN_CAR, "MountainCarContinuous-v0", CAR_POSITION),
     "MountainCarTextured-v0": Task(*MOUNTAIN_CAR, "MountainCarContinuous-v0", CAR_POSITION),
 } | {
-    env_id: Task(pose.prompt, humanoid.BASELINE_PROMPT, env_id)
+    env_id: Task(pose.prompt, humanoid.BASELINE_PROMPT, env_id, vlm="poses")
     for name, pose in humanoid.POSES.items()
     for env_id in (humanoid.env_id(name, look) for look in humanoid.LOOKS)
 }

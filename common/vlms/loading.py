@@ -17,8 +17,9 @@ def load_vlm(
     """Load a frozen VLM.
 
     Args:
-        name: mini, mini2, toy, liv, clip (RN50/openai), or `<open_clip model>/<pretrained tag>`.
-            The tag may be left out where `weights` or `pretrained=False` makes it needless.
+        name: mini, mini2, toy, poses, liv, clip (RN50/openai), or
+            `<open_clip model>/<pretrained tag>`. The tag may be left out where `weights` or
+            `pretrained=False` makes it needless.
         weights: a local file instead of a download: .safetensors, or .pt holding a state dict.
         pretrained: False: the same network with random weights drawn from `seed`.
         device: auto, cpu or cuda.
@@ -45,12 +46,12 @@ def load_vlm(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {"name": name, "weights": weights and str(weights.resolve()),
                 "pretrained": pretrained, "seed": seed}
-    if name in ("mini", "mini2", "toy"):
+    if name in ("mini", "mini2", "toy", "poses"):
         from common.vlms.mini import Mini, MiniVLM
         from common.vlms.mini2 import Mini2
-        from common.vlms.toy import Toy
+        from common.vlms.toy import Poses, Toy
 
-        kind = {"mini": Mini, "mini2": Mini2, "toy": Toy}[name]
+        kind = {"mini": Mini, "mini2": Mini2, "toy": Toy, "poses": Poses}[name]
         vlm: VLM = MiniVLM(weights, pretrained, torch.device(device), seed, kind)
     else:
         from common.vlms.open_clip import load_open_clip

@@ -1,4 +1,5 @@
-"""`toy`: the embedded vision-language model of CartPole's and MountainCar's pictures.
+"""The embedded vision-language models of VLM-RM's environments: `toy` knows CartPole's and
+MountainCar's pictures, `poses` the humanoid's.
 
 `mini` with a smaller image encoder, which sees whole pictures, and with fewer word pieces.
 `tools/mini/pretrain_toy.py` makes its weights; docs/toy.md says what they are worth.
@@ -55,6 +56,12 @@ class Toy(Mini):
         early = self.early((crops - 0.5).contiguous(memory_format=torch.channels_last))
         places = mean_places(self.keypoint_maps(early))
         return self.hidden(torch.cat([self.late(early).flatten(1), places], 1))
+
+
+class Poses(Toy):
+    """The same for the humanoid."""
+
+    weights = Path(__file__).with_name("poses.safetensors")
 
 
 def mean_places(maps: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Train the embedded vision-language model `toy` from nothing, and measure it.
+"""Train the embedded vision-language models `toy` and `poses` from nothing, and measure them.
 
-    python -m tools.mini.pretrain_toy collect             # draw the pictures: data/toy
-    python -m tools.mini.pretrain_toy train --seed 0      # the shipped weights
-    python -m tools.mini.pretrain_toy evaluate            # all trained seeds and an untrained one
+    python -m tools.mini.pretrain_toy collect                # draw the pictures: data/toy
+    python -m tools.mini.pretrain_toy train --model poses    # the shipped weights
+    python -m tools.mini.pretrain_toy evaluate --model poses # all trained seeds, an untrained one
 
 The paper's prompts are not among the training sentences (tools/mini/toy_sentences.py).
 """
@@ -27,19 +27,24 @@ from common.envs.gymnasium import make_env, square
 from common.envs.humanoid import EPISODE_LENGTH, POSES, set_pose
 from common.envs.rendering import prepare_gl
 from common.vlms.mini import TOKEN_DIM, init_mini, load_mini, save_mini, word_pieces
-from common.vlms.toy import FRAME_SIZE, Toy
+from common.vlms.toy import FRAME_SIZE, Poses, Toy
 from tools.mini.toy_sentences import (
     CARTPOLE,
     HUMANOID,
     MEANINGS,
     MOUNTAIN_CAR,
     PROMPTS,
-    TRAINING_SENTENCES,
     Meaning,
 )
 from vlm_rm_dqn import goal_baseline_reward
 
 DATA = Path("data/toy")
+Name = Literal["toy", "poses"]
+# One model for each: a single one of this size that saw all scenes was worse on CartPole
+# (docs/lab_notes.md).
+MODELS: dict[Name, tuple[type[Toy], tuple[str, ...]]] = {
+    "toy": (Toy, (CARTPOLE, MOUNTAIN_CAR)), "poses": (Poses, (HUMANOID,)),
+}
 # Environment: what its pictures show, and how many are drawn for training.
 SCENES = {
     "CartPole-v1": (CARTPOLE, 8000),
@@ -73,6 +78,7 @@ class Args:
     command: Annotated[
         Literal["collect", "train", "evaluate"], tyro.conf.Positional
     ]  # what to do
+    model: Name = "toy"  # toy: CartPole and MountainCar; poses: the humanoid
     seed: int = 0  # of training
     steps: int = 3000  # gradient steps
     batch_size: int = 64  # pictures per step
@@ -233,8 +239,8 @@ def collect() -> None:
         print(f"{env_id}: {n} pictures in {time.time() - start:.0f} s", flush=True)
 
 
-def load_pictures() -> Pictures:
-    files = [np.load(DATA / f"{env_id}.npz") for env_id in SCENES]
+def load_pictures(scenes: tuple[str, ...]) -> Pictures:
+    files = [np.load(DATA / f"{env_id}.npz") for env_id in SCENES if SCENES[env_id][0] in scenes]
 
     def column(name: str) -> np.ndarray:
         return np.concatenate([file[name] for file in files])
@@ -274,17 +280,24 @@ def states_to_tell(pictures: Pictures) -> np.ndarray:
     return np.concatenate([numbers, pictures.points / POINT_SPREAD], 1)
 
 
-def new_model(seed: int) -> Toy:
-    """An untrained `toy` with mini's token vectors: the most frequent pieces, single characters
+def meanings_of(name: Name) -> list[Meaning]:
+    """Of a model's scenes, and of none."""
+    return [meaning for meaning in MEANINGS if meaning.scene in (*MODELS[name][1], None)]
+
+
+def new_model(name: Name, seed: int) -> Toy:
+    """An untrained model with mini's token vectors: the most frequent pieces, single characters
     (all words fall into pieces), and what the training sentences need."""
     mini = load_mini()
     number = {piece: i for i, piece in enumerate(mini.vocabulary)}
-    needed = {piece for s in TRAINING_SENTENCES for piece in word_pieces(s, number)}
+    sentences = [sentence for meaning in meanings_of(name) for sentence in meaning.sentences]
+    needed = {piece for sentence in sentences for piece in word_pieces(sentence, number)}
     kept = [i for i, piece in enumerate(mini.vocabulary)
             if i < VOCABULARY or len(piece.removeprefix("##")) == 1 or piece in needed]
     torch.manual_seed(seed)
-    model = Toy([mini.vocabulary[i] for i in kept], mini.token_vectors[kept], mini.token_scale,
-                mini.token_weights[kept])
+    kind, _ = MODELS[name]
+    model = kind([mini.vocabulary[i] for i in kept], mini.token_vectors[kept], mini.token_scale,
+                 mini.token_weights[kept])
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -293,15 +306,19 @@ def new_model(seed: int) -> Toy:
 
 
 def train(args: Args) -> None:
-    """Similarities of pictures to sentences are regressed; the file is DATA/seed<k>.safetensors."""
-    model, rng = new_model(args.seed), np.random.default_rng(args.seed)
-    pictures = load_pictures()
-    columns = np.repeat(np.arange(len(MEANINGS)), [len(m.sentences) for m in MEANINGS])
+    """Similarities of pictures to sentences are regressed; the file is
+    DATA/<model>-seed<k>.safetensors."""
+    kind, scenes = MODELS[args.model]
+    model, rng = new_model(args.model, args.seed), np.random.default_rng(args.seed)
+    pictures, meanings = load_pictures(scenes), meanings_of(args.model)
+    sentences = [sentence for meaning in meanings for sentence in meaning.sentences]
+    columns = np.repeat(np.arange(len(meanings)), [len(m.sentences) for m in meanings])
     # Each meaning counts the same, however many sentences it has.
-    weights = torch.from_numpy(1 / np.bincount(columns)[columns] / len(MEANINGS)).float()
-    targets = np.stack([target_similarity(m, pictures) for m in MEANINGS], 1)  # [n, meanings]
+    weights = torch.from_numpy(1 / np.bincount(columns)[columns] / len(meanings)).float()
+    targets = np.stack([target_similarity(m, pictures) for m in meanings], 1)  # [n, meanings]
     targets, told = (torch.from_numpy(x).float() for x in (targets, states_to_tell(pictures)))
-    means = torch.stack([model.token_mean(sentence) for sentence in TRAINING_SENTENCES])
+    told = told[:, ~told.isnan().all(0)]
+    means = torch.stack([model.token_mean(sentence) for sentence in sentences])
     teacher = torch.nn.Linear(model.image_head.in_features, told.shape[1])  # thrown away later
     parameters = [*model.parameters(), *teacher.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-2)
@@ -332,13 +349,13 @@ def train(args: Args) -> None:
             row = "similarity {:.5f}, state {:.5f}".format(*(total / STEPS_TOLD))
             print(f"{step}/{args.steps} ({time.time() - start:.0f} s): {row}", flush=True)
             total[:] = 0
-    path = DATA / f"seed{args.seed}.safetensors"
+    path = DATA / f"{args.model}-seed{args.seed}.safetensors"
     save_mini(model, path)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{len(model.vocabulary):,} word pieces, {path.stat().st_size / 1e6:.1f} MB -> {path}")
     if args.seed == 0:
-        shutil.copyfile(path, Toy.weights)
-        print(f"shipped as {Toy.weights}")
+        shutil.copyfile(path, kind.weights)
+        print(f"shipped as {kind.weights}")
 
 
 # ------------------------------------------------------------------------- evaluation
@@ -396,15 +413,19 @@ def landscape(reward: np.ndarray, pictures: Pictures, pose: str) -> dict[str, fl
     }
 
 
-def evaluate() -> None:
+def evaluate(args: Args) -> None:
     """Print the tables of docs/toy.md."""
-    models = {path.stem: load_mini(path, Toy) for path in sorted(DATA.glob("seed*.safetensors"))}
-    models["untrained"] = init_mini(0, Toy)
+    kind, scenes = MODELS[args.model]
+    paths = sorted(DATA.glob(f"{args.model}-seed*.safetensors"))
+    models = {path.stem: load_mini(path, kind) for path in paths}
+    models["untrained"] = init_mini(0, kind)
     drawn = {env_id: draw(env_id, evaluation_states(env_id)) for env_id in SCENES}
     for name, model in models.items():
         images = {env_id: embed(model, pictures.frames) for env_id, pictures in drawn.items()}
         for env_id, pictures in drawn.items():
             scene = SCENES[env_id][0]
+            if scene not in scenes:
+                continue
             others = np.concatenate([images[i] for i in SCENES if SCENES[i][0] != scene])
             for pose, (prompt, baseline) in zip(POSES, PROMPTS[scene], strict=False):
                 for alpha in (0.0, 0.5):
@@ -424,7 +445,7 @@ def main(args: Args) -> None:
     elif args.command == "train":
         train(args)
     else:
-        evaluate()
+        evaluate(args)
 
 
 if __name__ == "__main__":
