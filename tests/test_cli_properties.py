@@ -1,7 +1,7 @@
 """No combination of arguments ends in a traceback: it is accepted, or one flag is named.
 
 What is accepted is looked at again: it must be possible. Values come from pools that hold the
-usual, the extreme and the senseless; `test_runs.py` looks at what only shows in a run.
+usual, the extreme and the senseless; `test_end_to_end.py` looks at what only shows in a run.
 """
 
 import contextlib
