@@ -395,7 +395,8 @@ def one_line_error(pattern: str, name: str, **arguments) -> None:
 
 
 def test_unknown_names_say_what_is_allowed():
-    one_line_error(r"allowed are mini, toy, poses.*did you mean ViT-B-32/openai", "ViT-B32/openai")
+    one_line_error(r"allowed are mini, mini2, toy, poses, liv.*did you mean ViT-B-32/openai",
+                   "ViT-B32/openai")
     one_line_error(r"did you mean mini", "mimi")
     one_line_error(r"did you mean RN50/openai", "RN50")
     one_line_error(r"unknown VLM ''", "")

@@ -1,9 +1,10 @@
 """`load_vlm`: a frozen VLM by its name."""
 
+import importlib
 from pathlib import Path
 
 from common.errors import UserError
-from common.vlms.interface import VLM
+from common.vlms.interface import EMBEDDED, VLM
 
 
 def load_vlm(
@@ -46,12 +47,11 @@ def load_vlm(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {"name": name, "weights": weights and str(weights.resolve()),
                 "pretrained": pretrained, "seed": seed}
-    if name in ("mini", "mini2", "toy", "poses"):
-        from common.vlms.mini import Mini, MiniVLM
-        from common.vlms.mini2 import Mini2
-        from common.vlms.toy import Poses, Toy
+    if name in EMBEDDED:
+        from common.vlms.mini import MiniVLM
 
-        kind = {"mini": Mini, "mini2": Mini2, "toy": Toy, "poses": Poses}[name]
+        module, kind_name = EMBEDDED[name]
+        kind = getattr(importlib.import_module(f"common.vlms.{module}"), kind_name)
         vlm: VLM = MiniVLM(weights, pretrained, torch.device(device), seed, kind)
     else:
         from common.vlms.open_clip import load_open_clip

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from common.vlms.interface import VLM, state_digest
+from common.vlms.interface import EMBEDDED, VLM, state_digest
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,8 @@ LIV_PREFIX = "module.model."  # DataParallel, then LIV's own module, then CLIP
 LIV_ARCHITECTURE = "RN50-quickgelu"  # CLIP's RN50, and CLIP uses the quick GELU
 OPEN_CLIP_FILES = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
 ALIASES = {"clip": "RN50/openai"}
-ALLOWED = "mini, toy, poses, liv, clip, or an open_clip pair such as ViT-B-32/laion2b_s34b_b79k"
+PAIR = "ViT-B-32/laion2b_s34b_b79k"
+ALLOWED = f"{', '.join(EMBEDDED)}, liv, clip, or an open_clip pair such as {PAIR}"
 TIMEOUT = 5  # seconds until a hub that does not answer counts as unreachable
 SHORT_NAMES = {"float16": "fp16", "bfloat16": "bf16", None: "fp32"}  # of precisions, for ids
 
@@ -158,7 +159,7 @@ def _look_up(name: str, tag_needed: bool) -> tuple[str, dict[str, Any]]:
         return architecture, dict(open_clip.get_pretrained_cfg(architecture, tag))
     if not tag and not tag_needed and architecture in open_clip.list_models():
         return architecture, {}
-    names = ["mini", "mini2", "toy", "poses", "liv", "clip", *pairs]
+    names = [*EMBEDDED, "liv", "clip", *pairs]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     tagged = [pair for pair in pairs if pair.startswith(f"{architecture}/")]
     hint = f"; did you mean {', '.join(tagged[:5] or close)}?" if tagged or close else ""

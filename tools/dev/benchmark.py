@@ -41,6 +41,7 @@ from common.vlms import load_vlm
 from common.vlms.open_clip import fast_precision
 from tools.benchmark import Row, tabulate, time_run
 from tools.dev.peer import PACKAGES
+from tools.paper_tables import DRQ, FURL, PIXELS, RELAY, SAC, VLM_RM
 
 Part = Literal["environments", "frames", "workers", "embeddings", "precision", "updates", "scaling",
                "checkpoints", "furl", "baselines", "pixels", "peers"]
@@ -333,7 +334,7 @@ def measure_scaling(rounds: int) -> Iterator[Row]:
     for num_envs in NUM_ENVS:
         yield run_script(
             # Without alignment, whose phases come at other steps with other numbers of episodes.
-            "furl_sac_state.py", f"mini, relaying, --no-align, {num_envs} environments",
+            FURL, f"mini, relaying, --no-align, {num_envs} environments",
             ["--num-envs", str(num_envs), "--relay-until", ALWAYS, "--no-align"], 3200,
             warm_up=1600,
         )
@@ -377,7 +378,7 @@ def plot_scaling(rows: list[Row], path: Path) -> None:
             left.plot(SIZES, ms, marker=marker, label=name)
     left.set(xscale="log", yscale="log", xlabel="transitions in the replay", ylabel="ms")
     left.legend(fontsize=7)
-    script = "furl_sac_state.py, mini, relaying, --no-align"
+    script = f"{FURL}, mini, relaying, --no-align"
     speeds = [figures[f"{script}, {n} environments"] for n in NUM_ENVS]
     right.plot(NUM_ENVS, speeds, marker="o")
     right.set(xscale="log", xlabel="--num-envs", ylabel="environment steps/s", ylim=(0, None))
@@ -430,8 +431,8 @@ def measure_pixels(rounds: int) -> Iterator[Row]:
         yield (f"update, {name}, batch {n}", f"{total / 2 * 1e3:,.0f} ms",
                f"{floor / (total / 2):.0%} of it is the convolutions at the floor's speed")
     for script, name, flags in (
-        ("drq_baseline.py", "no VLM", []),
-        ("furl_drq_pixels.py", "mini, relaying", ["--relay-until", ALWAYS]),
+        (DRQ, "no VLM", []),
+        (PIXELS, "mini, relaying", ["--relay-until", ALWAYS]),
     ):
         yield run_script(
             script, name, [*flags, "--learning-starts", "160", "--log-every", "80"], 400,
@@ -452,25 +453,25 @@ def measure_furl(_rounds: int) -> Iterator[Row]:
         ("RN50, aligned", [*rn50, "--relay-until", NEVER], 6000),
     ):
         # From step 4,000 on there are failed episodes, and so projection heads to train.
-        yield run_script("furl_sac_state.py", name, flags, steps, warm_up=4500)
+        yield run_script(FURL, name, flags, steps, warm_up=4500)
 
 
 def measure_baselines(_rounds: int) -> Iterator[Row]:
     """The same for the baselines."""
     native = ["--engine", "envpool", "--goal", "random"]
     for script, name, flags, steps in (
-        ("relay_baseline.py", "mini, relaying", ["--relay-until", ALWAYS], 5000),
-        ("vlm_rm_baseline.py", "mini", [], 5000),
-        ("sac_baseline.py", "one update per step", [], 8000),
-        ("sac_baseline.py", "--utd 0.25", ["--utd", "0.25"], 20000),
-        ("sac_baseline.py", "--utd 0.25, EnvPool", ["--utd", "0.25", *native], 20000),
+        (RELAY, "mini, relaying", ["--relay-until", ALWAYS], 5000),
+        (VLM_RM, "mini", [], 5000),
+        (SAC, "one update per step", [], 8000),
+        (SAC, "--utd 0.25", ["--utd", "0.25"], 20000),
+        (SAC, "--utd 0.25, EnvPool", ["--utd", "0.25", *native], 20000),
     ):
         yield run_script(script, name, flags, steps)
 
 
 PEERS = (  # script, its flags, the peers' algorithm, task, samples per update
-    ("sac_baseline.py", "", "SAC", "drawer-close-v3", 256),
-    ("sac_baseline.py", "", "SAC", "Pendulum-v1", 256),
+    (SAC, "", "SAC", "drawer-close-v3", 256),
+    (SAC, "", "SAC", "Pendulum-v1", 256),
     ("vlm_rm_dqn.py", "--no-vlm-reward", "DQN", "CartPole-v1", 32),
 )
 

@@ -337,8 +337,8 @@ def train(args: Args) -> None:
         errors = (images @ texts.T - targets[rows][:, columns]) ** 2  # [batch, sentences]
         similarity = (errors * weights).sum(1).mean()
         known = ~told[rows].isnan()
-        errors = (teacher(hidden) - told[rows].nan_to_num()) ** 2 * known
-        state = (errors.sum(1) / known.sum(1)).mean()  # each picture counts the same
+        off = (teacher(hidden) - told[rows].nan_to_num()) ** 2 * known
+        state = (off.sum(1) / known.sum(1)).mean()  # each picture counts the same
         optimizer.zero_grad(set_to_none=True)
         (similarity + 0.3 * state).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -386,12 +386,11 @@ def evaluation_states(env_id: str) -> np.ndarray:
     return np.stack([rng.uniform(-TRACK, TRACK, len(angles)), angles], 1)
 
 
-def landscape(reward: np.ndarray, pictures: Pictures, pose: str) -> dict[str, float]:
-    """What is asked of a reward: how well its order is that of nearness to the goal; `pose`: the
-    humanoid's, elsewhere nothing looks at it."""
+def landscape(reward: np.ndarray, pictures: Pictures, prompt: str) -> dict[str, float]:
+    """What is asked of a reward: how well its order is that of nearness to the prompt's goal."""
     states = pictures.states
     if pictures.scene[0] == HUMANOID:
-        far = states[pose]
+        far = next(states[name] for name, pose in POSES.items() if pose.prompt == prompt)
         # Among robots on their feet, those in the pose: standing alone is not enough.
         high = states["height"] > HIGH
         return {
@@ -427,10 +426,10 @@ def evaluate(args: Args) -> None:
             if scene not in scenes:
                 continue
             others = np.concatenate([images[i] for i in SCENES if SCENES[i][0] != scene])
-            for pose, (prompt, baseline) in zip(POSES, PROMPTS[scene], strict=False):
+            for prompt, baseline in PROMPTS[scene]:
                 for alpha in (0.0, 0.5):
                     reward = rewards(model, images[env_id], prompt, baseline, alpha)
-                    figures = landscape(reward, pictures, pose) | {
+                    figures = landscape(reward, pictures, prompt) | {
                         "least": reward.min(), "most": reward.max(),
                         "other scenes": rewards(model, others, prompt, baseline, alpha).max(),
                     }
