@@ -2,8 +2,8 @@
 
     checkpoints/
       rings/<name>-<start>-<stop>.npz     rows of a ring buffer, written once, never changed
-      step_000010000/state.npz            networks, optimizers, environments, counts
-      step_000010000/manifest.json        the sha256 of state.npz and of each ring file it needs
+      step_0000010000/state.npz           networks, optimizers, environments, counts
+      step_0000010000/manifest.json       the sha256 of state.npz and of each ring file it needs
 
 A replay only grows, so each checkpoint writes the rows that are new since the one before. A step
 folder is written under a temporary name and renamed: it is whole, or it is not there. No pickle:

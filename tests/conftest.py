@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Two test processes share two cores: one thread and one worker process for whatever they start.
+# (tests/test_envs.py asks for several workers where they matter.)
+os.environ.setdefault("FURL_NUM_CORES", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Many tests compile the same programs: all processes of a session share a folder for them, which
 # the first one makes. With a limit JAX locks it: no process reads what another has half written.
 if "PYTEST_XDIST_WORKER" not in os.environ:
