@@ -1,7 +1,7 @@
 # FuRL. `make train` and `make test` set up everything they need; see README.md.
 
 # What `make train` runs, e.g. make train TRAIN_ARGS="--env-id drawer-open-v3 --seed 1"
-TRAIN_ARGS = --env-id window-close-v3 --total-timesteps 60000 --batch-size 64 --learning-rate 3e-4 \
+TRAIN_ARGS = --env-id reach-v3 --total-timesteps 70000 --batch-size 64 --learning-rate 3e-4 \
 	--init-q -100 --layer-norm --init-temperature 0.01 --stage2-after 2500 --eval-every 4000 --capture-video
 
 VENV := .venv
