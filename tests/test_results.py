@@ -110,7 +110,8 @@ def test_probability_of_improvement_by_hand():
 ])
 def test_held_success_looks_at_the_last_quarter(late, held):
     at_end = np.array([0] * 30 + late)
-    assert statistics.is_held(np.arange(1, 41) * 100, at_end, 4000) == held
+    share = statistics.late_success(np.arange(1, 41) * 100, at_end, 4000)
+    assert share == pytest.approx(np.mean(late)) and statistics.is_held(share) == held
 
 
 # -------------------------------------------------------------------------- the paper's
@@ -197,10 +198,11 @@ def test_from_run_folders_to_a_table_and_back(tmp_path, capsys):
     by_task = {(row["method"], row["task"]): row for row in rows_of(output / "table.csv")}
     assert by_task["FuRL", "reach-v3"]["success_at_end"] == "0.5"
     assert by_task["FuRL", "reach-v3"]["held"] == "0.5", "seed 0 alone ends in success"
+    assert by_task["FuRL", "reach-v3"]["last_quarter"] == "0.5"
     assert by_task["SAC", "mean"]["paper"] == "0.6"
     page = (output / "index.html").read_text()
     assert page.count("data:image/png;base64") == 2 and "http" not in page
-    assert "FuRL" in page and "50 (9 to 91)" in page
+    assert "FuRL" in page and "50 (9 to 91)" in page and "50; 1 of 2 held" in page
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     assert {path.name for path in before} >= {
         "README.md", "curves.png", "curves.svg", "wall_clock.png", "wall_clock.svg"}

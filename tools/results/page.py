@@ -41,7 +41,7 @@ def percent(value: float | None, interval: Interval = NONE, std: float | None = 
 
 
 def make_tables(results: Results, records: dict, improvements: dict) -> list[Table]:
-    """What the page shows: by task, over all tasks, comparison, and how the runs were made."""
+    """What the page shows: by task, over all tasks, a comparison, and how the runs were made."""
     names, head, rows = results.names, ["task"], []
     for method, name in names.items():
         head.append(name)
@@ -72,15 +72,27 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
         "interval: of a cell Wilson's (of shares of episodes a bootstrap over seeds), of the mean "
         "a bootstrap stratified by task. ± is the standard deviation over seeds, in the last row "
         f"of each seed's mean over the tasks.{few}{paper}", head, rows)
+    late_rows = []
+    for task in results.tasks:
+        late_rows.append([task])
+        for method in names:
+            row = records.get((method, task))
+            late_rows[-1].append("–" if row is None else (
+                f"{percent(row['last_quarter'])}; {round(row['held'] * row['runs'])} of "
+                f"{row['runs']} held"))
+    late = Table(
+        "Success at the last step, in the last quarter",
+        f"Percent of the evaluations after {0.75 * results.runs[0].budget:,.0f} steps, mean over "
+        "seeds: one evaluation says little of a policy that changes. Held: seeds with success in "
+        "at least 90 % of them.", ["task", *names.values()], late_rows)
     overall = Table(
         "Over all tasks",
-        "IQM: mean of the middle half of all runs, with its stratified bootstrap. Held: share of "
-        "runs with success at the last step in at least 90 % of the evaluations of their last "
-        "quarter. Once: success at any step of the episode.",
-        ["method", "runs", "at the end", "IQM", "held", "once"],
+        "IQM: mean of the middle half of all runs, with its stratified bootstrap. Last quarter, "
+        "held: as above. Once: success at any step of the episode.",
+        ["method", "runs", "at the end", "IQM", "last quarter", "held", "once"],
         [[row["method"], str(row["runs"]), percent(row["success_at_end"]),
-          percent(row["iqm"], (row["iqm_low"], row["iqm_high"])), percent(row["held"]),
-          percent(row["success_once"])]
+          percent(row["iqm"], (row["iqm_low"], row["iqm_high"])), percent(row["last_quarter"]),
+          percent(row["held"]), percent(row["success_once"])]
          for (_, task), row in records.items() if task == "mean"])
     comparison = Table(
         "Probability of improvement",
@@ -103,7 +115,7 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
         "How they were made",
         "The JSON files beside the CSVs have every run's command, and the versions of packages.",
         ["method", "command of one run", "commits", "VLM", "hardware", "hours a run"], made)
-    return [table for table in (by_task, overall, comparison, how) if table.rows]
+    return [table for table in (by_task, late, overall, comparison, how) if table.rows]
 
 
 def short_commit(run: Run) -> str:

@@ -77,8 +77,13 @@ def probability_of_improvement(
         return float(statistic(*ours, *theirs)), interval_over_runs([*ours, *theirs], statistic)
 
 
-def is_held(env_steps: np.ndarray, at_end: np.ndarray, budget: int) -> bool:
-    """Whether a run holds what it has found: success at the end in at least 90 % of the episodes of
-    the evaluations in the last quarter of its `budget` of steps."""
+def late_success(env_steps: np.ndarray, at_end: np.ndarray, budget: int) -> float:
+    """Mean of a run's success at the end over the evaluations in the last quarter of its `budget`
+    of steps; NaN where there are none."""
     late = at_end[env_steps > 0.75 * budget]
-    return bool(len(late) and late.mean() >= 0.9 - 1e-9)
+    return float(late.mean()) if len(late) else math.nan
+
+
+def is_held(late: float) -> bool:
+    """Whether a run holds what it has found: a `late_success` of at least 90 %."""
+    return late >= 0.9 - 1e-9

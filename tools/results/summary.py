@@ -14,12 +14,13 @@ from tools.results.statistics import (
     interval_of_cell,
     interval_over_runs,
     is_held,
+    late_success,
     mean_of_tasks,
     probability_of_improvement,
     std_of_seeds,
 )
 
-MEASURES = ("success_at_end", "held", "success_once")
+MEASURES = ("success_at_end", "last_quarter", "held", "success_once")
 
 
 class Results:
@@ -31,7 +32,8 @@ class Results:
         columns: the paper's table and column for those methods that have one.
         tasks: all, MT10's first, in the paper's order.
         common: those that every method has; means are over them.
-        scores: [runs] by (measure, method, task), of the last evaluation; held of the last quarter.
+        scores: [runs] by (measure, method, task), of the last evaluation; `last_quarter` and `held`
+            of those in the last quarter of the steps.
     """
 
     def __init__(self, runs: list[Run]):
@@ -50,8 +52,9 @@ class Results:
         self.common = [t for t in self.tasks if all((m, t) in self.groups for m in self.names)]
         self.scores = {}
         for (method, task), group in self.groups.items():
-            values = ([run.success_at_end[-1] for run in group],
-                      [is_held(run.env_steps, run.success_at_end, run.budget) for run in group],
+            late = [late_success(run.env_steps, run.success_at_end, run.budget) for run in group]
+            values = ([run.success_at_end[-1] for run in group], late,
+                      [is_held(share) for share in late],
                       [run.success_once[-1] for run in group])
             for measure, value in zip(MEASURES, values, strict=True):
                 self.scores[measure, method, task] = np.array(value, float)
