@@ -303,6 +303,7 @@ def test_a_run_and_its_resumption(script, flags, tmp_path, monkeypatch):
     shutil.copytree(whole, halves)
     shutil.rmtree(halves / "checkpoints/step_0000000800")
     run(script, "--resume", str(halves), monkeypatch=monkeypatch)
+    assert (halves / "checkpoints/step_0000000800").exists()
     rows = metrics(whole)
     assert metrics(halves) == rows
     assert {step for step, key in rows if key == "eval/success_once"} == {400, 800}
@@ -317,6 +318,7 @@ def test_a_run_and_its_resumption(script, flags, tmp_path, monkeypatch):
 
 
 def test_sac_on_the_native_engine(tmp_path, monkeypatch):
+    monkeypatch.setenv("FURL_NUM_CORES", "2")  # two threads of EnvPool
     run_dir = tmp_path / "run"
     flags = [*TINY, "--engine", "envpool", "--goal", "random", "--eval-episodes", "2"]
     run(sac, *flags, "--run-dir", str(run_dir), monkeypatch=monkeypatch)

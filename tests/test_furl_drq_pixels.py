@@ -271,6 +271,7 @@ def test_a_run_and_its_resumption(script, tmp_path, monkeypatch):
     shutil.copytree(whole, halves)
     shutil.rmtree(halves / "checkpoints/step_0000001600")
     run("--resume", str(halves), monkeypatch=monkeypatch, script=script)
+    assert (halves / "checkpoints/step_0000001600").exists()
     rows = metrics(whole)
     assert metrics(halves) == rows
     # 2 environments x 2 repeated steps an iteration, one update in each from 1200 steps on.

@@ -110,8 +110,12 @@ def test_probability_of_improvement_by_hand():
 ])
 def test_held_success_looks_at_the_last_quarter(late, held):
     at_end = np.array([0] * 30 + late)
-    share = statistics.late_success(np.arange(1, 41) * 100, at_end, 4000)
+    share = statistics.last_quarter(np.arange(1, 41) * 100, at_end, 4000)
     assert share == pytest.approx(np.mean(late)) and statistics.is_held(share) == held
+
+
+def test_without_an_evaluation_in_the_last_quarter_the_last_one_counts():
+    assert statistics.last_quarter(np.array([100, 200]), np.array([0, 1.0]), 400) == 1
 
 
 # -------------------------------------------------------------------------- the paper's

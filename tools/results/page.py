@@ -73,18 +73,19 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
         "a bootstrap stratified by task. ± is the standard deviation over seeds, in the last row "
         f"of each seed's mean over the tasks.{few}{paper}", head, rows)
     late_rows = []
-    for task in results.tasks:
+    for task in [*results.tasks, *["mean"] * (len(results.common) > 1)]:
         late_rows.append([task])
         for method in names:
             row = records.get((method, task))
-            late_rows[-1].append("–" if row is None else (
-                f"{percent(row['last_quarter'])}; {round(row['held'] * row['runs'])} of "
-                f"{row['runs']} held"))
+            late_rows[-1].append("–" if row is None else percent(row["last_quarter"]))
+            if row is not None and task != "mean":
+                held = results.scores["held", method, task]
+                late_rows[-1][-1] += f"; {held.sum():.0f} of {len(held)} held"
     late = Table(
         "Success at the last step, in the last quarter",
-        f"Percent of the evaluations after {0.75 * results.runs[0].budget:,.0f} steps, mean over "
-        "seeds: one evaluation says little of a policy that changes. Held: seeds with success in "
-        "at least 90 % of them.", ["task", *names.values()], late_rows)
+        f"Percent, mean over the evaluations after {0.75 * results.runs[0].budget:,.0f} steps and "
+        "over seeds: one evaluation says little of a policy that changes. Held: seeds with at "
+        f"least 90 % in them.{few}", ["task", *names.values()], late_rows)
     overall = Table(
         "Over all tasks",
         "IQM: mean of the middle half of all runs, with its stratified bootstrap. Last quarter, "
@@ -156,7 +157,11 @@ def write_page(output: Path, title: str, runs: list[Run]) -> str:
         figure = plot_curves(results, by_time)
         if figure is not None:
             pictures[name] = caption, save_figure(figure, output / name)
-    seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
+    by_method = {name: ", ".join(map(str, sorted({run.seed for run in runs if run.method == m})))
+                 for m, name in results.names.items()}
+    seeds = "; ".join(f"{numbers} ({name})" for name, numbers in by_method.items())
+    if len(set(by_method.values())) == 1:
+        [seeds] = set(by_method.values())
     about = (f"{len(runs)} runs of {runs[0].budget:,} environment steps; methods: "
              f"{len(results.names)}, tasks: {len(results.tasks)}, seeds: {seeds}.")
     band = ("Lines: mean over seeds, of each run the mean of its last evaluations (a twentieth of "

@@ -77,13 +77,13 @@ def probability_of_improvement(
         return float(statistic(*ours, *theirs)), interval_over_runs([*ours, *theirs], statistic)
 
 
-def late_success(env_steps: np.ndarray, at_end: np.ndarray, budget: int) -> float:
-    """Mean of a run's success at the end over the evaluations in the last quarter of its `budget`
-    of steps; NaN where there are none."""
+def last_quarter(env_steps: np.ndarray, at_end: np.ndarray, budget: int) -> float:
+    """A run's mean success at the end over the evaluations in the last quarter of its `budget` of
+    steps, or that of the last evaluation where it has none there."""
     late = at_end[env_steps > 0.75 * budget]
-    return float(late.mean()) if len(late) else math.nan
+    return float(late.mean() if len(late) else at_end[-1])
 
 
-def is_held(late: float) -> bool:
-    """Whether a run holds what it has found: a `late_success` of at least 90 %."""
-    return late >= 0.9 - 1e-9
+def is_held(share: float) -> bool:
+    """Whether a run holds what it has found: a `last_quarter` of at least 90 %."""
+    return share >= 0.9 - 1e-9

@@ -14,7 +14,7 @@ from tools.results.statistics import (
     interval_of_cell,
     interval_over_runs,
     is_held,
-    late_success,
+    last_quarter,
     mean_of_tasks,
     probability_of_improvement,
     std_of_seeds,
@@ -52,9 +52,9 @@ class Results:
         self.common = [t for t in self.tasks if all((m, t) in self.groups for m in self.names)]
         self.scores = {}
         for (method, task), group in self.groups.items():
-            late = [late_success(run.env_steps, run.success_at_end, run.budget) for run in group]
-            values = ([run.success_at_end[-1] for run in group], late,
-                      [is_held(share) for share in late],
+            shares = [last_quarter(run.env_steps, run.success_at_end, run.budget) for run in group]
+            values = ([run.success_at_end[-1] for run in group], shares,
+                      [is_held(share) for share in shares],
                       [run.success_once[-1] for run in group])
             for measure, value in zip(MEASURES, values, strict=True):
                 self.scores[measure, method, task] = np.array(value, float)
