@@ -157,11 +157,7 @@ def write_page(output: Path, title: str, runs: list[Run]) -> str:
         figure = plot_curves(results, by_time)
         if figure is not None:
             pictures[name] = caption, save_figure(figure, output / name)
-    by_method = {name: ", ".join(map(str, sorted({run.seed for run in runs if run.method == m})))
-                 for m, name in results.names.items()}
-    seeds = "; ".join(f"{numbers} ({name})" for name, numbers in by_method.items())
-    if len(set(by_method.values())) == 1:
-        [seeds] = set(by_method.values())
+    seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     about = (f"{len(runs)} runs of {runs[0].budget:,} environment steps; methods: "
              f"{len(results.names)}, tasks: {len(results.tasks)}, seeds: {seeds}.")
     band = ("Lines: mean over seeds, of each run the mean of its last evaluations (a twentieth of "
