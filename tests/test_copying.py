@@ -109,8 +109,8 @@ def test_a_copy_with_a_new_loss_is_as_good_as_the_script(checkout):
         "--steps", "60", "--every", "10", "--checkpoints", "runs/new", "--output", "report")
     assert "new" in json.loads((checkout / "report/report.json").read_text())["rewards"]
     out = run(checkout, "-m", "tools.benchmark", "--rounds", "1", "--steps", "1100", "--scripts",
-              "my_idea.py")
-    assert re.search(r"\| my_idea.py \| [\d,.]+ steps/s", out)
+              "my_idea.py --num-envs 4")
+    assert re.search(r"\| my_idea.py --num-envs 4 \| [\d,.]+ steps/s", out)
 
     # The tests that compare all scripts stay green beside it.
     run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_scripts_agree.py",

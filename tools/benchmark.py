@@ -1,15 +1,18 @@
 """Time whole runs of scripts in turns: steps a second and memory, in one table.
 
     python -m tools.benchmark --scripts furl_sac_state.py my_idea.py
+    python -m tools.benchmark --scripts "my_idea.py" "my_idea.py --num-envs 16"
 
-Each script runs `--rounds` times with its defaults; the figure is the median. Runs take turns, so
-that a noisy machine disturbs them alike. `tools.dev.benchmark` measures the parts they are made of.
+Each script runs `--rounds` times with its defaults or the flags beside it; the figure is the
+median. Runs take turns, so that a noisy machine disturbs them alike. `tools.dev.benchmark` measures
+the parts they are made of.
 """
 
 import csv
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,8 +35,8 @@ Row = tuple[str, str, str]  # what, figure, share of the floor or remark
 
 @dataclass(frozen=True)
 class Args:
-    scripts: tuple[Path, ...]
-    """scripts to run, in turns"""
+    scripts: tuple[str, ...]
+    """scripts to run, in turns; in quotes also with flags"""
     rounds: int = 5
     """runs of each script, of which the median is taken"""
     steps: int = 6000
@@ -42,23 +45,36 @@ class Args:
     """Markdown file to write the table to"""
 
 
-def measure_scripts(scripts: tuple[Path, ...], steps: int, rounds: int) -> Iterator[Row]:
-    """Whole runs of any scripts with their defaults, in turns."""
-    speeds: dict[Path, list[float]] = {script: [] for script in scripts}
+def measure_scripts(scripts: tuple[str, ...], steps: int, rounds: int) -> Iterator[Row]:
+    """Whole runs of any scripts, in turns; `scripts` are paths with any flags behind them."""
+    speeds: dict[str, list[float]] = {script: [] for script in scripts}
     peaks = dict.fromkeys(scripts, 0)
+    commands = {script: split_command(script) for script in scripts}
     for _ in range(rounds):
         for script in scripts:
             with tempfile.TemporaryDirectory() as folder:
+                path, *flags = commands[script]
                 speed, peak = time_run(
-                    script.resolve(), ["--total-timesteps", str(steps)], Path(folder) / "run",
+                    path, ["--total-timesteps", str(steps), *flags], Path(folder) / "run",
                     warm_up=steps // 3,
                 )
             speeds[script].append(speed)
             peaks[script] = max(peaks[script], peak)
     for script, values in speeds.items():
-        yield (str(script), f"{np.median(values):,.3g} steps/s",
+        yield (script, f"{np.median(values):,.3g} steps/s",
                f"{min(values):,.3g} to {max(values):,.3g} in {len(values)} runs, in turns; peak "
                f"memory {peaks[script] / 2**30:.1f} GiB with its workers")
+
+
+def split_command(script: str) -> list[str]:
+    """A script and its flags as a shell splits them."""
+    try:
+        words = shlex.split(script)
+    except ValueError as error:
+        raise UserError(f"--scripts {script!r}: {error}") from None
+    if not words or not Path(words[0]).is_file():
+        raise UserError(f"--scripts {script!r}: no such script")
+    return words
 
 
 def time_run(

@@ -138,19 +138,21 @@ def measure_workers(rounds: int) -> Iterator[Row]:
 
 
 def measure_embeddings(rounds: int) -> Iterator[Row]:
-    """Milliseconds per image at batch 16."""
-    for name, pretrained in (("mini", True), ("clip", False)):
-        vlm = load_vlm(name, pretrained=pretrained)
-        size = (16, vlm.frame_size, vlm.frame_size, 3)
+    """Milliseconds per image, by how many are embedded at once (`--embed-batch`)."""
+    for name, label in (("mini", "mini"), ("clip", "RN50 (CLIP's, random weights)"),
+                        ("ViT-B-32", "ViT-B-32 (CLIP's, random weights)")):
+        vlm = load_vlm(name, pretrained=name == "mini")
+        size = (64, vlm.frame_size, vlm.frame_size, 3)
         frames = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
 
-        def embed(vlm=vlm, frames=frames) -> None:
-            jax.block_until_ready(vlm.embed_images(frames))
+        def embed(batch: int, vlm=vlm, frames=frames) -> None:
+            jax.block_until_ready(vlm.embed_images(frames[:batch]))
 
-        seconds = medians({"embed": embed}, rounds)["embed"]
-        label = "mini" if name == "mini" else "RN50 (CLIP's, random weights)"
-        yield (f"image embedding, {label}, batch 16", f"{seconds / 16 * 1e3:.2f} ms",
-               f"D = {vlm.embed_dim}, {vlm.frame_size} px")
+        batches = {str(batch): partial(embed, batch) for batch in (1, 8, 16, 64)}
+        for batch, seconds in medians(batches, rounds).items():
+            yield (f"image embedding, {label}, batch {batch}",
+                   f"{seconds / int(batch) * 1e3:.2f} ms",
+                   f"D = {vlm.embed_dim}, {vlm.frame_size} px, {vlm.device.type}")
 
 
 def measure_precision(_rounds: int) -> Iterator[Row]:
