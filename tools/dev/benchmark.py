@@ -236,9 +236,9 @@ def filled_buffers(embed_dim: int, num_rows: int, args: furl.Args) -> furl.Buffe
     rng = np.random.default_rng(0)
     buffers = furl.init_buffers(Sizes(OBS_DIM, ACTION_DIM, embed_dim), args)
     time = np.arange(500, dtype=np.int32)
-    for number in range(4):
+    for _ in range(4):
         images = rng.normal(size=(500, embed_dim)).astype(np.float16)
-        frames = replay.EmbeddedFrame(images, np.full_like(time, number), time, np.full(500, True))
+        frames = replay.EmbeddedFrame(images, time, np.full(500, True))
         buffers = buffers._replace(
             positives=replay.add_rows(buffers.positives, frames),
             negatives=replay.add_rows(buffers.negatives, frames._replace(embedding=images[::-1])),
