@@ -3,9 +3,10 @@
     python -m tools.benchmark --scripts furl_sac_state.py my_idea.py
     python -m tools.benchmark --scripts "my_idea.py" "my_idea.py --num-envs 16"
 
-Each script runs `--rounds` times with its defaults or the flags beside it; the figure is the
-median. Runs take turns, so that a noisy machine disturbs them alike. `tools.dev.benchmark` measures
-the parts they are made of.
+Each script runs `--rounds` times; the figure is the median. Runs take turns, so that a noisy
+machine disturbs them alike. They use the scripts' defaults, but on drawer-close-v3, with 1,000
+random steps, and without evaluations and checkpoints. Flags beside a script, in the same quotes,
+come last and so replace any of these. `tools.dev.benchmark` measures the parts of scripts.
 """
 
 import csv
@@ -45,29 +46,30 @@ class Args:
     """Markdown file to write the table to"""
 
 
-def measure_scripts(scripts: tuple[str, ...], steps: int, rounds: int) -> Iterator[Row]:
-    """Whole runs of any scripts, in turns; `scripts` are paths with any flags behind them."""
-    speeds: dict[str, list[float]] = {script: [] for script in scripts}
-    peaks = dict.fromkeys(scripts, 0)
-    commands = {script: split_command(script) for script in scripts}
+def measure_scripts(commands: list[list[str]], steps: int, rounds: int) -> Iterator[Row]:
+    """Whole runs of any scripts, in turns; each command is a script and its flags."""
+    names = [shlex.join(command) for command in commands]
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    peaks = dict.fromkeys(names, 0)
     for _ in range(rounds):
-        for script in scripts:
+        for name, (script, *flags) in zip(names, commands, strict=True):
             with tempfile.TemporaryDirectory() as folder:
-                path, *flags = commands[script]
                 speed, peak = time_run(
-                    path, ["--total-timesteps", str(steps), *flags], Path(folder) / "run",
+                    script, ["--total-timesteps", str(steps), *flags], Path(folder) / "run",
                     warm_up=steps // 3,
                 )
-            speeds[script].append(speed)
-            peaks[script] = max(peaks[script], peak)
-    for script, values in speeds.items():
-        yield (script, f"{np.median(values):,.3g} steps/s",
+            speeds[name].append(speed)
+            peaks[name] = max(peaks[name], peak)
+    for name, values in speeds.items():
+        yield (name, f"{np.median(values):,.3g} steps/s",
                f"{min(values):,.3g} to {max(values):,.3g} in {len(values)} runs, in turns; peak "
-               f"memory {peaks[script] / 2**30:.1f} GiB with its workers")
+               f"memory {peaks[name] / 2**30:.1f} GiB with its workers")
 
 
 def split_command(script: str) -> list[str]:
-    """A script and its flags as a shell splits them."""
+    """A script and its flags as a shell splits them; a file's whole name needs no quotes in it."""
+    if Path(script).is_file():
+        return [script]
     try:
         words = shlex.split(script)
     except ValueError as error:
@@ -84,7 +86,7 @@ def time_run(
     command = [
         sys.executable, str(script), "--env-id", "drawer-close-v3",
         "--learning-starts", "1000", "--eval-every", "1000000", "--checkpoint-every", "0",
-        "--log-every", "500", "--run-dir", str(run_dir), *flags,
+        "--log-every", "500", *flags, "--run-dir", str(run_dir),
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = [0]
@@ -103,7 +105,10 @@ def time_run(
     with open(run_dir / "metrics.csv", newline="") as file:
         speeds = [float(row["value"]) for row in csv.DictReader(file)
                   if row["key"] == "time/steps_per_second" and int(row["env_steps"]) > warm_up]
-    return float(np.median(speeds[:-1])), peak[0]  # the last row's time holds an evaluation
+    speeds = speeds[:-1]  # the last row's time holds an evaluation
+    if not speeds:
+        raise UserError("the run logged too few rows: more steps, or a smaller --log-every")
+    return float(np.median(speeds)), peak[0]
 
 
 def descendants(pid: int) -> list[int]:
@@ -155,7 +160,8 @@ def tabulate(rows: Iterable[Row], module: str, output: Path | None) -> list[Row]
 
 
 def main(args: Args) -> None:
-    rows = measure_scripts(args.scripts, args.steps, args.rounds)
+    commands = [split_command(script) for script in args.scripts]
+    rows = measure_scripts(commands, args.steps, args.rounds)
     tabulate(rows, "tools.benchmark", args.output)
 
 
