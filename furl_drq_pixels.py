@@ -65,7 +65,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     encoder_features: flags.PositiveInts = (32, 32, 32, 32)  # 3 x 3 convolutions, the first by 2
     encoder_dim: flags.PositiveInt = 50  # numbers that actor and critics get of a stack of pictures
     # --- VLM reward
-    vlm: str = "mini"  # mini, mini2, liv, clip, or an open_clip pair such as ViT-B-32/openai
+    vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
     prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text

@@ -64,7 +64,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
     # --- VLM reward
-    vlm: str = "mini"  # mini, mini2, liv, clip, or an open_clip pair such as ViT-B-32/openai
+    vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
     prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text

@@ -1,4 +1,4 @@
-"""The embedded VLMs: their files, its text side, its losses, and that MT10 is unseen."""
+"""The embedded VLM: its file, its text side, its losses, and that MT10 is unseen."""
 
 import math
 
@@ -22,22 +22,20 @@ from common.envs.rendering import Camera, Renderer
 from common.errors import UserError
 from common.vlms import load_vlm, view_for
 from common.vlms.mini import (
+    CROP_LEFT,
+    CROP_SIZE,
+    CROP_TOP,
     EMBED_DIM,
+    FRAME_SIZE,
+    WEIGHTS,
     Mini,
+    crop,
     init_mini,
+    keypoints,
     load_mini,
     quantise,
     save_mini,
     word_pieces,
-)
-from common.vlms.mini2 import (
-    CROP_LEFT,
-    CROP_SIZE,
-    CROP_TOP,
-    FRAME_SIZE,
-    Mini2,
-    crop,
-    keypoints,
 )
 from tools.measures import auc
 from tools.mini import scenes
@@ -62,14 +60,9 @@ from tools.mini.sentences import (
 )
 
 
-@pytest.fixture(scope="module", params=[Mini, Mini2])
-def kind(request) -> type[Mini]:
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def model(kind) -> Mini:
-    return load_mini(kind=kind)
+def model() -> Mini:
+    return load_mini()
 
 
 def pictures(n: int, size: int = FRAME_SIZE) -> torch.Tensor:
@@ -77,16 +70,15 @@ def pictures(n: int, size: int = FRAME_SIZE) -> torch.Tensor:
     return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
-def test_the_shipped_file_is_small(kind):
-    assert kind.weights.stat().st_size <= 8 * 2**20
+def test_the_shipped_file_is_small():
+    assert WEIGHTS.stat().st_size <= 8 * 2**20
 
 
-@pytest.mark.parametrize(("name", "size"), [("mini", 112), ("mini2", 176)])
-def test_loaded_by_name(name, size):
-    vlm = load_vlm(name, device="cpu")
-    assert view_for(vlm).size == vlm.frame_size == size and vlm.name == name
-    assert vlm.id.startswith(f"{name}-") and f"-{size}px-" in vlm.id
-    images = np.asarray(vlm.embed_images(pictures(2, size).numpy()))
+def test_loaded_by_name():
+    vlm = load_vlm("mini", device="cpu")
+    assert view_for(vlm).size == vlm.frame_size == FRAME_SIZE and vlm.name == "mini"
+    assert vlm.id.startswith("mini-") and f"-{FRAME_SIZE}px-" in vlm.id
+    images = np.asarray(vlm.embed_images(pictures(2).numpy()))
     np.testing.assert_allclose(np.linalg.norm(images, axis=-1), 4, rtol=1e-5)
 
 
@@ -107,7 +99,7 @@ def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(model):
 def test_any_prompt_works(model, prompt):
     text = model.encode_text([prompt])
     torch.testing.assert_close(text.norm(dim=-1), torch.ones(1))
-    torch.testing.assert_close(text, load_mini(kind=type(model)).encode_text([prompt]))
+    torch.testing.assert_close(text, load_mini().encode_text([prompt]))
 
 
 def test_words_have_meaning_beyond_their_letters(model):
@@ -137,35 +129,35 @@ def test_quantised_vectors_are_near(model):
 
 def test_saved_and_loaded_weights_give_the_same_embeddings(model, tmp_path):
     save_mini(model, tmp_path / "copy.safetensors")
-    copy = load_mini(tmp_path / "copy.safetensors", type(model))
+    copy = load_mini(tmp_path / "copy.safetensors")
     assert torch.equal(copy.encode_images(pictures(3)), model.encode_images(pictures(3)))
     assert torch.equal(copy.encode_text(["lift"]), model.encode_text(["lift"]))
 
 
 def test_random_weights_belong_to_their_seed(model):
-    models = [init_mini(seed, type(model)) for seed in (1, 1, 2)]
+    models = [init_mini(seed) for seed in (1, 1, 2)]
     one, again, two = (random.encode_images(pictures(2)) for random in models)
     assert torch.equal(one, again) and not torch.allclose(one, two)
     assert not torch.allclose(one, model.encode_images(pictures(2)))
 
 
-def test_damaged_files_are_one_clear_line(tmp_path, kind):
+def test_damaged_files_are_one_clear_line(tmp_path):
     path = tmp_path / "weights.safetensors"
-    for content in (kind.weights.read_bytes()[:-1000], b"garbage", b""):
+    for content in (WEIGHTS.read_bytes()[:-1000], b"garbage", b""):
         path.write_bytes(content)
         with pytest.raises(UserError) as error:
-            load_mini(path, kind)
+            load_mini(path)
         assert "\n" not in str(error.value) and "weights.safetensors" in str(error.value)
     with pytest.raises(UserError, match="cannot read"):
-        load_mini(tmp_path / "missing.safetensors", kind)
+        load_mini(tmp_path / "missing.safetensors")
 
 
-def test_files_that_hold_something_else_are_one_clear_line(tmp_path, kind):
+def test_files_that_hold_something_else_are_one_clear_line(tmp_path):
     """Found at loading, not when the first sentence comes."""
     path = tmp_path / "weights.safetensors"
-    with safe_open(kind.weights, "pt") as file:
+    with safe_open(WEIGHTS, "pt") as file:
         metadata, good = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
-    dense = "image_head.0.weight" if kind is Mini2 else "image_head.1.weight"
+    dense = "image_head.0.weight"
     cases = [
         ({"token_vectors": good["token_vectors"][:9].clone()}, metadata, "token_vectors has shape"),
         ({"token_weights": good["token_weights"][:9].clone()}, metadata, "token_weights has shape"),
@@ -185,7 +177,7 @@ def test_files_that_hold_something_else_are_one_clear_line(tmp_path, kind):
         tensors = {k: v for k, v in (good | changes).items() if v is not None}
         save_file(tensors, path, metadata=words)
         with pytest.raises(UserError, match=message) as error:
-            load_mini(path, kind)
+            load_mini(path)
         assert "\n" not in str(error.value) and "weights.safetensors" in str(error.value)
 
 
@@ -324,7 +316,7 @@ def test_samples_are_what_they_are_called():
 
 def test_folded_normalisation_gives_the_same_embeddings():
     torch.manual_seed(0)
-    model = init_mini(0, Mini2)
+    model = init_mini(0)
     add_norms(model)
     model.requires_grad_(True).train()
     for _ in range(3):  # running means and variances that are not the first ones
@@ -334,7 +326,7 @@ def test_folded_normalisation_gives_the_same_embeddings():
         before = model.encode_images(pictures(4))
         fold_norms(model)
         torch.testing.assert_close(model.encode_images(pictures(4)), before, atol=1e-5, rtol=1e-4)
-    assert model.state_dict().keys() == init_mini(0, Mini2).state_dict().keys()
+    assert model.state_dict().keys() == init_mini(0).state_dict().keys()
 
 
 def test_keypoints_are_where_a_map_is_high():

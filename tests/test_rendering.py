@@ -102,7 +102,7 @@ def a_vlm(frame_size: int, crops_itself: bool = False) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(("vlm", "view"), [
-    (a_vlm(112, crops_itself=True), View(112, 0)),  # mini
+    (a_vlm(176, crops_itself=True), View(176, 0)),  # mini
     (a_vlm(224), View(256, 32)),  # LIV, CLIP: the authors' own numbers
     (a_vlm(336), View(384, 48)),
 ])
@@ -113,7 +113,7 @@ def test_the_view_has_the_size_that_the_vlm_needs(vlm, view):
 def test_mini_has_the_view_of_a_vlm_that_crops_itself():
     from common.vlms import load_vlm
 
-    assert view_for(load_vlm("mini", device="cpu")) == View(112, 0)
+    assert view_for(load_vlm("mini", device="cpu")) == View(176, 0)
 
 
 @pytest.mark.parametrize("view", [View(12, 0), View(12, 3)])

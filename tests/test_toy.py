@@ -10,7 +10,7 @@ from common.envs import humanoid, suites, vlm_rm_tasks
 from common.errors import UserError
 from common.vlms import load_vlm, view_for
 from common.vlms.mini import EMBED_DIM, WEIGHTS, init_mini, load_mini, word_pieces
-from common.vlms.toy import FRAME_SIZE, Poses, Toy, mean_places
+from common.vlms.toy import FRAME_SIZE, Poses, Toy
 from tools.mini.pretrain_toy import (
     ELSEWHERE,
     LARGEST,
@@ -156,12 +156,6 @@ def test_target_similarities_by_hand():
     np.testing.assert_allclose(scene, [SCENE, SCENE, SCENE, ELSEWHERE])
     other = target_similarity(Meaning(None, None, (), ()), pictures)
     assert (other == ELSEWHERE).all()
-
-
-def test_places_are_where_a_map_is_high():
-    maps = torch.zeros(1, 2, 5, 5)
-    maps[0, 0, 0, 4] = maps[0, 1, 2, 2] = 50.0  # upper right corner, middle
-    assert mean_places(maps)[0].tolist() == pytest.approx([-1, 0, 1, 0], abs=1e-4)
 
 
 def test_pictures_show_their_state():

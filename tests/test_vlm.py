@@ -327,8 +327,8 @@ def test_frames_may_be_read_only_or_strided(recwarn):
 
 
 @pytest.mark.parametrize("bad", [
-    np.zeros((2, 112, 112, 3), np.float32), np.zeros((112, 112, 3), np.uint8),
-    np.zeros((2, 3, 112, 112), np.uint8),
+    np.zeros((2, 176, 176, 3), np.float32), np.zeros((176, 176, 3), np.uint8),
+    np.zeros((2, 3, 176, 176), np.uint8),
 ])
 def test_frames_of_another_kind_are_refused(bad):
     with pytest.raises(ValueError, match=r"uint8 \[B, H, W, 3\]"):
@@ -395,7 +395,7 @@ def one_line_error(pattern: str, name: str, **arguments) -> None:
 
 
 def test_unknown_names_say_what_is_allowed():
-    one_line_error(r"allowed are mini, mini2, toy, poses, liv.*did you mean ViT-B-32/openai",
+    one_line_error(r"allowed are mini, toy, poses, liv.*did you mean ViT-B-32/openai",
                    "ViT-B32/openai")
     one_line_error(r"did you mean mini", "mimi")
     one_line_error(r"did you mean RN50/openai", "RN50")

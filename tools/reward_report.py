@@ -36,7 +36,7 @@ from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.logger import git_commit, versions
-from common.vlms import VLM, load_vlm, view_for
+from common.vlms import VLM, View, load_vlm, view_for
 from tools import evaluate
 from tools.episodes import (
     EXPERT,
@@ -118,15 +118,15 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
     """
     import torch
 
-    from common.vlms.mini import centre_crop
-
-    def pixels(frames: np.ndarray) -> np.ndarray:
-        return pixel_embedding(centre_crop(torch.from_numpy(frames)))
+    def pixels(drawn: np.ndarray) -> np.ndarray:
+        """Of the part that is cut out for most VLMs (`view_for`), whatever this one sees."""
+        crops = View(drawn.shape[1], drawn.shape[1] // 8).crop(drawn)
+        return pixel_embedding(torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255)
 
     view = view_for(vlm)
     if goal is not None:
-        goal = view.crop(goal[None])
-        goal_pixels, goal_embedding = pixels(goal)[0], np.asarray(vlm.embed_images(goal))[0]
+        goal_pixels = pixels(goal[None])[0]
+        goal_embedding = np.asarray(vlm.embed_images(view.crop(goal[None])))[0]
     embeddings, pixel_distance, success, first_success, first = [], [], [], [], None
     jobs = [(scene, number) for number in range(episodes)]
     before = dict(os.environ)
@@ -141,7 +141,8 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
             shape = drawn.success.shape
             embeddings.append(np.asarray(vlm.embed_images(flat)).reshape(*shape, -1))
             if goal is not None:
-                distance = np.linalg.norm(pixels(flat) - goal_pixels, axis=-1)
+                drawn_flat = drawn.frames.reshape(-1, *drawn.frames.shape[2:])
+                distance = np.linalg.norm(pixels(drawn_flat) - goal_pixels, axis=-1)
                 pixel_distance.append(distance.reshape(shape))
             success.append(drawn.success)
             first_success.append(drawn.first_success)

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 # Those that ship with the repository: module in this folder, class.
-EMBEDDED = {"mini": ("mini", "Mini"), "mini2": ("mini2", "Mini2"), "toy": ("toy", "Toy"),
-            "poses": ("toy", "Poses")}
+EMBEDDED = {"mini": ("mini", "Mini"), "toy": ("toy", "Toy"), "poses": ("toy", "Poses")}
 MAX_BATCH = 32  # frames per forward pass: RN50 needs some 50 MB each
 
 

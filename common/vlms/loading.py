@@ -18,9 +18,8 @@ def load_vlm(
     """Load a frozen VLM.
 
     Args:
-        name: mini, mini2, toy, poses, liv, clip (RN50/openai), or
-            `<open_clip model>/<pretrained tag>`. The tag may be left out where `weights` or
-            `pretrained=False` makes it needless.
+        name: mini, toy, poses, liv, clip (RN50/openai), or `<open_clip model>/<pretrained tag>`.
+            The tag may be left out where `weights` or `pretrained=False` makes it needless.
         weights: a local file instead of a download: .safetensors, or .pt holding a state dict.
         pretrained: False: the same network with random weights drawn from `seed`.
         device: auto, cpu or cuda.

@@ -19,8 +19,9 @@ from common.errors import UserError
 from common.vlms.interface import VLM, state_digest
 
 EMBED_DIM = 128
-FRAME_SIZE = 112  # what is drawn; the centre CROP_SIZE square is seen
-CROP_SIZE = 84
+FRAME_SIZE = 176  # what is drawn; a square of CROP_SIZE of it is seen: where the hand can be
+CROP_SIZE, CROP_TOP, CROP_LEFT = 96, 40, 27
+KEYPOINTS = 64
 TOKEN_DIM = 128
 # The unit vectors are stretched so that Table 5's margin of 0.2 on the distance to the goal
 # image (Eq. 5) is a small step: an episode's start is about 0.45 x 4 away from its goal.
@@ -29,7 +30,7 @@ WEIGHTS = Path(__file__).with_name("mini.safetensors")
 
 
 class Mini(nn.Module):
-    """The image and the text encoder. `common.vlms.mini2` has another image encoder.
+    """The image and the text encoder. `common.vlms.toy` has other image encoders.
 
     Args:
         vocabulary: word pieces in BERT's notation (continuations start with '##').
@@ -61,25 +62,38 @@ class Mini(nn.Module):
         )
 
     def build_image_encoder(self) -> None:
-        self.convolutions = nn.Sequential(
+        self.early = nn.Sequential(
             nn.Conv2d(3, 24, 3, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(24, 48, 3, stride=2, padding=1), nn.ReLU(),
+        )  # [B, 3, 96, 96] -> [B, 48, 24, 24]
+        self.late = nn.Sequential(
             nn.Conv2d(48, 96, 3, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(96, 96, 3, padding=1), nn.ReLU(),
             nn.Conv2d(96, 32, 1), nn.ReLU(),
-        )  # [B, 3, 84, 84] -> [B, 32, 11, 11]: where things are must survive, so no pooling
+        )  # -> [B, 32, 12, 12]: where things are must survive, so no pooling
+        self.keypoint_maps = nn.Conv2d(48, KEYPOINTS, 1)  # of what `early` gives
         self.image_head = nn.Sequential(
-            nn.Flatten(), nn.Linear(32 * 11 * 11, 256), nn.ReLU(), nn.Linear(256, EMBED_DIM)
+            nn.Linear(32 * 12 * 12 + 2 * KEYPOINTS, 256), nn.ReLU(), nn.Linear(256, EMBED_DIM)
         )
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, 3], square, RGB -> unit vectors, float32 [B, EMBED_DIM]."""
-        return self.encode_crops(centre_crop(images))
+        return self.encode_crops(crop(images))
 
     def encode_crops(self, crops: torch.Tensor) -> torch.Tensor:
         """float32 [B, 3, CROP_SIZE, CROP_SIZE] in [0, 1] -> unit vectors [B, EMBED_DIM]."""
+        return self.embed_features(self.features(crops))
+
+    def features(self, crops: torch.Tensor) -> torch.Tensor:
+        """[B, 3, CROP_SIZE, CROP_SIZE] in [0, 1] -> the last hidden layer, [B, 256]."""
         crops = (crops - 0.5).contiguous(memory_format=torch.channels_last)
-        return F.normalize(self.image_head(self.convolutions(crops)), dim=-1)
+        early = self.early(crops)
+        places = keypoints(self.keypoint_maps(early))
+        return self.image_head[:2](torch.cat([self.late(early).flatten(1), places], 1))
+
+    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
+        """[B, 256] -> unit vectors [B, EMBED_DIM]."""
+        return F.normalize(self.image_head[2](features), dim=-1)
 
     def encode_text(self, sentences: list[str]) -> torch.Tensor:
         """N sentences -> unit vectors, float32 [N, EMBED_DIM]."""
@@ -123,15 +137,33 @@ class MiniVLM(VLM):
         return self._model.encode_text(prompts)
 
 
-def centre_crop(images: torch.Tensor) -> torch.Tensor:
+def keypoints(maps: torch.Tensor) -> torch.Tensor:
+    """Where each map [B, K, H, W] is high: the mean place under its softmax, -1 to 1, [B, 2 K].
+
+    Places to a fraction of a pixel, which flattened features only hold coarsely (Levine et al.,
+    2016, "End-to-end training of deep visuomotor policies").
+    """
+    height, width = maps.shape[2:]
+    shares = maps.flatten(2).softmax(-1).unflatten(-1, (height, width))
+    rows = torch.linspace(-1, 1, height, device=maps.device)
+    columns = torch.linspace(-1, 1, width, device=maps.device)
+    return torch.cat([(shares.sum(3) * rows).sum(2), (shares.sum(2) * columns).sum(2)], 1)
+
+
+def crop(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, CROP_SIZE, CROP_SIZE] in [0, 1]."""
-    crops = images.permute(0, 3, 1, 2).float() / 255
-    if crops.shape[-2:] != (FRAME_SIZE, FRAME_SIZE):
-        crops = F.interpolate(
-            crops, (FRAME_SIZE, FRAME_SIZE), mode="bilinear", antialias=True, align_corners=False
-        )
-    margin = (FRAME_SIZE - CROP_SIZE) // 2
-    return crops[..., margin : margin + CROP_SIZE, margin : margin + CROP_SIZE]
+    crops = resized(images, FRAME_SIZE)
+    return crops[..., CROP_TOP : CROP_TOP + CROP_SIZE, CROP_LEFT : CROP_LEFT + CROP_SIZE]
+
+
+def resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, size, size] in [0, 1]."""
+    images = images.permute(0, 3, 1, 2).float() / 255
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(
+        images, (size, size), mode="bilinear", antialias=True, align_corners=False
+    )
 
 
 def word_pieces(sentence: str, vocabulary: dict[str, int]) -> list[str]:

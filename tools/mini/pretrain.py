@@ -1,4 +1,4 @@
-"""Train the embedded vision-language model `mini2` from nothing, and measure it.
+"""Train the embedded vision-language model `mini` from nothing, and measure it.
 
     python -m tools.mini.pretrain collect              # draw 40 tasks, invented scenes, and MT10
     python -m tools.mini.pretrain distill              # token vectors from a sentence encoder
@@ -27,8 +27,7 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from common.envs.metaworld_tasks import INSTRUCTIONS, MT10
-from common.vlms.mini import TOKEN_DIM, load_mini, quantise, save_mini
-from common.vlms.mini2 import CROP_SIZE, Mini2
+from common.vlms.mini import CROP_SIZE, TOKEN_DIM, Mini, load_mini, quantise, save_mini
 from tools.measures import auc, pixel_embedding
 from tools.mini.scenes import (
     COUNTERFACTUAL,
@@ -130,7 +129,7 @@ def distill() -> None:
     weights = torch.from_numpy((1e-3 / (1e-3 + frequency)).astype(np.float32))
     torch.manual_seed(0)
     DATA.mkdir(parents=True, exist_ok=True)
-    save_mini(Mini2(vocabulary, quantised, scale, weights), DATA / "untrained.safetensors")
+    save_mini(Mini(vocabulary, quantised, scale, weights), DATA / "untrained.safetensors")
     print(f"{len(vocabulary)} word pieces -> {DATA / 'untrained.safetensors'}")
 
 
@@ -337,7 +336,7 @@ def batch_loss(
     }
 
 
-def add_norms(model: Mini2) -> None:
+def add_norms(model: Mini) -> None:
     """Batch normalisation behind each convolution, He initialisation: it learns several times
     faster. `fold_norms` takes them out again."""
     for module in model.modules():
@@ -353,7 +352,7 @@ def add_norms(model: Mini2) -> None:
         setattr(model, name, torch.nn.Sequential(*layers))
 
 
-def fold_norms(model: Mini2) -> None:
+def fold_norms(model: Mini) -> None:
     """What a normalisation does in evaluation becomes part of the convolution before it."""
     model.eval()
     for name in ("early", "late"):
@@ -374,8 +373,8 @@ def train(args: Args) -> Path:
     held_out = SPLITS.get(args.holdout, ())
     tasks = Pictures(tuple(t for t in TRAINING_TASKS if t not in held_out))
     invented = Pictures(tuple(f"invented{n:03d}" for n in range(INVENTED_FILES)))
-    base = load_mini(DATA / "untrained.safetensors", Mini2)
-    model = Mini2(base.vocabulary, base.token_vectors, base.token_scale, base.token_weights)
+    base = load_mini(DATA / "untrained.safetensors")
+    model = Mini(base.vocabulary, base.token_vectors, base.token_scale, base.token_weights)
     add_norms(model)
     model.train()
     places_head = torch.nn.Linear(256, 7)  # of no use but to teach; thrown away
@@ -388,8 +387,8 @@ def train(args: Args) -> Path:
     totals: dict[str, float] = {}
     for step in range(1, args.steps + 1):
         batch = draw_batch(tasks, invented, rng, args.batch_size, args.invented)
-        hidden = model.hidden(augmented_crops(batch.frames, rng))
-        images = model.embed_hidden(hidden).reshape(args.batch_size, NUM_PICTURES, -1)
+        features = model.features(augmented_crops(batch.frames, rng))
+        images = model.embed_features(features).reshape(args.batch_size, NUM_PICTURES, -1)
         means = torch.stack([token_mean(sentence or "") for sentence in batch.sentences])
         # A little noise, so that paraphrases of a sentence stay near it.
         means = F.normalize(means + 0.05 * torch.randn_like(means), dim=-1)
@@ -400,7 +399,7 @@ def train(args: Args) -> Path:
             torch.from_numpy(batch.has_counterfactual).float(),
         )
         places = torch.from_numpy(batch.places).float().flatten(0, 1)
-        error = (places_head(hidden) - places.nan_to_num()) ** 2 * ~places.isnan()
+        error = (places_head(features) - places.nan_to_num()) ** 2 * ~places.isnan()
         losses["places"] = error.sum() / (~places.isnan()).sum()
         optimizer.zero_grad(set_to_none=True)
         sum(LOSS_WEIGHTS[k] * v for k, v in losses.items()).backward()
@@ -420,7 +419,7 @@ def train(args: Args) -> Path:
     print(f"trained {sum(p.numel() for p in model.parameters()):,} parameters in "
           f"{time.time() - start:.0f} s -> {path}")
     if args.holdout:
-        for name, measured in (("mini2", load_mini(path, Mini2)), ("pixels", None)):
+        for name, measured in (("mini", load_mini(path)), ("pixels", None)):
             print(f"\n{name}")
             print_table({task: measure(measured, task) for task in held_out})
     return path
@@ -430,7 +429,7 @@ def train(args: Args) -> Path:
 
 
 def seen(frames: np.ndarray) -> torch.Tensor:
-    """What `mini2` sees of stored pictures: float [n, 3, CROP_SIZE, CROP_SIZE]."""
+    """What `mini` sees of stored pictures: float [n, 3, CROP_SIZE, CROP_SIZE]."""
     crops = frames[:, MARGIN : MARGIN + CROP_SIZE, MARGIN : MARGIN + CROP_SIZE]
     return torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
 
@@ -445,10 +444,10 @@ class Episode(NamedTuple):
 
 
 def measure(
-    model: Mini2 | None, task: str, sentences: tuple[str, ...] | None = None, *,
+    model: Mini | None, task: str, sentences: tuple[str, ...] | None = None, *,
     same_goal: bool = True,
 ) -> dict[str, float]:
-    """The figures of docs/mini2.md for one task; `model` None: raw pixels.
+    """The figures of docs/mini.md for one task; `model` None: raw pixels.
 
     The goal picture is always another episode's success: of an episode with the same goal, as in
     the paper's main setting, or with `same_goal` False of one with another goal. Spearman: per
@@ -603,8 +602,8 @@ def summarise(results: dict[str, dict]) -> dict[str, dict[str, str]]:
 def evaluate() -> None:
     """MT10, unseen in training: every seed, raw pixels and an untrained network."""
     files = sorted(DATA.glob("seed*.safetensors"))
-    models = {file.stem: load_mini(file, Mini2) for file in files}
-    models["untrained"] = load_mini(DATA / "untrained.safetensors", Mini2)
+    models = {file.stem: load_mini(file) for file in files}
+    models["untrained"] = load_mini(DATA / "untrained.safetensors")
     results: dict[str, dict] = {
         "pixels": {task: measure(None, task) for task in MT10},
         "pixels, other goal": {task: measure(None, task, same_goal=False) for task in MT10},
@@ -627,7 +626,7 @@ def evaluate() -> None:
     for task, row in summarise(results).items():
         print("| " + " | ".join([task.removesuffix("-v3"), *(row[c] for c in columns)]) + " |")
     Path("docs").mkdir(exist_ok=True)
-    Path("docs/mini2_results.json").write_text(json.dumps(results, indent=1) + "\n")
+    Path("docs/mini_results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main(args: Args) -> None:
@@ -638,8 +637,8 @@ def main(args: Args) -> None:
     elif args.command == "train":
         path = train(args)
         if not args.holdout and args.seed == 0:
-            shutil.copyfile(path, Mini2.weights)
-            print(f"shipped as {Mini2.weights}")
+            shutil.copyfile(path, Mini.weights)
+            print(f"shipped as {Mini.weights}")
     else:
         evaluate()
 

@@ -1,4 +1,4 @@
-"""The pictures that the embedded VLM `mini2` learns from and is measured on.
+"""The pictures that the embedded VLM `mini` learns from and is measured on.
 
 `collect_task` draws a Meta-World task: what its expert, failing experts and random behaviour see,
 and pictures in which the robot of one moment meets the objects of another. `collect_invented` draws
@@ -16,13 +16,13 @@ import numpy as np
 from common.envs.metaworld import PHYSICS, make_env
 from common.envs.metaworld_tasks import ENV_IDS, MT10
 from common.envs.rendering import Camera, Renderer
-from common.vlms.mini2 import CROP_LEFT, CROP_SIZE, CROP_TOP, FRAME_SIZE
+from common.vlms.mini import CROP_LEFT, CROP_SIZE, CROP_TOP, FRAME_SIZE
 from tools.episodes import play_episode
 
 DATA = Path("data/mini")
 EVALUATION = DATA / "evaluation"  # pictures that nothing is trained on, the scenes' own colours
 TRAINING_TASKS = tuple(task for task in ENV_IDS if task not in MT10)
-MARGIN = 6  # pixels around what `mini2` sees that are kept, so that training can shift its view
+MARGIN = 6  # pixels around what `mini` sees that are kept, so that training can shift its view
 STORED_SIZE = CROP_SIZE + 2 * MARGIN
 NOISE_LEVELS = (0.0, 0.1, 0.3, 0.5, 0.7)
 FRAMES_PER_EPISODE = 24
