@@ -248,7 +248,7 @@ def test_other_weights_of_mini_are_red(weights):
     tensors, write = weights
     assert run("VLM", write()).status == "ok"
     doctor.loaded_vlm.cache_clear()
-    tensors["image_head.3.bias"][0] += 0.01
+    tensors["image_head.2.bias"][0] += 0.01
     line = run("VLM", write())
     assert line.status == "FAIL" and line.finding.startswith("the weights are not the shipped")
 

@@ -172,6 +172,17 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "furl", folder / "sac"
 
 
+def test_raw_pixels_are_those_of_the_middle():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 176, 176, 3), np.uint8)
+    pixels = report.middle_pixels(frames)
+    assert pixels.shape == (2, 3 * 32 * 32)
+    framed, other = frames.copy(), frames.copy()
+    framed[:, :22] = framed[:, :, -22:] = 0  # an eighth of the picture
+    other[:, 22] = 0
+    np.testing.assert_array_equal(report.middle_pixels(framed), pixels)
+    assert not np.array_equal(report.middle_pixels(other), pixels)
+
+
 def test_a_report_of_two_prompts_and_two_runs(runs, tmp_path, capsys):
     prompts = ("Push and close a drawer.", "<b>Open</b> & shut")
     args = report.Args(**SMALL, prompt=prompts, checkpoints=runs, workers=1, goal="random",

@@ -293,8 +293,9 @@ def expected_images_as_float(model: torch.nn.Module, frames: np.ndarray) -> np.n
 
 
 def test_who_cuts_off_the_border(checkpoint):
-    """`mini` sees nothing of the 14 px at each side, open_clip's models see all they are given."""
-    for model, margin in ((on_cpu("mini"), 14), (on_cpu("tiny-resnet", weights=checkpoint), 5)):
+    """`mini` sees nothing of the 27 px at each side, open_clip's models see all they are given."""
+    resnet = on_cpu("tiny-resnet", weights=checkpoint)
+    for model, margin in ((on_cpu("mini"), mini.CROP_LEFT), (resnet, 5)):
         frames = make_frames(1, model.frame_size)
         framed = np.zeros_like(frames)
         kept = slice(margin, model.frame_size - margin)

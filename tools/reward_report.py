@@ -36,7 +36,8 @@ from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.logger import git_commit, versions
-from common.vlms import VLM, View, load_vlm, view_for
+from common.vlms import VLM, load_vlm, view_for
+from common.vlms.interface import centre_view
 from tools import evaluate
 from tools.episodes import (
     EXPERT,
@@ -116,16 +117,9 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
 
     `goal`: the goal picture as it is drawn, of which the VLM sees its own view.
     """
-    import torch
-
-    def pixels(drawn: np.ndarray) -> np.ndarray:
-        """Of the part that is cut out for most VLMs (`view_for`), whatever this one sees."""
-        crops = View(drawn.shape[1], drawn.shape[1] // 8).crop(drawn)
-        return pixel_embedding(torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255)
-
     view = view_for(vlm)
     if goal is not None:
-        goal_pixels = pixels(goal[None])[0]
+        goal_pixels = middle_pixels(goal[None])[0]
         goal_embedding = np.asarray(vlm.embed_images(view.crop(goal[None])))[0]
     embeddings, pixel_distance, success, first_success, first = [], [], [], [], None
     jobs = [(scene, number) for number in range(episodes)]
@@ -141,8 +135,8 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
             shape = drawn.success.shape
             embeddings.append(np.asarray(vlm.embed_images(flat)).reshape(*shape, -1))
             if goal is not None:
-                drawn_flat = drawn.frames.reshape(-1, *drawn.frames.shape[2:])
-                distance = np.linalg.norm(pixels(drawn_flat) - goal_pixels, axis=-1)
+                whole = drawn.frames.reshape(-1, *drawn.frames.shape[2:])
+                distance = np.linalg.norm(middle_pixels(whole) - goal_pixels, axis=-1)
                 pixel_distance.append(distance.reshape(shape))
             success.append(drawn.success)
             first_success.append(drawn.first_success)
@@ -156,6 +150,14 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
 
 def _draw(job: tuple[Scene, int]) -> Drawn:
     return draw_episodes(*job)
+
+
+def middle_pixels(frames: np.ndarray) -> np.ndarray:
+    """The middle three quarters of whole pictures [n, size, size, 3] at 32 px, flat."""
+    import torch
+
+    middle = centre_view(frames.shape[1]).crop(frames)
+    return pixel_embedding(torch.from_numpy(middle).permute(0, 3, 1, 2).float() / 255)
 
 
 def cosine_similarity(text: np.ndarray, images: np.ndarray) -> np.ndarray:

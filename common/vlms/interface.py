@@ -34,7 +34,7 @@ class VLM:
         id: model, hash of the weights and preprocessing: what a cached embedding depends on.
         embed_dim: D.
         frame_size: width and height of its input, pixels; other sizes are resized.
-        crops_itself: whether it cuts off the border of what it is given.
+        crops_itself: whether it sees only a part of what it is given.
         settings: arguments of `load_vlm` that give the same model again.
     """
 
@@ -105,20 +105,24 @@ class View(NamedTuple):
         return frames[..., kept, kept, :]
 
 
+def centre_view(size: int) -> View:
+    """The middle three quarters of pictures of `size` px."""
+    return View(size, size // 8)
+
+
 def view_for(vlm: VLM, cuts_border: bool = True) -> View:
     """The view that a VLM is given.
 
     On Meta-World FuRL's authors draw 256 px and keep rows and columns 32 to 224, which their CLIP
     resizes to its 224 px (fuyw/FuRL, `crop_center`): the same share of the picture here for models
-    of any input size. `mini` was trained on whole pictures and cuts off their border itself.
+    of any input size. `mini` is given whole pictures and cuts its square out of them itself.
 
     Args:
         cuts_border: whether the suite's pictures are cut like that: its `CUTS_BORDER`.
     """
     if vlm.crops_itself or not cuts_border:
         return View(vlm.frame_size, 0)
-    size = 256 * vlm.frame_size // 224
-    return View(size, size // 8)
+    return centre_view(256 * vlm.frame_size // 224)
 
 
 def to_jax(tensor: torch.Tensor) -> jax.Array:

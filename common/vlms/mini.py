@@ -24,13 +24,13 @@ CROP_SIZE, CROP_TOP, CROP_LEFT = 96, 40, 27
 KEYPOINTS = 64
 TOKEN_DIM = 128
 # The unit vectors are stretched so that Table 5's margin of 0.2 on the distance to the goal
-# image (Eq. 5) is a small step: an episode's start is about 0.45 x 4 away from its goal.
+# image (Eq. 5) is a small step: an episode's start is about 1.0 x 4 away from its goal.
 EMBEDDING_SCALE = 4.0
 WEIGHTS = Path(__file__).with_name("mini.safetensors")
 
 
 class Mini(nn.Module):
-    """The image and the text encoder. `common.vlms.toy` has other image encoders.
+    """The image and the text encoder. `common.vlms.toy` has another image encoder.
 
     Args:
         vocabulary: word pieces in BERT's notation (continuations start with '##').
@@ -151,7 +151,10 @@ def keypoints(maps: torch.Tensor) -> torch.Tensor:
 
 
 def crop(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, CROP_SIZE, CROP_SIZE] in [0, 1]."""
+    """The square that is seen, of whole pictures of any size.
+
+    uint8 [B, H, W, 3] -> float32 [B, 3, CROP_SIZE, CROP_SIZE] in [0, 1].
+    """
     crops = resized(images, FRAME_SIZE)
     return crops[..., CROP_TOP : CROP_TOP + CROP_SIZE, CROP_LEFT : CROP_LEFT + CROP_SIZE]
 

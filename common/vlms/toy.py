@@ -41,15 +41,15 @@ class Toy(Mini):
         """uint8 [B, H, W, 3], square, RGB -> unit vectors, float32 [B, EMBED_DIM]."""
         return self.encode_crops(resized(images, FRAME_SIZE))
 
-    def encode_crops(self, crops: torch.Tensor) -> torch.Tensor:
-        """float32 [B, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1] -> unit vectors [B, EMBED_DIM]."""
-        return F.normalize(self.image_head(self.features(crops)), dim=-1)
-
     def features(self, crops: torch.Tensor) -> torch.Tensor:
         """[B, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1] -> the last hidden layer, [B, 192]."""
         early = self.early((crops - 0.5).contiguous(memory_format=torch.channels_last))
         places = keypoints(self.keypoint_maps(early))
         return self.hidden(torch.cat([self.late(early).flatten(1), places], 1))
+
+    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
+        """[B, 192] -> unit vectors [B, EMBED_DIM]."""
+        return F.normalize(self.image_head(features), dim=-1)
 
 
 class Poses(Toy):

@@ -101,7 +101,7 @@ def measure_frames(rounds: int) -> Iterator[Row]:
 
     env = make_env(TASK, seed=0, index=0, goal="fixed", show_goal=False)
     for quality in ("fast", "paper"):
-        for size in (84, 112, 224):
+        for size in (84, 112, 176, 224):
             renderer = Renderer(env.model, Camera(size, quality=quality))
             count = 20 if quality == "fast" else 3
 
@@ -119,7 +119,7 @@ def measure_workers(rounds: int) -> Iterator[Row]:
     """Environment steps per second by number of workers at once, each step drawn or none."""
     cores = num_cores()
     for num_workers in (n for n in (1, 2, 4, 8, 16, 32) if n <= cores):
-        for camera, steps in ((None, 200), (Camera(112), 100), (Camera(224), 100),
+        for camera, steps in ((None, 200), (Camera(176), 100), (Camera(224), 100),
                               (Camera(224, quality="paper"), 4)):
             envs = VecMetaWorld(TASK, 2 * num_workers, seed=0, num_workers=num_workers,
                                 camera=camera)

@@ -25,7 +25,7 @@ TIMES = (0, 20, 40, 60)  # steps of the expert at which pictures are taken
 @dataclass(frozen=True)
 class Args:
     size: int = 112
-    """width and height of the pictures, pixels (mini's)"""
+    """width and height of the pictures, pixels"""
     output: Path = Path("docs/drawing.md")
     """table to write; the pictures go beside it as .png"""
 

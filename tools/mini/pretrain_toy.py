@@ -328,8 +328,8 @@ def train(args: Args) -> None:
     for step in range(1, args.steps + 1):
         rows = rng.integers(0, len(targets), args.batch_size)
         crops = torch.from_numpy(pictures.frames[rows]).permute(0, 3, 1, 2).float() / 255
-        hidden = model.features(crops)
-        images = F.normalize(model.image_head(hidden), dim=-1)
+        features = model.features(crops)
+        images = model.embed_features(features)
         # Noise of length 0.6, a turn by 31 degrees, so that paraphrases stay near a sentence:
         # exchanging one of its words turns its mean by 20 to 50.
         noisy = means + 0.6 * torch.randn_like(means) / TOKEN_DIM**0.5
@@ -337,7 +337,7 @@ def train(args: Args) -> None:
         errors = (images @ texts.T - targets[rows][:, columns]) ** 2  # [batch, sentences]
         similarity = (errors * weights).sum(1).mean()
         known = ~told[rows].isnan()
-        off = (teacher(hidden) - told[rows].nan_to_num()) ** 2 * known
+        off = (teacher(features) - told[rows].nan_to_num()) ** 2 * known
         state = (off.sum(1) / known.sum(1)).mean()  # each picture counts the same
         optimizer.zero_grad(set_to_none=True)
         (similarity + 0.3 * state).backward()
