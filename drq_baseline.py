@@ -398,7 +398,7 @@ def main(args: Args) -> dict[str, float]:
         # Measure and save.
         run.count_episodes(step)
         if run.is_due(args.eval_every):
-            run.log_evaluation(evaluate(partial(policy, agent), run.video_path()))
+            run.evaluate(policy, agent)
         if run.is_due(args.log_every):
             run.log_training("drq" if metrics else "random", {
                 **metrics, "charts/num_updates": agent.opt[0].count,

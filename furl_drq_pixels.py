@@ -670,7 +670,7 @@ def main(args: Args) -> dict[str, float]:
         # Measure and save.
         run.count_episodes(step)
         if run.is_due(args.eval_every):
-            run.log_evaluation(evaluate(partial(policy, state), run.video_path()))
+            run.evaluate(policy, state)
         if run.is_due(args.log_every):
             run.log_training(phase.name if metrics else "random", {
                 **metrics, "charts/relaying": phase.relaying,

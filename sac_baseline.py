@@ -313,7 +313,7 @@ def main(args: Args) -> dict[str, float]:
         # Measure and save.
         run.count_episodes(step)
         if run.is_due(args.eval_every):
-            run.log_evaluation(evaluate(partial(policy, agent), run.video_path()))
+            run.evaluate(policy, agent)
         if run.is_due(args.log_every):
             run.log_training("sac" if metrics else "random", {
                 **metrics, "charts/num_updates": agent.opt[0].count,

@@ -461,7 +461,7 @@ def main(args: Args) -> dict[str, float]:
             buffers, previous = store(buffers, previous), []
             (agent, metrics), due = learn(agent, metrics, due), []
         if run.is_due(args.eval_every):
-            run.log_evaluation(evaluate(partial(policy, agent), run.video_path()))
+            run.evaluate(policy, agent)
         if run.is_due(args.log_every):
             run.log_training("vlm" if metrics else "random", {
                 **metrics, "charts/num_updates": agent.opt[0].count,

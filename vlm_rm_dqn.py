@@ -347,7 +347,7 @@ def main(args: Args) -> dict[str, float]:
             buffers, previous = store(buffers, previous), []
             (agent, metrics), due = learn(agent, metrics, due), []
         if run.is_due(args.eval_every):
-            run.log_evaluation(evaluate(partial(policy, agent), run.video_path()))
+            run.evaluate(policy, agent)
         if run.is_due(args.log_every):
             run.log_training("dqn" if metrics else "random", {
                 **metrics, "charts/epsilon": epsilon(env_steps, args),

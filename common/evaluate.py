@@ -1,7 +1,7 @@
 """Evaluation by the mean action, and the video of it."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,19 @@ class Evaluator:
     def __call__(
         self, policy: Callable[[np.ndarray], np.ndarray], video_path: Path | None = None
     ) -> dict[str, float]:
-        """Play one episode in each environment.
+        """Play one episode in each environment; see `play`."""
+        playing = self.play(policy, video_path)
+        while True:
+            try:
+                next(playing)
+            except StopIteration as end:
+                return end.value
+
+    def play(
+        self, policy: Callable[[np.ndarray], np.ndarray], video_path: Path | None = None
+    ) -> Generator[None, None, dict[str, float]]:
+        """Play one episode in each environment, step by step: while the environments take a step,
+        the caller has its turn, and decides when they take the next one.
 
         Args:
             policy: mean action [n, action_dim], or best one [n], for observations [n, obs_dim],
@@ -101,7 +113,9 @@ class Evaluator:
         returns, lengths = np.zeros((2, num_envs))
         running = np.ones(num_envs, bool)  # in the first episode
         while running.any():
-            step = self.envs.step(np.asarray(policy(obs)))
+            self.envs.step_async(np.asarray(policy(obs)))
+            yield
+            step = self.envs.step_wait()
             obs = np.concatenate([obs[..., 3:], step.frames], -1) if self._frame_stack else step.obs
             success_once |= step.success & running
             success_at_end[running] = step.success[running]
@@ -119,6 +133,11 @@ class Evaluator:
             "eval/return": returns.mean(),
         }
         return evaluation | ({"eval/length": lengths.mean()} if self._episodes_differ else {})
+
+    @property
+    def episode_length(self) -> int:
+        """Steps of an episode, at most."""
+        return self.envs.episode_length
 
     def close(self) -> None:
         self.envs.close()

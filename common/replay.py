@@ -4,6 +4,8 @@ A ring is a pytree of arrays with a counter. `add` is meant to be jitted with th
 that a row is written in place whatever the capacity; rows are read inside the jitted update.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -126,6 +128,32 @@ def read_rows(ring: Ring, start: int, stop: int) -> Rows:
 
 
 add_rows = jax.jit(add, donate_argnums=0)
+
+
+@partial(jax.jit, static_argnames="n")
+def newest_rows(ring: Ring, n: int) -> Rows:
+    """The `n` rows that were written last, the oldest of them first, leaves [n, ...]."""
+    return take(ring, (ring.total - n + jnp.arange(n)) % ring.capacity)
+
+
+def embed_drawn(
+    embed: Callable[[np.ndarray], jax.Array], frames: np.ndarray, drawn: np.ndarray, steps: Ring
+) -> jax.Array:
+    """The embeddings of one step of all environments, [N, D].
+
+    Args:
+        embed: embeds frames uint8 [n, height, width, 3].
+        frames: [N, height, width, 3].
+        drawn: where a frame is new, bool [N]; elsewhere the embedding of the step before stands
+            for this one too. So it comes from the replay, and a resumed run has it.
+        steps: the replay, whose newest rows are the step before.
+    """
+    if drawn.all():
+        return embed(frames)
+    held = newest_rows(Ring(steps.data.embedding, steps.total), len(drawn))
+    if not drawn.any():
+        return held
+    return held.at[np.flatnonzero(drawn)].set(embed(frames[drawn]).astype(held.dtype))
 
 
 def newest_episode(steps: Ring, env: jax.Array, num_envs: int, episode_length: int) -> Rows:

@@ -6,11 +6,13 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from common import checkpoint
@@ -34,6 +36,18 @@ from common.replay import Sizes
 from common.vlms import VLM, View
 
 
+class PendingEvaluation(NamedTuple):
+    """An evaluation that is being played while training goes on."""
+
+    playing: Generator[None, None, dict[str, float]]
+    env_steps: int  # of the policy that is evaluated
+    steps_per_iteration: int  # of training, so that it ends before the next one begins
+    video_path: Path | None
+
+
+copy_arrays = jax.jit(partial(jax.tree.map, jnp.copy))
+
+
 class Run:
     """Bookkeeping that is the same in every script; made by `start_run`.
 
@@ -41,14 +55,19 @@ class Run:
         args: the script's arguments.
         run_dir: its folder.
         config: what its config.json holds.
-        environments: what `close` closes with it.
+        envs: the environments of training, which `close` closes.
+        evaluator: what plays evaluations; `close` closes it too.
     """
 
     def __init__(
-        self, args: Any, run_dir: Path, config: dict[str, Any], environments: tuple[Any, ...] = ()
+        self, args: Any, run_dir: Path, config: dict[str, Any], envs: Any = None,
+        evaluator: Evaluator | None = None,
     ):
         self.args, self.dir, self.config = args, run_dir, config
-        self._environments = environments
+        self._environments = [x for x in (evaluator, envs) if x is not None]
+        self._evaluator = evaluator
+        self._pending: PendingEvaluation | None = None
+        self._waiting_rows: list[tuple[int, dict[str, float]]] = []  # for the pending evaluation's
         self._logger: Logger | None = None
         self.env_steps = 0  # done when the current iteration ends
         self._succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
@@ -128,6 +147,8 @@ class Run:
         """The environment steps done before each iteration, up to the run's end."""
         iteration = steps_per_iteration(self.args)
         for env_steps in range(self.env_steps, self.args.total_timesteps, iteration):
+            if self._pending is not None:
+                self._play_on(self._pending.steps_per_iteration)
             self.env_steps = env_steps + iteration
             yield env_steps
 
@@ -145,6 +166,7 @@ class Run:
             if not np.isfinite(leaf).all():
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise self._diverged(name, "not finite")
+        self._finish_evaluation()
         mine = {"succeeded": self._succeeded, "finished": self._finished, "returns": self._returns,
                 "finished_returns": self._finished_returns, "evaluation": self.evaluation}
         host = {"envs": envs.get_state(), "run": mine}
@@ -179,10 +201,47 @@ class Run:
         self._succeeded = self._succeeded & ~step.ended
         self._returns = np.where(step.ended, 0, self._returns)
 
+    def evaluate(self, policy: Callable[[Any, jax.Array], jax.Array], state: Any) -> None:
+        """Evaluate `policy(state, obs)`, as it is now, while training goes on.
+
+        The episodes are played on in each of the following iterations, and have ended before the
+        next evaluation begins and before a checkpoint is saved. Rows of metrics that come in
+        between wait until then, so that rows stay in order.
+        """
+        self._finish_evaluation()
+        # A copy, because an update takes the state's memory for the next one.
+        playing = self._evaluator.play(partial(policy, copy_arrays(state)), self.video_path())
+        iterations = max(1, self.args.eval_every // steps_per_iteration(self.args))
+        steps = -(-self._evaluator.episode_length // iterations)
+        self._pending = PendingEvaluation(playing, self.env_steps, steps, self.video_path())
+
+    def _play_on(self, steps: int) -> None:
+        """Play `steps` more of the pending evaluation, and log it if it ends."""
+        for _ in range(steps):
+            try:
+                next(self._pending.playing)
+            except StopIteration as end:
+                return self.log_evaluation(end.value)
+
+    def _finish_evaluation(self) -> None:
+        while self._pending is not None:
+            self._play_on(self._pending.steps_per_iteration)
+
     def log_evaluation(self, evaluation: dict[str, float]) -> None:
+        """Write the rows of the pending evaluation, or of one just made, and those that waited."""
+        env_steps, video_path = self.env_steps, self.video_path()
+        if self._pending is not None:
+            env_steps, video_path = self._pending.env_steps, self._pending.video_path
         self.evaluation = {key: float(value) for key, value in evaluation.items()}
-        self.logger.log(self.env_steps, self.evaluation)
-        self.logger.log_video(self.env_steps, self.video_path())
+        self.logger.log(env_steps, self.evaluation)
+        self.logger.log_video(env_steps, video_path)
+        self._write_waiting_rows()
+
+    def _write_waiting_rows(self) -> None:
+        self._pending = None
+        for env_steps, row in self._waiting_rows:
+            self.logger.log(env_steps, row)
+        self._waiting_rows = []
 
     def log_training(self, phase: str, metrics: dict[str, Any]) -> None:
         """Write a row of metrics and refresh the live line.
@@ -200,7 +259,10 @@ class Run:
                 row["charts/return"] = float(np.mean(self._finished_returns))
         row["time/steps_per_second"] = self.logger.speed(self.env_steps)
         self._finished, self._finished_returns = [], []
-        self.logger.log(self.env_steps, row)
+        if self._pending is None:
+            self.logger.log(self.env_steps, row)
+        else:
+            self._waiting_rows.append((self.env_steps, row))
         score, style = ("return", ".1f") if self._shows_returns else ("success_once", ".0%")
         trained, evaluated = row.get(f"charts/{score}"), self.evaluation.get(f"eval/{score}")
         trained, evaluated = ("-" if x is None else f"{x:{style}}" for x in (trained, evaluated))
@@ -235,6 +297,10 @@ class Run:
 
         `finished`: the last evaluation is that of the final policy.
         """
+        if finished:
+            self._finish_evaluation()
+        else:  # as it failed: an evaluation that has not ended is left out
+            self._write_waiting_rows()
         while self._handlers:
             signal.signal(*self._handlers.popitem())
         if finished and self.evaluation:
@@ -271,7 +337,7 @@ def start_run(
     source = source_file(type(args))
     if args.resume:
         run_dir = Path(args.resume)
-        run = Run(args, run_dir, read_config(run_dir), (evaluate, envs))
+        run = Run(args, run_dir, read_config(run_dir), envs, evaluate)
         kept = source and run_dir / source.name
         if kept and kept.exists() and kept.read_bytes() != source.read_bytes():
             show(f"note: {source.name} has changed since this run began; {kept} is what it was")
@@ -294,7 +360,7 @@ def start_run(
     )
     if source:
         shutil.copy(source, run_dir / source.name)
-    run = Run(args, run_dir, config, (evaluate, envs))
+    run = Run(args, run_dir, config, envs, evaluate)
     run.logger.say(f"run folder: {run_dir}")
     for key, value in facts.items():
         run.logger.say(f"  {key}: {value}")

@@ -17,6 +17,7 @@ from common.envs.workers import VecEnv
 from common.errors import UserError
 
 OBS_DIM, ACTION_DIM = 39, 4
+GOAL = slice(36, 39)  # of an observation; zeros where the goal is hidden
 EPISODES_DIFFER = False  # with a fixed goal: all start in the same state and last as long
 SPARSE_REWARD = True  # 1 on success, else 0; Meta-World's own reward is not used
 REWARD_SHIFT = -1.0  # what is added to it (B.2 of the FuRL paper)
@@ -47,7 +48,7 @@ class VecMetaWorld(VecEnv):
         show_goal: put the goal into the observation whatever `goal` says (scripted experts need
             it).
         max_episode_steps: 1 to 500, physics steps.
-        options: `num_workers`, `action_repeat` and `draw_resets` of `VecEnv`.
+        options: `num_workers`, `action_repeat`, `draw_resets` and `draw_every` of `VecEnv`.
 
     Raises:
         UserError: an argument is not allowed, or frames cannot be drawn here.
@@ -93,6 +94,33 @@ def default_vlm(env_id: str) -> str:
 def evaluated_on(env_id: str) -> str:
     """The task that a policy for `env_id` is evaluated on: the same."""
     return env_id
+
+
+class Experts:
+    """Meta-World's scripted experts for the first episodes of environments 0 to `num_envs` - 1.
+
+    They are shown the goals, whatever the policy is shown.
+
+    Args:
+        env_id, seed, goal: as for `VecMetaWorld`.
+        num_envs: how many there are.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, *, seed: int, goal: str):
+        self._policies = [expert_policy(env_id) for _ in range(num_envs)]
+        # Environments of the same seeds draw the same goals.
+        copies = [make_env(env_id, seed=seed, index=i, goal=goal, show_goal=True)
+                  for i in range(num_envs)]
+        self._goals = np.array([env.reset()[0][GOAL] for env in copies]).reshape(num_envs, 3)
+
+    def __call__(self, obs: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+        """Their actions for the first of obs [n, 39], with Gaussian noise of that std: [., 4]."""
+        actions = np.zeros((len(self._policies), ACTION_DIM), np.float32)
+        for i, policy in enumerate(self._policies):
+            seen = obs[i].astype(np.float64)
+            seen[GOAL] = self._goals[i]
+            actions[i] = expert_action(policy, seen)
+        return np.clip(actions + noise * rng.normal(size=actions.shape), -1, 1)
 
 
 # -------------------------------------------------- what a worker uses, see `workers.Suite`

@@ -52,6 +52,7 @@ class Step(NamedTuple):
     reward: np.ndarray  # [N] float32, the task's; where that is sparse 1 on success, else 0
     terminated: np.ndarray  # [N] bool, the task is over: nothing follows the state reached
     truncated: np.ndarray  # [N] bool, the episode's time is up
+    drawn: np.ndarray | None = None  # [N] bool, where `frames` is new; else it is an older one
 
     @property
     def ended(self) -> np.ndarray:
@@ -99,6 +100,7 @@ def _layout(
     }
     if frame_size:
         layout["frames"] = ((num_envs, frame_size, frame_size, 3), np.uint8)
+        layout["drawn"] = ((num_envs,), np.bool_)
     if frame_size and draw_resets:
         layout["reset_frames"] = layout["frames"]
     return layout
@@ -134,6 +136,8 @@ class VecEnv:
         action_repeat: physics steps per call of `step`, all with the same action; only the last
             state is drawn and observed, and success at any of them counts.
         draw_resets: also draw the first state of new episodes.
+        draw_every: K; drawn are the state after an episode's first step, after every K-th, and
+            after its last, counted in calls of `step`.
 
     Attributes:
         env_id, num_envs, obs_dim, action_dim, discrete: as given.
@@ -163,6 +167,7 @@ class VecEnv:
         num_workers: int | None = None,
         action_repeat: int = 1,
         draw_resets: bool = False,
+        draw_every: int = 1,
     ):
         self.env_id, self.num_envs = env["env_id"], num_envs
         self.obs_dim, self.action_dim, self.discrete = obs_dim, action_dim, discrete
@@ -173,6 +178,8 @@ class VecEnv:
         if action_repeat < 1 or max_episode_steps % action_repeat:
             raise UserError(f"action_repeat must divide {max_episode_steps}, the steps of an "
                             f"episode, but is {action_repeat}")
+        if draw_every < 1:
+            raise UserError(f"draw_every must be positive, not {draw_every}")
         if num_workers is not None and num_workers < 1:
             raise UserError(f"num_workers must be positive, not {num_workers}")
         self.episode_length = max_episode_steps // action_repeat
@@ -197,6 +204,7 @@ class VecEnv:
             options = dict(
                 suite=suite, env=env, indices=indices.tolist(), camera=camera, layout=layout,
                 max_episode_steps=max_episode_steps, action_repeat=action_repeat,
+                draw_every=draw_every,
             )
             self._workers.append(_start_worker(memory_fd, options))
         os.close(memory_fd)
@@ -364,9 +372,14 @@ def _work(connection: Connection, memory_fd: int) -> None:
                 arrays["success"][i] = success
                 arrays["reward"][i] = success if suite.SPARSE_REWARD else rewards
                 arrays["terminated"][i], arrays["truncated"][i] = terminated, truncated
+                ended = terminated or truncated
                 if draw is not None:
-                    arrays["frames"][i] = draw(env)
-                if terminated or truncated:
+                    time = -(-suite.elapsed_steps(env) // options["action_repeat"])
+                    drawn = ended or time == 1 or time % options["draw_every"] == 0
+                    arrays["drawn"][i] = drawn
+                    if drawn:
+                        arrays["frames"][i] = draw(env)
+                if ended:
                     reset(i, env, "reset_frames")
         elif command == "reset":
             for i, env in zip(indices, envs, strict=True):

@@ -1,0 +1,821 @@
+"""FuRL plus: FuRL that keeps what it finds, on state observations.
+
+FuRL as in furl_sac_state.py (Fu et al., ICML 2024, arXiv 2406.00645), and six parts that find
+sparse tasks within minutes and hold them: n-step returns, a share of each batch from successes,
+targets within what the task allows, the VLM's reward as a potential, exploration noise that is
+held, and environments that act as the evaluated policy does.
+
+    python furl_plus_state.py --env-id drawer-open-v3
+    python furl_plus_state.py --env-id pick-place-v3 --demos 3
+
+docs/furl_plus_state.md says what each part is for, what it does without it, and how it was chosen.
+
+What it adds to the paper's algorithm, and its flags:
+ 1. n-step returns (--n-step), which end with the episode and with the newest step.
+ 2. A share of each batch from successful episodes (--success-share).
+ 3. Targets clipped at what the task's value can be (--no-clip-targets).
+ 4. The VLM's reward as a potential (--kappa), which changes no optimum; the paper's rho r_VLM and
+    the entropy in the targets only until successes have been found (--rho-always, --entropy).
+ 5. Noise that is held for some steps (--hold-steps), and none in some environments (--quiet-envs).
+ 6. Demonstrations by the scripted expert (--demos), off by default.
+Other defaults than the paper's: batches of 64, learning rate 3e-4, critics that begin at -100 with
+layer normalisation, temperature from 0.01, Eq. 4 from 2,500 positives on, a frame every 4 steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from common import flags, replay
+from common.cli import check_args, run_script
+from common.envs import metaworld
+from common.envs.rendering import Camera
+from common.envs.workers import Step
+from common.errors import UserError
+from common.evaluate import Evaluator
+from common.replay import EmbeddedFrame, Ring, Sizes, Transition
+from common.run import start_run
+from common.vlms import VLM, View, load_vlm, view_for
+
+LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
+ACTION_STREAM, RELAY_STREAM, DEMO_STREAM = 0, 1, 2  # of random numbers on the host, beside the seed
+EPISODE_LENGTH = metaworld.MAX_EPISODE_STEPS  # all episodes begin and end together
+
+
+@dataclass(frozen=True)
+class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs: common/flags.py
+    total_timesteps: flags.PositiveInt = 80_000  # environment steps, summed over the environments
+    eval_every: flags.PositiveInt = 2_000  # environment steps between evaluations
+    # --- environment
+    goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
+    quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
+    camera_id: flags.NotNegativeInt = 2  # camera of the VLM's frames
+    # --- SAC
+    learning_starts: flags.NotNegativeInt = 10_000  # random steps before the first update
+    buffer_size: flags.PositiveInt = 1_000_000  # transitions in the replay
+    batch_size: flags.PositiveInt = 64  # per update, of the agents and of each ranking loss
+    learning_rate: flags.PositiveFloat = 3e-4  # Adam's, for all networks
+    gamma: flags.Fraction = 0.99  # discount factor
+    tau: flags.Fraction = 0.01  # step of the target critics
+    init_temperature: flags.PositiveFloat = 0.01  # temperature before learning
+    init_q: flags.FiniteFloat = -100.0  # what the critics say before learning; added to them
+    hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
+    layer_norm: bool = True  # in the critics, against overestimated values (Ball et al., 2023)
+    # --- VLM reward
+    vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
+    vlm_weights: str | None = None  # local weights file for --vlm
+    pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
+    prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
+    draw_every: flags.PositiveInt = 4  # a frame is drawn every K-th step, and stands until the next
+    rho: flags.NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1) during the search
+    rho_always: bool = False  # keep it after the search, as in the paper
+    kappa: flags.NotNegativeFloat = 5.0  # weight of the VLM reward as a potential
+    # --- returns and targets
+    n_step: flags.PositiveInt = 8  # steps whose rewards are summed before the value follows
+    success_share: flags.Share = 0.25  # of each batch, from successful episodes
+    clip_targets: bool = True  # to the values that the task's reward allows
+    entropy: Literal["never", "search", "always"] = "search"  # when targets count the entropy
+    # --- exploration
+    hold_steps: flags.PositiveInts = (1, 2, 4, 8, 1, 2, 4, 16)  # of noise, by environment in turn
+    quiet_envs: flags.NotNegativeInt = 2  # environments without noise on the FuRL agent's actions
+    demos: flags.NotNegativeInt = 0  # environments whose first episode the scripted expert plays
+    demo_noise: flags.NotNegativeFloat = 0.1  # std of the noise on the expert's actions
+    # --- alignment
+    align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
+    goal_image: bool = True  # --no-goal-image: no Eq. 5 (stage 1): no alignment before a success
+    stage2: bool = True  # --no-stage2: no Eq. 4, Eq. 5 only
+    stage2_after: flags.PositiveInt = 2_500  # positives (after k steps) for Eq. 4 in place of Eq. 5
+    projection_features: flags.PositiveInts = (256, 64)  # layers of both projection heads
+    lag: flags.PositiveInt = 10  # k of Eq. 4, environment steps
+    reward_margin: flags.NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
+    l2_margin: flags.NotNegativeFloat = 0.2  # margin on the distance to the goal image in Eq. 5
+    embedding_buffer_size: flags.PositiveInt = 100_000  # frames for the ranking losses, each kind
+    # --- the search, and relay
+    search_until: flags.NotNegativeInt = 2_500  # positive samples at which the search ends
+    relay: bool = True  # --no-relay: the VLM agent searches alone
+    relay_periods: flags.PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
+    relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
+
+
+# ------------------------------------------------------------------------------ state
+
+
+@struct.dataclass
+class AgentState:
+    params: dict  # actor, critic, log_alpha
+    target_critic: dict
+    opt: optax.OptState
+    actor: nn.Module = struct.field(pytree_node=False)
+    critic: nn.Module = struct.field(pytree_node=False)
+
+
+class FuRLState(NamedTuple):
+    furl: AgentState  # learns from r_task and the VLM's reward, and is evaluated
+    relay: AgentState  # learns from r_task
+    projection: dict  # W_L and W_I
+    projection_opt: optax.OptState
+
+
+class Buffers(NamedTuple):
+    transitions: Ring  # of Transition
+    starts: Ring  # of the embeddings of the episodes' first pictures
+    successes: Ring  # of int32: numbers of rows of `transitions`, up to an episode's last success
+    positives: Ring  # of EmbeddedFrame
+    negatives: Ring  # of EmbeddedFrame
+
+
+class Steps(NamedTuple):
+    """The sampled steps [batch], and those that follow each of them, up to n [n, batch]."""
+
+    slots: jax.Array  # in the replay [n, batch]
+    exists: jax.Array  # not behind the episode's end, nor the newest row [n, batch] bool
+    last: jax.Array  # slot of the last one that exists [batch]
+    time: jax.Array  # of the first one in its episode [batch]
+    start: jax.Array  # number of the row of `starts` that belongs to the episode [batch]
+
+
+class Batch(NamedTuple):
+    """n steps as one; leaves [batch, ...]."""
+
+    obs: jax.Array
+    action: jax.Array
+    next_obs: jax.Array  # after the last of the steps
+    discount: jax.Array  # of the value there: gamma^m after m steps, 0 where nothing follows
+
+
+class Targets(NamedTuple):
+    """What the critics' targets are made of, beside the value after n steps."""
+
+    reward: jax.Array  # discounted sum over the steps [batch]
+    lowest: jax.Array | float = -jnp.inf  # what the value can be [batch]
+    highest: jax.Array | float = jnp.inf
+    entropy: float = 1.0  # 0: the entropy bonus does not count
+
+
+class Phase(NamedTuple):
+    """What is trained: static, so that each phase compiles to exactly its own work."""
+
+    searching: bool  # until enough successes have been found
+    relaying: bool
+    alignment: Literal["none", "goal-image", "success"]  # nothing, Eq. 5, Eq. 4
+
+    @property
+    def name(self) -> str:
+        return "relay" if self.relaying else "vlm" if self.alignment == "none" else "aligned"
+
+
+class VLMInputs(NamedTuple):
+    text: jax.Array  # Phi_L(l) [embed_dim]
+    goal: jax.Array  # Phi_I(o_g) [embed_dim]; zeros without a goal image
+
+
+# --------------------------------------------------------------------------- networks
+
+
+class MLP(nn.Module):
+    features: tuple[int, ...]
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for features in self.features[:-1]:
+            x = nn.Dense(features)(x)
+            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
+        return nn.Dense(self.features[-1])(x)
+
+
+class Actor(nn.Module):
+    """obs [..., obs_dim] -> mean and log std of the Gaussian before tanh, [..., action_dim]."""
+
+    action_dim: int
+    hidden_features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        output = MLP((*self.hidden_features, 2 * self.action_dim))(obs)
+        mean, log_std = jnp.split(output, 2, axis=-1)
+        return mean, jnp.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)
+
+
+class CriticPair(nn.Module):
+    """obs [batch, obs_dim], action [batch, action_dim] -> Q of both critics [2, batch]."""
+
+    hidden_features: tuple[int, ...]
+    init_q: float
+    layer_norm: bool
+
+    @nn.compact
+    def __call__(self, obs: jax.Array, action: jax.Array) -> jax.Array:
+        ensemble = nn.vmap(
+            MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
+        )
+        x = jnp.concatenate([obs, action], axis=-1)
+        return self.init_q + ensemble((*self.hidden_features, 1), self.layer_norm)(x).squeeze(-1)
+
+
+class Projection(nn.Module):
+    """The heads f_{W_L} and f_{W_I} of Eq. 3: (text [D], images [n, D]) -> ([P], [n, P])."""
+
+    features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, text: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        language_head = MLP(self.features, name="language")
+        image_head = MLP(self.features, name="image")
+        return language_head(text), image_head(images)
+
+
+def sample_action(
+    actor: Actor, actor_params: dict, obs: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A tanh-squashed Gaussian sample [batch, action_dim] and its log-probability [batch]."""
+    mean, log_std = actor.apply(actor_params, obs)
+    noise = jax.random.normal(key, mean.shape)
+    pre_tanh = mean + jnp.exp(log_std) * noise
+    gaussian = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    # log(1 - tanh(x)^2), in a form that does not underflow for large |x|.
+    squash = 2 * (jnp.log(2.0) - pre_tanh - nn.softplus(-2 * pre_tanh))
+    return jnp.tanh(pre_tanh), (gaussian - squash).sum(-1)
+
+
+# ------------------------------------------------------------------------- SAC losses
+
+
+def critic_loss(
+    critic_params: dict, agent: AgentState, batch: Batch, targets: Targets, key: jax.Array
+) -> tuple[jax.Array, dict]:
+    """Soft Bellman error of both critics against the smaller target Q, after n steps."""
+    next_action, next_log_prob = sample_action(
+        agent.actor, agent.params["actor"], batch.next_obs, key
+    )
+    next_q = agent.critic.apply(agent.target_critic, batch.next_obs, next_action).min(0)
+    bonus = -jnp.exp(agent.params["log_alpha"]) * next_log_prob
+    target = targets.reward + batch.discount * (next_q + targets.entropy * bonus)
+    target = jnp.clip(target, targets.lowest, targets.highest)
+    q = agent.critic.apply(critic_params, batch.obs, batch.action)  # [2, batch]
+    loss = ((q - target) ** 2).mean(1).sum()
+    return loss, {"critic_loss": loss, "q": q.mean(), "q_max": q.max()}
+
+
+def actor_loss(
+    actor_params: dict, agent: AgentState, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, dict]:
+    """alpha log pi - min Q, for actions of the current policy."""
+    action, log_prob = sample_action(agent.actor, actor_params, batch.obs, key)
+    q = agent.critic.apply(agent.params["critic"], batch.obs, action).min(0)
+    loss = (jnp.exp(agent.params["log_alpha"]) * log_prob - q).mean()
+    return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
+
+
+def sac_loss(
+    params: dict, agent: AgentState, batch: Batch, targets: Targets, key: jax.Array
+) -> tuple[jax.Array, dict]:
+    """The three losses as one: each moves its own parameters and sees the others fixed."""
+    critic_key, actor_key = jax.random.split(key)
+    critic, critic_metrics = critic_loss(params["critic"], agent, batch, targets, critic_key)
+    actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
+    # The temperature alpha moves so that the entropy approaches its target, -|A|/2 (Table 5).
+    excess = jax.lax.stop_gradient(actor_metrics["entropy"]) + batch.action.shape[-1] / 2
+    alpha = jnp.exp(params["log_alpha"])
+    metrics = critic_metrics | actor_metrics | {"alpha": alpha}
+    return critic + actor + alpha * excess, metrics
+
+
+# ----------------------------------------------------------------------- FuRL's losses
+
+
+def cosine_similarity(text: jax.Array, images: jax.Array) -> jax.Array:
+    """Eq. 2: text [D], images [n, D] -> [n]; 0, with finite gradients, for a zero vector."""
+    squares = (text**2).sum() * (images**2).sum(-1)
+    return images @ text * jax.lax.rsqrt(squares + 1e-12)
+
+
+def vlm_reward(projection_params: dict, images: jax.Array, vlm: VLMInputs, args: Args) -> jax.Array:
+    """Eq. 3, images [n, D] -> r_VLM [n]; the raw similarity of Eq. 2 with --no-align."""
+    images = images.astype(jnp.float32)
+    if not args.align:
+        return cosine_similarity(vlm.text, images)
+    return cosine_similarity(
+        *Projection(args.projection_features).apply(projection_params, vlm.text, images)
+    )
+
+
+def ranking_loss(better: jax.Array, worse: jax.Array, margin: float, mask: jax.Array) -> jax.Array:
+    """l_delta of Eq. 4, the mean of max(0, worse - better + margin) over the pairs in `mask`."""
+    losses = nn.relu(worse - better + margin) * mask
+    return losses.sum() / jnp.maximum(mask.sum(), 1)
+
+
+def negatives_loss(
+    projection_params: dict, images: jax.Array, vlm: VLMInputs, args: Args
+) -> tuple[jax.Array, dict]:
+    """Eq. 5: of two failures, the one nearer to the goal image by the margin is the better.
+
+    All pairs of the images [batch, D] are ranked, as in the authors' code.
+    """
+    reward = vlm_reward(projection_params, images, vlm, args)  # [batch]
+    distance = jnp.linalg.norm(images - vlm.goal, axis=-1)  # [batch]
+    nearer = distance[:, None] < distance - args.l2_margin  # [batch, batch]: row than column
+    loss = ranking_loss(reward[:, None], reward, args.reward_margin, nearer)
+    # Of a pair in both orders, one can be in the mask.
+    return loss, {"neg_neg_loss": loss, "neg_neg_pairs": 2 * nearer.mean()}
+
+
+def positives_loss(
+    projection_params: dict, positives: jax.Array, old_enough: jax.Array, earlier: jax.Array,
+    earlier_exists: jax.Array, negatives: jax.Array, negatives_exist: jax.Array, vlm: VLMInputs,
+    args: Args,
+) -> tuple[jax.Array, dict]:
+    """Eq. 4: successes above failures, later above earlier in one success; images [batch, D].
+
+    Positives from an episode's first k steps are not `old_enough` and take no part.
+    """
+    images = jnp.concatenate([positives, earlier, negatives])
+    positive, lagged, negative = jnp.split(vlm_reward(projection_params, images, vlm, args), 3)
+    pos_neg = ranking_loss(positive, negative, args.reward_margin, old_enough & negatives_exist)
+    pos_pos = ranking_loss(positive, lagged, args.reward_margin, earlier_exists)
+    return pos_neg + pos_pos, {"pos_neg_loss": pos_neg, "pos_pos_loss": pos_pos}
+
+
+# ------------------------------------------------------------- positives and negatives
+
+
+@partial(jax.jit, static_argnames="num_envs", donate_argnums=0)
+def sort_episodes(buffers: Buffers, num_envs: int) -> Buffers:
+    """Copy what is needed of the episodes that have just ended from the replay.
+
+    An episode with a success gives its frames up to its last success as positives, and the numbers
+    of these rows as successes; one without gives all of its frames as negatives.
+    """
+    steps, time = buffers.transitions, jnp.arange(EPISODE_LENGTH)
+    first = steps.total - num_envs * EPISODE_LENGTH
+
+    def sort(rings: tuple[Ring, Ring, Ring], env: jax.Array) -> tuple[tuple, None]:
+        rows = replay.newest_episode(steps, env, num_envs, EPISODE_LENGTH)
+        success = rows.reward > 0
+        before_success = jnp.cumsum(success) - success == 0
+        frames = EmbeddedFrame(rows.embedding, time, before_success)
+        num_positives = jnp.max(jnp.where(success, time + 1, 0))
+        num_negatives = jnp.where(num_positives == 0, EPISODE_LENGTH, 0)
+        successes = replay.add(rings[0], first + env + num_envs * time, num_positives)
+        positives = replay.add(rings[1], frames, num_positives)
+        return (successes, positives, replay.add(rings[2], frames, num_negatives)), None
+
+    rings = buffers.successes, buffers.positives, buffers.negatives
+    rings, _ = jax.lax.scan(sort, rings, jnp.arange(num_envs))
+    return Buffers(steps, buffers.starts, *rings)
+
+
+def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax.Array]:
+    """The frames `lag` steps before those at `slots` [n] (Eq. 4's pairs), and whether they exist.
+
+    A frame has none in the first `lag` steps of its trajectory, after its first success, nor when
+    that part of the ring has been overwritten.
+    """
+    frames: EmbeddedFrame = ring.data
+    age = (ring.total - 1 - slots) % ring.capacity  # number of frames added since
+    exists = (frames.time[slots] >= lag) & (age + lag < ring.capacity)
+    return (slots - lag) % ring.capacity, exists & frames.before_success[slots]
+
+
+# --------------------------------------------------- what is sampled, and its n-step returns
+
+
+def sample_slots(buffers: Buffers, key: jax.Array, args: Args) -> jax.Array:
+    """Slots of the replay [batch]: uniform, but for a share from successful episodes.
+
+    The share is uniform too as long as there are none, and where one has left the replay.
+    """
+    steps, (uniform_key, success_key) = buffers.transitions, jax.random.split(key)
+    uniform = replay.sample_slots(steps, uniform_key, args.batch_size)
+    picked = replay.sample_slots(buffers.successes, success_key, args.batch_size)
+    row = buffers.successes.data[picked]
+    kept = (buffers.successes.size > 0) & (row >= steps.total - steps.size)
+    share = jnp.arange(args.batch_size) < round(args.success_share * args.batch_size)
+    return jnp.where(share & kept, row % steps.capacity, uniform)
+
+
+def following_steps(transitions: Ring, slots: jax.Array, args: Args) -> Steps:
+    """The sampled steps `slots` [batch] with the n - 1 that follow, in the same episode."""
+    age = (transitions.total - 1 - slots) % transitions.capacity  # rows written since
+    iteration, env = jnp.divmod(transitions.total - 1 - age, args.num_envs)
+    episode, time = jnp.divmod(iteration, EPISODE_LENGTH)
+    ahead = jnp.arange(args.n_step)[:, None]
+    following = (slots + ahead * args.num_envs) % transitions.capacity
+    exists = (ahead * args.num_envs <= age) & (time + ahead < EPISODE_LENGTH)
+    terminated = transitions.data.terminated[following] * exists
+    exists &= jnp.cumsum(terminated, 0) - terminated == 0  # nothing follows a termination
+    last = jnp.take_along_axis(following, exists.sum(0)[None] - 1, 0)[0]
+    return Steps(following, exists, last, time, episode * args.num_envs + env)
+
+
+def n_step_batch(transitions: Ring, steps: Steps, args: Args) -> Batch:
+    """The steps as one, from the first one's state to the last one's."""
+    rows = transitions.data
+    discount = args.gamma ** steps.exists.sum(0) * (1 - rows.terminated[steps.last])
+    first = steps.slots[0]
+    return Batch(rows.obs[first], rows.action[first], rows.next_obs[steps.last], discount)
+
+
+def discounted_sum(rewards: jax.Array, steps: Steps, args: Args) -> jax.Array:
+    """sum_k gamma^k r_k over the steps that exist, rewards [n, batch] -> [batch]."""
+    powers = args.gamma ** jnp.arange(args.n_step)[:, None]
+    return (powers * steps.exists * rewards).sum(0)
+
+
+def first_embeddings(buffers: Buffers, steps: Steps, args: Args) -> jax.Array:
+    """Phi_I of the states in which the sampled steps began, [batch, D].
+
+    It is that of the step before, and in an episode's first step that of its first picture. The
+    oldest rows, whose step before has been overwritten, have that of the state reached.
+    """
+    rows, slots = buffers.transitions.data, steps.slots[0]
+    age = (buffers.transitions.total - 1 - slots) % buffers.transitions.capacity
+    has_before = age + args.num_envs < buffers.transitions.size
+    before = jnp.where(has_before, slots - args.num_envs, slots) % buffers.transitions.capacity
+    starts = buffers.starts.data[steps.start % buffers.starts.capacity]
+    return jnp.where((steps.time == 0)[:, None], starts, rows.embedding[before])
+
+
+def value_bounds(guided: bool, args: Args) -> tuple[float, float]:
+    """What the task's value can be, from its reward -1 or 0 and, `guided`, rho r_VLM beside it.
+
+    The lower bound is looser by kappa: before the first success every policy is worth the least,
+    and a tight bound would hide what the VLM's reward guides with then.
+    """
+    if not args.clip_targets:
+        return -jnp.inf, jnp.inf
+    horizon = 1 / (1 - args.gamma)  # sum of gamma^k
+    return -(1 + args.rho) * horizon - args.kappa, args.rho * horizon if guided else 0.0
+
+
+def make_targets(
+    projection_params: dict, buffers: Buffers, steps: Steps, batch: Batch, vlm: VLMInputs,
+    args: Args, phase: Phase,
+) -> tuple[Targets, Targets, dict]:
+    """What the FuRL agent learns from, and the relay agent.
+
+    The VLM's reward phi (Eq. 3) is a potential: kappa (gamma^m phi(s_m) - phi(s_0)) is added to the
+    return (Ng et al., 1999), so that the value becomes V - kappa phi(s_0), and its bounds with it.
+    During the search rho phi is added to each step's reward too (Eq. 1).
+    """
+    rows = buffers.transitions.data
+    task_return = discounted_sum(rows.reward[steps.slots] - 1, steps, args)  # constant shaping, B.2
+    counts_entropy = args.entropy == "always" or (args.entropy == "search" and phase.searching)
+    relay = Targets(task_return, *value_bounds(False, args), float(counts_entropy))
+    guided = args.rho > 0 and (phase.searching or args.rho_always)
+
+    first, last = (vlm_reward(projection_params, embeddings, vlm, args) for embeddings in (
+        first_embeddings(buffers, steps, args), rows.embedding[steps.last]
+    ))
+    potential = args.kappa * first
+    reward = task_return + args.kappa * batch.discount * last - potential
+    if guided:  # within n steps phi changes little: the mean of both ends stands for all
+        reward += args.rho * discounted_sum((first + last) / 2, steps, args)
+    lowest, highest = value_bounds(guided, args)
+    furl = Targets(reward, lowest - potential, highest - potential, float(counts_entropy))
+    metrics = {"reward/vlm_mean": last.mean(), "reward/vlm_std": last.std()}
+    return furl, relay, metrics
+
+
+# ---------------------------------------------------------------------------- updates
+
+
+def adam_step(loss_fn, params, opt_state, args: Args):
+    """One Adam step on `loss_fn(params) -> (loss, metrics)`."""
+    gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = optax.adam(args.learning_rate).update(gradients, opt_state)
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+@partial(jax.jit, static_argnames=("sizes", "args"))  # eagerly it takes twice as long
+def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
+    actor = Actor(sizes.action, args.hidden_features)
+    critic = CriticPair(args.hidden_features, args.init_q, args.layer_norm)
+    actor_key, critic_key = jax.random.split(key)
+    obs, action = jnp.zeros((1, sizes.obs)), jnp.zeros((1, sizes.action))
+    params = {
+        "actor": actor.init(actor_key, obs),
+        "critic": critic.init(critic_key, obs, action),
+        # float32 by name: a weak type lasts until the first update, and then all compiles again.
+        "log_alpha": jnp.log(jnp.float32(args.init_temperature)),
+    }
+    target_critic = jax.tree.map(jnp.copy, params["critic"])
+    opt = optax.adam(args.learning_rate).init(params)
+    return AgentState(params, target_critic, opt, actor, critic)
+
+
+def update_agent(
+    agent: AgentState, batch: Batch, targets: Targets, key: jax.Array, args: Args
+) -> tuple[AgentState, dict]:
+    """One SAC update; all gradients are taken from the networks as they were before it."""
+    params, opt, metrics = adam_step(
+        lambda p: sac_loss(p, agent, batch, targets, key), agent.params, agent.opt, args
+    )
+    target = optax.incremental_update(params["critic"], agent.target_critic, args.tau)
+    return agent.replace(params=params, target_critic=target, opt=opt), metrics
+
+
+def init_state(key: jax.Array, sizes: Sizes, args: Args) -> FuRLState:
+    furl_key, relay_key, projection_key = jax.random.split(key, 3)
+    text, images = jnp.zeros(sizes.embedding), jnp.zeros((1, sizes.embedding))
+    projection = Projection(args.projection_features).init(projection_key, text, images)
+    opt = optax.adam(args.learning_rate).init(projection)
+    furl, relay = (init_agent(agent_key, sizes, args) for agent_key in (furl_key, relay_key))
+    return FuRLState(furl, relay, projection, opt)
+
+
+def init_buffers(sizes: Sizes, args: Args) -> Buffers:
+    # Embeddings of a network with random weights differ by less than float16 can tell.
+    exact = not args.pretrained
+    transition, frame = replay.example_transition(sizes, exact), replay.example_frame(sizes, exact)
+    num_episodes = args.buffer_size // (args.num_envs * EPISODE_LENGTH) + 2  # in the replay
+    return Buffers(
+        replay.init_ring(transition, args.buffer_size),
+        replay.init_ring(frame.embedding, num_episodes * args.num_envs),
+        replay.init_ring(np.int32(0), args.embedding_buffer_size),
+        *(replay.init_ring(frame, args.embedding_buffer_size) for _ in range(2)),
+    )
+
+
+def update_projection(
+    state: FuRLState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, args: Args, phase: Phase
+) -> tuple[FuRLState, dict]:
+    """One step of the alignment that belongs to the phase: Eq. 5 or Eq. 4."""
+    negatives_key, positives_key = jax.random.split(key)
+    slots = replay.sample_slots(buffers.negatives, negatives_key, args.batch_size)
+    negatives = buffers.negatives.data.embedding[slots]
+    if phase.alignment == "goal-image":
+        loss_fn = partial(negatives_loss, images=negatives, vlm=vlm, args=args)
+    else:
+        frames: EmbeddedFrame = buffers.positives.data
+        slots = replay.sample_slots(buffers.positives, positives_key, args.batch_size)
+        earlier_slots, earlier_exists = lagged_slots(buffers.positives, slots, args.lag)
+        loss_fn = partial(
+            positives_loss, positives=frames.embedding[slots],
+            old_enough=frames.time[slots] >= args.lag,
+            earlier=frames.embedding[earlier_slots], earlier_exists=earlier_exists,
+            negatives=negatives, negatives_exist=buffers.negatives.size > 0, vlm=vlm, args=args,
+        )
+    projection, opt, metrics = adam_step(loss_fn, state.projection, state.projection_opt, args)
+    return state._replace(projection=projection, projection_opt=opt), metrics
+
+
+def update_once(
+    state: FuRLState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, args: Args, phase: Phase
+) -> tuple[FuRLState, dict]:
+    """One pass of Algorithm 1's updates on one batch that both agents share."""
+    sample_key, furl_key, relay_key, projection_key = jax.random.split(key, 4)
+    metrics = {}
+    if phase.alignment != "none":
+        state, metrics = update_projection(state, buffers, vlm, projection_key, args, phase)
+    slots = sample_slots(buffers, sample_key, args)
+    steps = following_steps(buffers.transitions, slots, args)
+    batch = n_step_batch(buffers.transitions, steps, args)
+    furl_targets, relay_targets, reward_metrics = make_targets(
+        state.projection, buffers, steps, batch, vlm, args, phase
+    )
+    furl, furl_metrics = update_agent(state.furl, batch, furl_targets, furl_key, args)
+    relay, relay_metrics = state.relay, {}
+    if phase.relaying:
+        relay, relay_metrics = update_agent(state.relay, batch, relay_targets, relay_key, args)
+    metrics = (
+        {f"losses/{name}": value for name, value in (metrics | furl_metrics).items()}
+        | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
+        | {"reward/task_mean": buffers.transitions.data.reward[slots].mean()} | reward_metrics
+    )
+    return state._replace(furl=furl, relay=relay), metrics
+
+
+@partial(jax.jit, static_argnames=("args", "phase"), donate_argnames="state")
+def update(
+    state: FuRLState, buffers: Buffers, vlm: VLMInputs, key: jax.Array, env_steps: int,
+    args: Args, phase: Phase,
+) -> tuple[FuRLState, dict]:
+    """All updates of an iteration in one dispatch; the means of their metrics."""
+    keys = jax.random.split(jax.random.fold_in(key, env_steps), args.updates_per_iteration)
+    state, metrics = jax.lax.scan(
+        lambda state, key: update_once(state, buffers, vlm, key, args, phase), state, keys
+    )
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+# ------------------------------------------------------------------------------ relay
+
+
+def relay_acts(episode: int, time: int, args: Args) -> np.ndarray:
+    """Where the relay agent acts at step `time` of an episode, bool [num_envs].
+
+    In each episode each environment draws its own T_i and which agent comes first.
+    """
+    rng = np.random.default_rng((args.seed, RELAY_STREAM, episode))
+    period = rng.choice(args.relay_periods, args.num_envs)
+    relay_first = rng.random(args.num_envs) < 0.5
+    return ((time // period) % 2 == 0) == relay_first
+
+
+def choose_phase(buffers: Buffers, args: Args) -> Phase:
+    """Algorithm 1's branches, from the samples collected so far; waits for the device."""
+    alignment = "none"
+    old_enough = (buffers.positives.data.time >= args.lag).sum()
+    if args.align and args.stage2 and old_enough >= args.stage2_after:
+        alignment = "success"
+    elif args.align and args.goal_image and buffers.negatives.total > 0:
+        alignment = "goal-image"
+    searching = int(buffers.positives.total) < args.search_until
+    return Phase(searching, searching and args.relay, alignment)
+
+
+def hold_steps(args: Args) -> np.ndarray:
+    """The number of steps for which noise is held, by environment, int [num_envs]."""
+    return np.resize(args.hold_steps, args.num_envs)
+
+
+def random_action(iteration: int, action_dim: int, args: Args) -> np.ndarray:
+    """Uniform actions, held for some steps, [num_envs, action_dim] float32.
+
+    White noise on actions that move the hand by 1 cm at most diffuses; held noise travels.
+    """
+    rngs = [np.random.default_rng((args.seed, ACTION_STREAM, env, iteration // hold))
+            for env, hold in enumerate(hold_steps(args))]
+    return np.stack([rng.uniform(-1, 1, action_dim) for rng in rngs]).astype(np.float32)
+
+
+def held_noise(key: jax.Array, iteration: jax.Array, action_dim: int, args: Args) -> jax.Array:
+    """Gaussian noise, held for some steps, [num_envs, action_dim]."""
+    def draw(env: jax.Array, stretch: jax.Array) -> jax.Array:
+        env_key = jax.random.fold_in(jax.random.fold_in(key, env), stretch)
+        return jax.random.normal(env_key, (action_dim,))
+
+    return jax.vmap(draw)(jnp.arange(args.num_envs), iteration // hold_steps(args))
+
+
+@partial(jax.jit, static_argnames=("args", "relaying"))
+def act(
+    state: FuRLState, obs: jax.Array, use_relay: jax.Array, key: jax.Array, env_steps: int,
+    args: Args, relaying: bool,
+) -> jax.Array:
+    """Both agents sample for all obs [num_envs, obs_dim], a mask [num_envs] selects.
+
+    In the quiet environments the FuRL agent acts by its mean, as when it is evaluated, so that the
+    replay sees where that leads.
+    """
+    def explore(agent: AgentState, noise: jax.Array) -> jax.Array:
+        mean, log_std = agent.actor.apply(agent.params["actor"], obs)
+        return jnp.tanh(mean + jnp.exp(log_std) * noise)
+
+    furl_noise, relay_noise, more_noise = (
+        held_noise(k, env_steps // args.num_envs, state.furl.actor.action_dim, args)
+        for k in jax.random.split(key, 3)
+    )
+    furl_action = explore(state.furl, furl_noise.at[: args.quiet_envs].set(0))
+    if not relaying:
+        return furl_action
+    relay_action = explore(state.relay, relay_noise) + args.relay_noise * more_noise
+    return jnp.where(use_relay[:, None], jnp.clip(relay_action, -1, 1), furl_action)
+
+
+# --------------------------------------------- what evaluation and tools use of a script
+
+
+@jax.jit
+def policy(state: FuRLState, obs: jax.Array) -> jax.Array:
+    """The evaluated agent's mean action for obs [n, obs_dim]: [n, action_dim]."""
+    mean, _ = state.furl.actor.apply(state.furl.params["actor"], obs)
+    return jnp.tanh(mean)
+
+
+def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
+    """The VLM reward that was learned, before its weight rho: embeddings [n, D] -> [n]."""
+    text = jnp.asarray(vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0])
+    inputs = VLMInputs(text, goal=jnp.zeros_like(text))  # which only Eq. 5 looks at
+    return jax.jit(partial(vlm_reward, state.projection, vlm=inputs, args=args))
+
+
+# ------------------------------------------------------------------------------- main
+
+
+def embed_task(vlm: VLM, view: View, camera: Camera, args: Args) -> VLMInputs:
+    """The instruction, and the goal picture, which only Eq. 5 looks at."""
+    text = vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0]
+    goal = np.zeros_like(text)
+    if args.align and args.goal_image:
+        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
+        goal = vlm.embed_images(view.crop(picture[None]))[0]
+    return VLMInputs(jnp.asarray(text), jnp.asarray(goal))
+
+
+def check_own_flags(args: Args) -> None:
+    """Raises:
+        UserError: a flag of this script has a value that cannot work.
+    """
+    for name in ("quiet_envs", "demos"):
+        if getattr(args, name) > args.num_envs:
+            raise UserError(f"--{name.replace('_', '-')} must be at most --num-envs, "
+                            f"{args.num_envs}, not {getattr(args, name)}")
+    if args.demos and args.learning_starts < args.num_envs * EPISODE_LENGTH:
+        raise UserError(f"--demos needs a first episode before learning: --learning-starts "
+                        f"{args.num_envs * EPISODE_LENGTH} or more, not {args.learning_starts}")
+    if args.clip_targets and args.gamma == 1:
+        raise UserError("--gamma must be below 1 with --clip-targets: values have no bounds else")
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, and return the last evaluation."""
+    args = check_args(args, metaworld, whole_episodes=True)
+    check_own_flags(args)
+    vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
+    view = view_for(vlm)
+    camera = Camera(view.size, args.camera_id, args.quality)
+    vlm_inputs = embed_task(vlm, view, camera, args)
+    experts = metaworld.Experts(args.env_id, args.demos, seed=args.seed, goal=args.goal)
+    envs = metaworld.VecMetaWorld(
+        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
+        draw_resets=True, draw_every=args.draw_every,
+    )
+    evaluate = Evaluator(
+        args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
+        camera=camera, capture_video=args.capture_video,
+    )
+    sizes = Sizes(envs.obs_dim, envs.action_dim, vlm.embed_dim)
+    init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
+    state, buffers = init_state(init_key, sizes, args), init_buffers(sizes, args)
+    prompt = metaworld.prompt_for(args.env_id, args.prompt)
+    run = start_run(args, buffers, sizes, envs, evaluate, vlm=vlm, view=view, prompt=prompt)
+
+    def embed(frames: np.ndarray) -> jax.Array:
+        return vlm.embed_images(view.crop(frames))
+
+    def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:
+        embedding = replay.embed_drawn(embed, step.frames, step.drawn, buffers.transitions)
+        transition = transition._replace(embedding=embedding)
+        buffers = buffers._replace(transitions=replay.add_rows(buffers.transitions, transition))
+        return start_episodes(buffers, step.reset_frames) if step.ended.all() else buffers
+
+    def start_episodes(buffers: Buffers, frames: np.ndarray) -> Buffers:
+        return buffers._replace(starts=replay.add_rows(buffers.starts, embed(frames)))
+
+    _, frames = envs.reset()
+    state, buffers, obs = run.begin(state, start_episodes(buffers, frames), envs)
+    phase = choose_phase(buffers, args)
+    # Environments step while the device learns, so a step is stored and learned from one iteration
+    # later, when the next one is under way. Until then it is `previous`.
+    previous, metrics = None, {}
+    for env_steps in run.iterations():  # steps done so far
+        # Act, and let the environments step and draw ...
+        iteration = env_steps // args.num_envs
+        episode, time = divmod(iteration, EPISODE_LENGTH)
+        if env_steps < args.learning_starts:
+            action = random_action(iteration, sizes.action, args)
+            if episode == 0:
+                rng = np.random.default_rng((args.seed, DEMO_STREAM, iteration))
+                action[: args.demos] = experts(obs, args.demo_noise, rng)
+        else:
+            use_relay = relay_acts(episode, time, args)
+            action = act(state, obs, use_relay, act_key, env_steps, args, phase.relaying)
+            action = np.asarray(action)  # waits for the updates before
+            run.check_finite(action, metrics)
+        envs.step_async(action)
+
+        # ... while the frames of the step before are embedded, stored and learned from.
+        if previous is not None:
+            buffers = store(buffers, *previous)
+        if time == 0 and episode > 0:  # all episodes end together
+            buffers = sort_episodes(buffers, args.num_envs)
+            phase = choose_phase(buffers, args)
+        if env_steps >= max(args.learning_starts, 1):
+            state, metrics = update(state, buffers, vlm_inputs, update_key, env_steps, args, phase)
+
+        step = envs.step_wait()
+        transition = Transition(obs, action, step.final_obs, step.reward, step.terminated)
+        previous, obs = (transition, step), step.obs
+
+        # Measure and save.
+        run.count_episodes(step)
+        if run.is_due(args.eval_every):
+            run.evaluate(policy, state)
+        if run.is_due(args.log_every):
+            run.log_training(phase.name if metrics else "random", {
+                **metrics, "charts/relaying": phase.relaying,
+                "charts/num_updates": state.furl.opt[0].count,
+                "charts/num_positives": buffers.positives.total,
+                "charts/num_negatives": buffers.negatives.total,
+            })
+        if run.must_save():
+            buffers, previous = store(buffers, *previous), None
+            run.save(state, buffers, envs)
+
+    run.close()
+    return run.evaluation
+
+
+if __name__ == "__main__":
+    run_script(main, Args)
