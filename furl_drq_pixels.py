@@ -366,45 +366,6 @@ def positives_loss(
     return pos_neg + pos_pos, {"pos_neg_loss": pos_neg, "pos_pos_loss": pos_pos}
 
 
-# ------------------------------------------------------------- positives and negatives
-
-
-@partial(jax.jit, static_argnums=(3, 4), donate_argnums=(0, 1))
-def sort_episodes(
-    positives: Ring, negatives: Ring, steps: Ring, num_envs: int, episode_length: int
-) -> tuple[Ring, Ring]:
-    """Copy the frames of the episodes that have just ended from the replay `steps`.
-
-    An episode with a success gives its frames up to its last success as positives, one without
-    gives all of its frames as negatives.
-    """
-    time = jnp.arange(episode_length)
-
-    def sort(rings: tuple[Ring, Ring], env: jax.Array) -> tuple[tuple[Ring, Ring], None]:
-        rows = replay.newest_episode(steps, env, num_envs, episode_length)
-        success = rows.reward > 0
-        before_success = jnp.cumsum(success) - success == 0
-        frames = EmbeddedFrame(rows.embedding, time, before_success)
-        num_positives = jnp.max(jnp.where(success, time + 1, 0))
-        num_negatives = jnp.where(num_positives == 0, episode_length, 0)
-        positives = replay.add(rings[0], frames, num_positives)
-        return (positives, replay.add(rings[1], frames, num_negatives)), None
-
-    return jax.lax.scan(sort, (positives, negatives), jnp.arange(num_envs))[0]
-
-
-def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax.Array]:
-    """The frames `lag` steps before those at `slots` [n] (Eq. 4's pairs), and whether they exist.
-
-    A frame has none in the first `lag` steps of its trajectory, after its first success, nor when
-    that part of the ring has been overwritten.
-    """
-    frames: EmbeddedFrame = ring.data
-    age = (ring.total - 1 - slots) % ring.capacity  # number of frames added since
-    exists = (frames.time[slots] >= lag) & (age + lag < ring.capacity)
-    return (slots - lag) % ring.capacity, exists & frames.before_success[slots]
-
-
 # ---------------------------------------------------------------------------- updates
 
 
@@ -478,7 +439,7 @@ def update_projection(
     else:
         frames: EmbeddedFrame = buffers.positives.data
         slots = replay.sample_slots(buffers.positives, positives_key, args.batch_size)
-        earlier_slots, earlier_exists = lagged_slots(buffers.positives, slots, args.lag)
+        earlier_slots, earlier_exists = replay.lagged_slots(buffers.positives, slots, args.lag)
         loss_fn = partial(
             positives_loss, positives=frames.embedding[slots],
             old_enough=frames.time[slots] >= args.lag,
@@ -654,7 +615,7 @@ def main(args: Args) -> dict[str, float]:
             buffers = store(buffers, *previous)
         if time == 0 and episode > 0:  # all episodes end together
             ended = pixels.without_first(buffers.steps, args.layout)
-            positives, negatives = sort_episodes(
+            positives, negatives = replay.sort_episodes(
                 buffers.positives, buffers.negatives, ended, args.num_envs, envs.episode_length
             )
             buffers = buffers._replace(positives=positives, negatives=negatives)

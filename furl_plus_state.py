@@ -1,25 +1,21 @@
 """FuRL plus: FuRL that keeps what it finds, on state observations.
 
-FuRL as in furl_sac_state.py (Fu et al., ICML 2024, arXiv 2406.00645), and six parts that find
-sparse tasks within minutes and hold them: n-step returns, a share of each batch from successes,
-targets within what the task allows, the VLM's reward as a potential, exploration noise that is
-held, and environments that act as the evaluated policy does.
+FuRL as in furl_sac_state.py (Fu et al., ICML 2024, arXiv 2406.00645), with six parts beside it that
+find sparse tasks within minutes and hold them:
+ 1. n-step returns, which end with the episode and with the newest step (--n-step).
+ 2. A share of each batch from successful episodes (--success-share).
+ 3. Targets within what the task's value can be (--no-clip-targets).
+ 4. The VLM's reward as a potential (--kappa), which changes no optimum. The paper's rho r_VLM and
+    the entropy in the targets until successes have been found only (--rho-always, --entropy).
+ 5. Exploration noise that is held for some steps (--hold-steps), and none in some environments,
+    which act as the evaluated policy does (--quiet-envs).
+ 6. Demonstrations by the suite's scripted expert (--demos), off by default.
 
     python furl_plus_state.py --env-id drawer-open-v3
     python furl_plus_state.py --env-id pick-place-v3 --demos 3
 
-docs/furl_plus_state.md says what each part is for, what it does without it, and how it was chosen.
-
-What it adds to the paper's algorithm, and its flags:
- 1. n-step returns (--n-step), which end with the episode and with the newest step.
- 2. A share of each batch from successful episodes (--success-share).
- 3. Targets clipped at what the task's value can be (--no-clip-targets).
- 4. The VLM's reward as a potential (--kappa), which changes no optimum; the paper's rho r_VLM and
-    the entropy in the targets only until successes have been found (--rho-always, --entropy).
- 5. Noise that is held for some steps (--hold-steps), and none in some environments (--quiet-envs).
- 6. Demonstrations by the scripted expert (--demos), off by default.
-Other defaults than the paper's: batches of 64, learning rate 3e-4, critics that begin at -100 with
-layer normalisation, temperature from 0.01, Eq. 4 from 2,500 positives on, a frame every 4 steps.
+docs/furl_plus_state.md says what each part is for and what happens without it, with the results,
+and how the defaults were chosen, which are not the paper's.
 """
 
 from collections.abc import Callable
@@ -46,7 +42,7 @@ from common.run import start_run
 from common.vlms import VLM, View, load_vlm, view_for
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-ACTION_STREAM, RELAY_STREAM, DEMO_STREAM = 0, 1, 2  # of random numbers on the host, beside the seed
+RELAY_STREAM, DEMO_STREAM = 1, 2  # of random numbers on the host, beside the seed
 EPISODE_LENGTH = metaworld.MAX_EPISODE_STEPS  # all episodes begin and end together
 
 
@@ -127,37 +123,21 @@ class FuRLState(NamedTuple):
 class Buffers(NamedTuple):
     transitions: Ring  # of Transition
     starts: Ring  # of the embeddings of the episodes' first pictures
-    successes: Ring  # of int32: numbers of rows of `transitions`, up to an episode's last success
     positives: Ring  # of EmbeddedFrame
     negatives: Ring  # of EmbeddedFrame
 
 
-class Steps(NamedTuple):
-    """The sampled steps [batch], and those that follow each of them, up to n [n, batch]."""
-
-    slots: jax.Array  # in the replay [n, batch]
-    exists: jax.Array  # not behind the episode's end, nor the newest row [n, batch] bool
-    last: jax.Array  # slot of the last one that exists [batch]
-    time: jax.Array  # of the first one in its episode [batch]
-    start: jax.Array  # number of the row of `starts` that belongs to the episode [batch]
-
-
 class Batch(NamedTuple):
-    """n steps as one; leaves [batch, ...]."""
+    """n steps as one: what an agent learns from; leaves [batch, ...]."""
 
     obs: jax.Array
     action: jax.Array
-    next_obs: jax.Array  # after the last of the steps
-    discount: jax.Array  # of the value there: gamma^m after m steps, 0 where nothing follows
-
-
-class Targets(NamedTuple):
-    """What the critics' targets are made of, beside the value after n steps."""
-
-    reward: jax.Array  # discounted sum over the steps [batch]
-    lowest: jax.Array | float = -jnp.inf  # what the value can be [batch]
-    highest: jax.Array | float = jnp.inf
-    entropy: float = 1.0  # 0: the entropy bonus does not count
+    next_obs: jax.Array  # after the last of the m <= n steps that there are
+    reward: jax.Array  # their discounted sum
+    discount: jax.Array  # of the value that follows: gamma^m, or 0 where nothing follows
+    lowest: jax.Array | float  # bounds of the targets
+    highest: jax.Array | float
+    entropy: float  # 1: the value that follows counts the entropy; 0: it does not
 
 
 class Phase(NamedTuple):
@@ -250,16 +230,15 @@ def sample_action(
 
 
 def critic_loss(
-    critic_params: dict, agent: AgentState, batch: Batch, targets: Targets, key: jax.Array
+    critic_params: dict, agent: AgentState, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, dict]:
     """Soft Bellman error of both critics against the smaller target Q, after n steps."""
     next_action, next_log_prob = sample_action(
         agent.actor, agent.params["actor"], batch.next_obs, key
     )
     next_q = agent.critic.apply(agent.target_critic, batch.next_obs, next_action).min(0)
-    bonus = -jnp.exp(agent.params["log_alpha"]) * next_log_prob
-    target = targets.reward + batch.discount * (next_q + targets.entropy * bonus)
-    target = jnp.clip(target, targets.lowest, targets.highest)
+    next_value = next_q - batch.entropy * jnp.exp(agent.params["log_alpha"]) * next_log_prob
+    target = jnp.clip(batch.reward + batch.discount * next_value, batch.lowest, batch.highest)
     q = agent.critic.apply(critic_params, batch.obs, batch.action)  # [2, batch]
     loss = ((q - target) ** 2).mean(1).sum()
     return loss, {"critic_loss": loss, "q": q.mean(), "q_max": q.max()}
@@ -276,11 +255,11 @@ def actor_loss(
 
 
 def sac_loss(
-    params: dict, agent: AgentState, batch: Batch, targets: Targets, key: jax.Array
+    params: dict, agent: AgentState, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, dict]:
     """The three losses as one: each moves its own parameters and sees the others fixed."""
     critic_key, actor_key = jax.random.split(key)
-    critic, critic_metrics = critic_loss(params["critic"], agent, batch, targets, critic_key)
+    critic, critic_metrics = critic_loss(params["critic"], agent, batch, critic_key)
     actor, actor_metrics = actor_loss(params["actor"], agent, batch, actor_key)
     # The temperature alpha moves so that the entropy approaches its target, -|A|/2 (Table 5).
     excess = jax.lax.stop_gradient(actor_metrics["entropy"]) + batch.action.shape[-1] / 2
@@ -345,145 +324,57 @@ def positives_loss(
     return pos_neg + pos_pos, {"pos_neg_loss": pos_neg, "pos_pos_loss": pos_pos}
 
 
-# ------------------------------------------------------------- positives and negatives
+# --------------------------------------------------------------- n-step returns and targets
 
 
-@partial(jax.jit, static_argnames="num_envs", donate_argnums=0)
-def sort_episodes(buffers: Buffers, num_envs: int) -> Buffers:
-    """Copy what is needed of the episodes that have just ended from the replay.
-
-    An episode with a success gives its frames up to its last success as positives, and the numbers
-    of these rows as successes; one without gives all of its frames as negatives.
-    """
-    steps, time = buffers.transitions, jnp.arange(EPISODE_LENGTH)
-    first = steps.total - num_envs * EPISODE_LENGTH
-
-    def sort(rings: tuple[Ring, Ring, Ring], env: jax.Array) -> tuple[tuple, None]:
-        rows = replay.newest_episode(steps, env, num_envs, EPISODE_LENGTH)
-        success = rows.reward > 0
-        before_success = jnp.cumsum(success) - success == 0
-        frames = EmbeddedFrame(rows.embedding, time, before_success)
-        num_positives = jnp.max(jnp.where(success, time + 1, 0))
-        num_negatives = jnp.where(num_positives == 0, EPISODE_LENGTH, 0)
-        successes = replay.add(rings[0], first + env + num_envs * time, num_positives)
-        positives = replay.add(rings[1], frames, num_positives)
-        return (successes, positives, replay.add(rings[2], frames, num_negatives)), None
-
-    rings = buffers.successes, buffers.positives, buffers.negatives
-    rings, _ = jax.lax.scan(sort, rings, jnp.arange(num_envs))
-    return Buffers(steps, buffers.starts, *rings)
-
-
-def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax.Array]:
-    """The frames `lag` steps before those at `slots` [n] (Eq. 4's pairs), and whether they exist.
-
-    A frame has none in the first `lag` steps of its trajectory, after its first success, nor when
-    that part of the ring has been overwritten.
-    """
-    frames: EmbeddedFrame = ring.data
-    age = (ring.total - 1 - slots) % ring.capacity  # number of frames added since
-    exists = (frames.time[slots] >= lag) & (age + lag < ring.capacity)
-    return (slots - lag) % ring.capacity, exists & frames.before_success[slots]
-
-
-# --------------------------------------------------- what is sampled, and its n-step returns
-
-
-def sample_slots(buffers: Buffers, key: jax.Array, args: Args) -> jax.Array:
-    """Slots of the replay [batch]: uniform, but for a share from successful episodes.
-
-    The share is uniform too as long as there are none, and where one has left the replay.
-    """
-    steps, (uniform_key, success_key) = buffers.transitions, jax.random.split(key)
-    uniform = replay.sample_slots(steps, uniform_key, args.batch_size)
-    picked = replay.sample_slots(buffers.successes, success_key, args.batch_size)
-    row = buffers.successes.data[picked]
-    kept = (buffers.successes.size > 0) & (row >= steps.total - steps.size)
-    share = jnp.arange(args.batch_size) < round(args.success_share * args.batch_size)
-    return jnp.where(share & kept, row % steps.capacity, uniform)
-
-
-def following_steps(transitions: Ring, slots: jax.Array, args: Args) -> Steps:
-    """The sampled steps `slots` [batch] with the n - 1 that follow, in the same episode."""
-    age = (transitions.total - 1 - slots) % transitions.capacity  # rows written since
-    iteration, env = jnp.divmod(transitions.total - 1 - age, args.num_envs)
-    episode, time = jnp.divmod(iteration, EPISODE_LENGTH)
-    ahead = jnp.arange(args.n_step)[:, None]
-    following = (slots + ahead * args.num_envs) % transitions.capacity
-    exists = (ahead * args.num_envs <= age) & (time + ahead < EPISODE_LENGTH)
-    terminated = transitions.data.terminated[following] * exists
-    exists &= jnp.cumsum(terminated, 0) - terminated == 0  # nothing follows a termination
-    last = jnp.take_along_axis(following, exists.sum(0)[None] - 1, 0)[0]
-    return Steps(following, exists, last, time, episode * args.num_envs + env)
-
-
-def n_step_batch(transitions: Ring, steps: Steps, args: Args) -> Batch:
-    """The steps as one, from the first one's state to the last one's."""
-    rows = transitions.data
-    discount = args.gamma ** steps.exists.sum(0) * (1 - rows.terminated[steps.last])
-    first = steps.slots[0]
-    return Batch(rows.obs[first], rows.action[first], rows.next_obs[steps.last], discount)
-
-
-def discounted_sum(rewards: jax.Array, steps: Steps, args: Args) -> jax.Array:
-    """sum_k gamma^k r_k over the steps that exist, rewards [n, batch] -> [batch]."""
-    powers = args.gamma ** jnp.arange(args.n_step)[:, None]
-    return (powers * steps.exists * rewards).sum(0)
-
-
-def first_embeddings(buffers: Buffers, steps: Steps, args: Args) -> jax.Array:
-    """Phi_I of the states in which the sampled steps began, [batch, D].
-
-    It is that of the step before, and in an episode's first step that of its first picture. The
-    oldest rows, whose step before has been overwritten, have that of the state reached.
-    """
-    rows, slots = buffers.transitions.data, steps.slots[0]
-    age = (buffers.transitions.total - 1 - slots) % buffers.transitions.capacity
-    has_before = age + args.num_envs < buffers.transitions.size
-    before = jnp.where(has_before, slots - args.num_envs, slots) % buffers.transitions.capacity
-    starts = buffers.starts.data[steps.start % buffers.starts.capacity]
-    return jnp.where((steps.time == 0)[:, None], starts, rows.embedding[before])
+def discounted_sum(rewards: jax.Array, exists: jax.Array, gamma: float) -> jax.Array:
+    """sum_k gamma^k r_k over the steps k that exist; both [n, batch] -> [batch]."""
+    return (gamma ** jnp.arange(len(exists))[:, None] * exists * rewards).sum(0)
 
 
 def value_bounds(guided: bool, args: Args) -> tuple[float, float]:
-    """What the task's value can be, from its reward -1 or 0 and, `guided`, rho r_VLM beside it.
+    """What a value can be whose rewards are -1 to 0 and, if `guided`, rho r_VLM beside it.
 
-    The lower bound is looser by kappa: before the first success every policy is worth the least,
-    and a tight bound would hide what the VLM's reward guides with then.
+    The lower bound is looser by kappa: before the first success every policy has the least value,
+    and a tight bound would hide what the potential guides with then.
     """
     if not args.clip_targets:
         return -jnp.inf, jnp.inf
-    horizon = 1 / (1 - args.gamma)  # sum of gamma^k
+    horizon = 1 / (1 - args.gamma)  # sum of all gamma^k
     return -(1 + args.rho) * horizon - args.kappa, args.rho * horizon if guided else 0.0
 
 
-def make_targets(
-    projection_params: dict, buffers: Buffers, steps: Steps, batch: Batch, vlm: VLMInputs,
-    args: Args, phase: Phase,
-) -> tuple[Targets, Targets, dict]:
-    """What the FuRL agent learns from, and the relay agent.
+def make_batches(
+    projection_params: dict, buffers: Buffers, slots: jax.Array, vlm: VLMInputs, args: Args,
+    phase: Phase,
+) -> tuple[Batch, Batch, dict]:
+    """What the FuRL agent and the relay agent learn from, of the sampled steps at `slots` [batch].
 
-    The VLM's reward phi (Eq. 3) is a potential: kappa (gamma^m phi(s_m) - phi(s_0)) is added to the
-    return (Ng et al., 1999), so that the value becomes V - kappa phi(s_0), and its bounds with it.
-    During the search rho phi is added to each step's reward too (Eq. 1).
+    With the VLM's reward phi (Eq. 3) as a potential, kappa (gamma^m phi(s_m) - phi(s_0)) is added
+    to the return of m steps (Ng et al., 1999). The value is V - kappa phi(s_0) then, and so are its
+    bounds. During the search rho r_VLM (Eq. 1) guides as well, which a potential cannot replace.
     """
-    rows = buffers.transitions.data
-    task_return = discounted_sum(rows.reward[steps.slots] - 1, steps, args)  # constant shaping, B.2
-    counts_entropy = args.entropy == "always" or (args.entropy == "search" and phase.searching)
-    relay = Targets(task_return, *value_bounds(False, args), float(counts_entropy))
-    guided = args.rho > 0 and (phase.searching or args.rho_always)
+    rows: Transition = buffers.transitions.data
+    steps = replay.following_steps(
+        buffers.transitions, slots, args.n_step, args.num_envs, EPISODE_LENGTH
+    )
+    discount = args.gamma ** steps.exists.sum(0) * (1 - rows.terminated[steps.last])
+    task_return = discounted_sum(rows.reward[steps.slots] - 1, steps.exists, args.gamma)  # B.2
+    entropy = float(args.entropy == "always" or (args.entropy == "search" and phase.searching))
+    relay = Batch(rows.obs[slots], rows.action[slots], rows.next_obs[steps.last], task_return,
+                  discount, *value_bounds(False, args), entropy)
 
-    first, last = (vlm_reward(projection_params, embeddings, vlm, args) for embeddings in (
-        first_embeddings(buffers, steps, args), rows.embedding[steps.last]
-    ))
-    potential = args.kappa * first
-    reward = task_return + args.kappa * batch.discount * last - potential
-    if guided:  # within n steps phi changes little: the mean of both ends stands for all
-        reward += args.rho * discounted_sum((first + last) / 2, steps, args)
-    lowest, highest = value_bounds(guided, args)
-    furl = Targets(reward, lowest - potential, highest - potential, float(counts_entropy))
-    metrics = {"reward/vlm_mean": last.mean(), "reward/vlm_std": last.std()}
-    return furl, relay, metrics
+    starts = buffers.starts.data[steps.episode % buffers.starts.capacity]
+    first = jnp.where(steps.is_first[:, None], starts, rows.embedding[steps.before])
+    first, last = (vlm_reward(projection_params, embeddings, vlm, args)
+                   for embeddings in (first, rows.embedding[steps.last]))
+    reward = task_return + args.kappa * (discount * last - first)
+    guided = args.rho > 0 and (phase.searching or args.rho_always)
+    if guided:  # r_VLM changes little in n steps: the mean of both ends stands for all
+        reward += args.rho * discounted_sum((first + last) / 2, steps.exists, args.gamma)
+    lowest, highest = (bound - args.kappa * first for bound in value_bounds(guided, args))
+    furl = relay._replace(reward=reward, lowest=lowest, highest=highest)
+    return furl, relay, {"reward/vlm_mean": last.mean(), "reward/vlm_std": last.std()}
 
 
 # ---------------------------------------------------------------------------- updates
@@ -514,11 +405,11 @@ def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
 
 
 def update_agent(
-    agent: AgentState, batch: Batch, targets: Targets, key: jax.Array, args: Args
+    agent: AgentState, batch: Batch, key: jax.Array, args: Args
 ) -> tuple[AgentState, dict]:
     """One SAC update; all gradients are taken from the networks as they were before it."""
     params, opt, metrics = adam_step(
-        lambda p: sac_loss(p, agent, batch, targets, key), agent.params, agent.opt, args
+        lambda p: sac_loss(p, agent, batch, key), agent.params, agent.opt, args
     )
     target = optax.incremental_update(params["critic"], agent.target_critic, args.tau)
     return agent.replace(params=params, target_critic=target, opt=opt), metrics
@@ -541,7 +432,6 @@ def init_buffers(sizes: Sizes, args: Args) -> Buffers:
     return Buffers(
         replay.init_ring(transition, args.buffer_size),
         replay.init_ring(frame.embedding, num_episodes * args.num_envs),
-        replay.init_ring(np.int32(0), args.embedding_buffer_size),
         *(replay.init_ring(frame, args.embedding_buffer_size) for _ in range(2)),
     )
 
@@ -558,7 +448,7 @@ def update_projection(
     else:
         frames: EmbeddedFrame = buffers.positives.data
         slots = replay.sample_slots(buffers.positives, positives_key, args.batch_size)
-        earlier_slots, earlier_exists = lagged_slots(buffers.positives, slots, args.lag)
+        earlier_slots, earlier_exists = replay.lagged_slots(buffers.positives, slots, args.lag)
         loss_fn = partial(
             positives_loss, positives=frames.embedding[slots],
             old_enough=frames.time[slots] >= args.lag,
@@ -577,16 +467,16 @@ def update_once(
     metrics = {}
     if phase.alignment != "none":
         state, metrics = update_projection(state, buffers, vlm, projection_key, args, phase)
-    slots = sample_slots(buffers, sample_key, args)
-    steps = following_steps(buffers.transitions, slots, args)
-    batch = n_step_batch(buffers.transitions, steps, args)
-    furl_targets, relay_targets, reward_metrics = make_targets(
-        state.projection, buffers, steps, batch, vlm, args, phase
+    slots = replay.sample_with_successes(
+        buffers.transitions, buffers.positives, sample_key, args.batch_size, args.success_share
     )
-    furl, furl_metrics = update_agent(state.furl, batch, furl_targets, furl_key, args)
+    furl_batch, relay_batch, reward_metrics = make_batches(
+        state.projection, buffers, slots, vlm, args, phase
+    )
+    furl, furl_metrics = update_agent(state.furl, furl_batch, furl_key, args)
     relay, relay_metrics = state.relay, {}
     if phase.relaying:
-        relay, relay_metrics = update_agent(state.relay, batch, relay_targets, relay_key, args)
+        relay, relay_metrics = update_agent(state.relay, relay_batch, relay_key, args)
     metrics = (
         {f"losses/{name}": value for name, value in (metrics | furl_metrics).items()}
         | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
@@ -634,28 +524,21 @@ def choose_phase(buffers: Buffers, args: Args) -> Phase:
     return Phase(searching, searching and args.relay, alignment)
 
 
-def hold_steps(args: Args) -> np.ndarray:
-    """The number of steps for which noise is held, by environment, int [num_envs]."""
-    return np.resize(args.hold_steps, args.num_envs)
+def held_noise(draw: Callable, key: jax.Array, env_steps: int, args: Args) -> jax.Array:
+    """`draw(key)` for each environment, held for as many steps as its --hold-steps says.
 
-
-def random_action(iteration: int, action_dim: int, args: Args) -> np.ndarray:
-    """Uniform actions, held for some steps, [num_envs, action_dim] float32.
-
-    White noise on actions that move the hand by 1 cm at most diffuses; held noise travels.
+    White noise on actions that move the hand by at most 1 cm diffuses; held noise travels.
     """
-    rngs = [np.random.default_rng((args.seed, ACTION_STREAM, env, iteration // hold))
-            for env, hold in enumerate(hold_steps(args))]
-    return np.stack([rng.uniform(-1, 1, action_dim) for rng in rngs]).astype(np.float32)
+    hold = jnp.resize(jnp.array(args.hold_steps), args.num_envs)
+    number = jnp.arange(args.num_envs) + args.num_envs * (env_steps // args.num_envs // hold)
+    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(number)
 
 
-def held_noise(key: jax.Array, iteration: jax.Array, action_dim: int, args: Args) -> jax.Array:
-    """Gaussian noise, held for some steps, [num_envs, action_dim]."""
-    def draw(env: jax.Array, stretch: jax.Array) -> jax.Array:
-        env_key = jax.random.fold_in(jax.random.fold_in(key, env), stretch)
-        return jax.random.normal(env_key, (action_dim,))
-
-    return jax.vmap(draw)(jnp.arange(args.num_envs), iteration // hold_steps(args))
+@partial(jax.jit, static_argnames=("action_dim", "args"))
+def act_randomly(key: jax.Array, env_steps: int, action_dim: int, args: Args) -> jax.Array:
+    """Uniform actions [num_envs, action_dim]."""
+    draw = partial(jax.random.uniform, shape=(action_dim,), minval=-1)
+    return held_noise(draw, key, env_steps, args)
 
 
 @partial(jax.jit, static_argnames=("args", "relaying"))
@@ -668,14 +551,15 @@ def act(
     In the quiet environments the FuRL agent acts by its mean, as when it is evaluated, so that the
     replay sees where that leads.
     """
+    draw = partial(jax.random.normal, shape=(state.furl.actor.action_dim,))
+    furl_noise, relay_noise, more_noise = (
+        held_noise(draw, k, env_steps, args) for k in jax.random.split(key, 3)
+    )
+
     def explore(agent: AgentState, noise: jax.Array) -> jax.Array:
         mean, log_std = agent.actor.apply(agent.params["actor"], obs)
         return jnp.tanh(mean + jnp.exp(log_std) * noise)
 
-    furl_noise, relay_noise, more_noise = (
-        held_noise(k, env_steps // args.num_envs, state.furl.actor.action_dim, args)
-        for k in jax.random.split(key, 3)
-    )
     furl_action = explore(state.furl, furl_noise.at[: args.quiet_envs].set(0))
     if not relaying:
         return furl_action
@@ -771,12 +655,11 @@ def main(args: Args) -> dict[str, float]:
     previous, metrics = None, {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
-        iteration = env_steps // args.num_envs
-        episode, time = divmod(iteration, EPISODE_LENGTH)
+        episode, time = divmod(env_steps // args.num_envs, EPISODE_LENGTH)
         if env_steps < args.learning_starts:
-            action = random_action(iteration, sizes.action, args)
+            action = np.array(act_randomly(act_key, env_steps, sizes.action, args))
             if episode == 0:
-                rng = np.random.default_rng((args.seed, DEMO_STREAM, iteration))
+                rng = np.random.default_rng((args.seed, DEMO_STREAM, env_steps))
                 action[: args.demos] = experts(obs, args.demo_noise, rng)
         else:
             use_relay = relay_acts(episode, time, args)
@@ -789,7 +672,11 @@ def main(args: Args) -> dict[str, float]:
         if previous is not None:
             buffers = store(buffers, *previous)
         if time == 0 and episode > 0:  # all episodes end together
-            buffers = sort_episodes(buffers, args.num_envs)
+            positives, negatives = replay.sort_episodes(
+                buffers.positives, buffers.negatives, buffers.transitions, args.num_envs,
+                EPISODE_LENGTH,
+            )
+            buffers = buffers._replace(positives=positives, negatives=negatives)
             phase = choose_phase(buffers, args)
         if env_steps >= max(args.learning_starts, 1):
             state, metrics = update(state, buffers, vlm_inputs, update_key, env_steps, args, phase)

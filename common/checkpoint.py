@@ -28,7 +28,7 @@ from common.errors import UserError
 from common.replay import Ring, read_rows
 
 KEEP = 2  # checkpoints kept: the newest, and the one before in case the newest is damaged
-FORMAT = 4  # raised when what the scripts save changes: they would misread an older one
+FORMAT = 5  # raised when what the scripts save changes: they would misread an older one
 
 
 class CheckpointError(RuntimeError):

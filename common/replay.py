@@ -55,6 +55,7 @@ class EmbeddedFrame(NamedTuple):
     embedding: jax.Array  # [n, embed_dim], as in the replay
     time: jax.Array  # [n] int32, steps since the trajectory's start
     before_success: jax.Array  # [n] bool, the trajectory has had no success before this frame
+    row: jax.Array  # [n] int32, number of its row in the replay, counted from the run's first
 
 
 class Sizes(NamedTuple):
@@ -75,7 +76,7 @@ def example_transition(sizes: Sizes, exact: bool = False) -> Transition:
 def example_frame(sizes: Sizes, exact: bool = False) -> EmbeddedFrame:
     """A row of an embedding buffer; `exact` as for `example_transition`."""
     embedding = np.zeros(sizes.embedding, np.float32 if exact else np.float16)
-    return EmbeddedFrame(embedding, np.int32(0), np.bool_(False))
+    return EmbeddedFrame(embedding, np.int32(0), np.bool_(False), np.int32(0))
 
 
 def init_ring(example_row: Rows, capacity: int) -> Ring:
@@ -156,6 +157,9 @@ def embed_drawn(
     return held.at[np.flatnonzero(drawn)].set(embed(frames[drawn]).astype(held.dtype))
 
 
+# ------------------------------------------------ episodes that begin and end together
+
+
 def newest_episode(steps: Ring, env: jax.Array, num_envs: int, episode_length: int) -> Rows:
     """One environment's rows of the episode that has just ended, leaves [episode_length, ...].
 
@@ -172,3 +176,92 @@ def newest_episode(steps: Ring, env: jax.Array, num_envs: int, episode_length: i
         raise ValueError(f"the ring must hold {num_envs * episode_length} steps")
     first = steps.total - num_envs * episode_length + env
     return take(steps, (first + num_envs * jnp.arange(episode_length)) % steps.capacity)
+
+
+@partial(jax.jit, static_argnums=(3, 4), donate_argnums=(0, 1))
+def sort_episodes(
+    positives: Ring, negatives: Ring, steps: Ring, num_envs: int, episode_length: int
+) -> tuple[Ring, Ring]:
+    """Copy the frames of the episodes that have just ended from the replay `steps`.
+
+    An episode with a success gives its frames up to its last success as positives, one without
+    gives all of its frames as negatives.
+    """
+    time = jnp.arange(episode_length)
+
+    def sort(rings: tuple[Ring, Ring], env: jax.Array) -> tuple[tuple[Ring, Ring], None]:
+        rows = newest_episode(steps, env, num_envs, episode_length)
+        success = rows.reward > 0
+        before_success = jnp.cumsum(success) - success == 0
+        row = steps.total - num_envs * (episode_length - time) + env
+        frames = EmbeddedFrame(rows.embedding, time, before_success, row)
+        num_positives = jnp.max(jnp.where(success, time + 1, 0))
+        num_negatives = jnp.where(num_positives == 0, episode_length, 0)
+        positives = add(rings[0], frames, num_positives)
+        return (positives, add(rings[1], frames, num_negatives)), None
+
+    return jax.lax.scan(sort, (positives, negatives), jnp.arange(num_envs))[0]
+
+
+def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax.Array]:
+    """The frames `lag` steps before those at `slots` [n] (FuRL's Eq. 4), and whether they exist.
+
+    A frame has none in the first `lag` steps of its trajectory, after its first success, nor when
+    that part of the ring has been overwritten.
+    """
+    frames: EmbeddedFrame = ring.data
+    age = (ring.total - 1 - slots) % ring.capacity  # number of frames added since
+    exists = (frames.time[slots] >= lag) & (age + lag < ring.capacity)
+    return (slots - lag) % ring.capacity, exists & frames.before_success[slots]
+
+
+def sample_with_successes(
+    steps: Ring, positives: Ring, key: jax.Array, batch_size: int, share: float
+) -> jax.Array:
+    """Uniform slots of the replay `steps`, but for a share from successful episodes: [batch_size].
+
+    The share is of the rows that `positives` (of `EmbeddedFrame`) names. It is uniform as well as
+    long as there are none, and where such a row has left the replay.
+    """
+    uniform_key, positive_key = jax.random.split(key)
+    uniform = sample_slots(steps, uniform_key, batch_size)
+    row = positives.data.row[sample_slots(positives, positive_key, batch_size)]
+    kept = (positives.size > 0) & (row >= steps.total - steps.size)
+    chosen = jnp.arange(batch_size) < round(share * batch_size)
+    return jnp.where(chosen & kept, row % steps.capacity, uniform)
+
+
+class FollowingSteps(NamedTuple):
+    """Sampled steps [batch], each with those that follow it [n, batch]."""
+
+    slots: jax.Array  # [n, batch] int32, of the sampled step and its followers
+    exists: jax.Array  # [n, batch] bool: of the same episode, and not behind the newest row
+    last: jax.Array  # [batch] int32, slot of the last one that exists
+    before: jax.Array  # [batch] int32, slot of the step before the sampled one
+    is_first: jax.Array  # [batch] bool, the sampled step is the first of its episode
+    episode: jax.Array  # [batch] int32, number of its episode, counted over all environments
+
+
+def following_steps(
+    steps: Ring, slots: jax.Array, n: int, num_envs: int, episode_length: int
+) -> FollowingSteps:
+    """The steps at `slots` [batch] and the n - 1 that follow each of them in its episode.
+
+    Args:
+        steps: as for `newest_episode`, of `Transition`. Nothing follows where it is terminated.
+        n: number of steps, the sampled one included.
+        num_envs, episode_length: of the episodes. Episode number e of environment i is number
+            e num_envs + i.
+    """
+    age = (steps.total - 1 - slots) % steps.capacity  # number of rows added since
+    iteration, env = jnp.divmod(steps.total - 1 - age, num_envs)
+    episode, time = jnp.divmod(iteration, episode_length)
+    ahead = jnp.arange(n)[:, None]
+    following = (slots + ahead * num_envs) % steps.capacity
+    exists = (ahead * num_envs <= age) & (time + ahead < episode_length)
+    terminated = steps.data.terminated[following] * exists
+    exists &= jnp.cumsum(terminated, 0) - terminated == 0
+    last = jnp.take_along_axis(following, exists.sum(0)[None] - 1, 0)[0]
+    # The oldest rows' step before has been overwritten: they stand for it themselves.
+    before = jnp.where(age + num_envs < steps.size, slots - num_envs, slots) % steps.capacity
+    return FollowingSteps(following, exists, last, before, time == 0, episode * num_envs + env)
