@@ -69,6 +69,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
     prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
+    embed_every: flags.PositiveInt = 1  # a frame is embedded every K-th action, for those between
     rho: flags.NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1)
     # --- alignment
     align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
@@ -587,8 +588,12 @@ def main(args: Args) -> dict[str, float]:
     buffers = buffers._replace(steps=pixels.add_first(buffers.steps, first))
     state, buffers, _ = run.begin(state, buffers, envs)
 
-    def store(buffers: Buffers, step: pixels.PixelStep, first, frames: np.ndarray) -> Buffers:
-        step = step._replace(embedding=vlm.embed_images(view.crop(frames)))
+    def embed(frames: np.ndarray) -> jax.Array:
+        return vlm.embed_images(view.crop(frames))
+
+    def store(buffers: Buffers, step: pixels.PixelStep, first, frames, new: bool) -> Buffers:
+        new = np.full(args.num_envs, new)
+        step = step._replace(embedding=replay.embed_drawn(embed, frames, new, buffers.steps))
         return buffers._replace(steps=pixels.add_step(buffers.steps, step, first))
 
     phase = choose_phase(buffers, args)
@@ -626,7 +631,8 @@ def main(args: Args) -> dict[str, float]:
         step = envs.step_wait()
         obs, picture, first = pixels.observe(obs, step, args.frame_stack)
         pixel_step = pixels.PixelStep(picture, action, step.reward, step.terminated)
-        previous = (pixel_step, first, step.frames)
+        is_new = time == 0 or (time + 1) % args.embed_every == 0 or first is not None
+        previous = (pixel_step, first, step.frames, is_new)
 
         # Measure and save.
         run.count_episodes(step)

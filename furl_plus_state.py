@@ -1,20 +1,13 @@
 """FuRL plus: FuRL that keeps what it finds, on state observations.
 
-FuRL as in furl_sac_state.py (Fu et al., ICML 2024, arXiv 2406.00645), with six parts beside it that
-find sparse tasks within minutes and hold them:
- 1. n-step returns, which end with the episode and with the newest step (--n-step).
- 2. A share of each batch from successful episodes (--success-share).
- 3. Targets within what the task's value can be (--no-clip-targets).
- 4. The VLM's reward as a potential (--kappa), which changes no optimum. The paper's rho r_VLM and
-    the entropy in the targets until successes have been found only (--rho-always, --entropy).
- 5. Exploration noise that is held for some steps (--hold-steps), and none in some environments,
-    which act as the evaluated policy does (--quiet-envs).
- 6. Demonstrations by the suite's scripted expert (--demos), off by default.
+FuRL as in furl_sac_state.py (Fu et al., ICML 2024, arXiv 2406.00645), with six parts beside it:
+n-step returns, a share of each batch from successes, targets within what values can be, the VLM's
+reward as a potential, exploration noise that is held, and demonstrations, which are off by default.
 
     python furl_plus_state.py --env-id drawer-open-v3
     python furl_plus_state.py --env-id pick-place-v3 --demos 3
 
-docs/furl_plus_state.md says what each part is for and what happens without it, with the results,
+docs/furl_plus_state.md says what each part is for and what happens without it, shows the results,
 and how the defaults were chosen, which are not the paper's.
 """
 
@@ -146,10 +139,6 @@ class Phase(NamedTuple):
     searching: bool  # until enough successes have been found
     relaying: bool
     alignment: Literal["none", "goal-image", "success"]  # nothing, Eq. 5, Eq. 4
-
-    @property
-    def name(self) -> str:
-        return "relay" if self.relaying else "vlm" if self.alignment == "none" else "aligned"
 
 
 class VLMInputs(NamedTuple):
@@ -335,8 +324,8 @@ def discounted_sum(rewards: jax.Array, exists: jax.Array, gamma: float) -> jax.A
 def value_bounds(guided: bool, args: Args) -> tuple[float, float]:
     """What a value can be whose rewards are -1 to 0 and, if `guided`, rho r_VLM beside it.
 
-    The lower bound is looser by kappa: before the first success every policy has the least value,
-    and a tight bound would hide what the potential guides with then.
+    From below looser, by kappa: before the first success every policy has the least value, and a
+    tight bound would at once undo what the potential guides with.
     """
     if not args.clip_targets:
         return -jnp.inf, jnp.inf
@@ -498,7 +487,7 @@ def update(
     return state, jax.tree.map(jnp.mean, metrics)
 
 
-# ------------------------------------------------------------------------------ relay
+# ---------------------------------------------------------------- relay, and how to act
 
 
 def relay_acts(episode: int, time: int, args: Args) -> np.ndarray:
@@ -567,9 +556,6 @@ def act(
     return jnp.where(use_relay[:, None], jnp.clip(relay_action, -1, 1), furl_action)
 
 
-# --------------------------------------------- what evaluation and tools use of a script
-
-
 @jax.jit
 def policy(state: FuRLState, obs: jax.Array) -> jax.Array:
     """The evaluated agent's mean action for obs [n, obs_dim]: [n, action_dim]."""
@@ -601,15 +587,13 @@ def check_own_flags(args: Args) -> None:
     """Raises:
         UserError: a flag of this script has a value that cannot work.
     """
-    for name in ("quiet_envs", "demos"):
-        if getattr(args, name) > args.num_envs:
-            raise UserError(f"--{name.replace('_', '-')} must be at most --num-envs, "
-                            f"{args.num_envs}, not {getattr(args, name)}")
-    if args.demos and args.learning_starts < args.num_envs * EPISODE_LENGTH:
-        raise UserError(f"--demos needs a first episode before learning: --learning-starts "
-                        f"{args.num_envs * EPISODE_LENGTH} or more, not {args.learning_starts}")
+    if args.demos > args.num_envs:
+        raise UserError(f"--demos must be at most --num-envs, {args.num_envs}, not {args.demos}")
+    first = args.num_envs * EPISODE_LENGTH  # steps of the first episodes
+    if args.demos and args.learning_starts < first:
+        raise UserError(f"--demos needs --learning-starts {first} or more, a whole episode")
     if args.clip_targets and args.gamma == 1:
-        raise UserError("--gamma must be below 1 with --clip-targets: values have no bounds else")
+        raise UserError("--gamma must be below 1, or there are no bounds for --clip-targets")
 
 
 def main(args: Args) -> dict[str, float]:
@@ -630,7 +614,7 @@ def main(args: Args) -> dict[str, float]:
         camera=camera, capture_video=args.capture_video,
     )
     sizes = Sizes(envs.obs_dim, envs.action_dim, vlm.embed_dim)
-    init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
+    init_key, random_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 4)
     state, buffers = init_state(init_key, sizes, args), init_buffers(sizes, args)
     prompt = metaworld.prompt_for(args.env_id, args.prompt)
     run = start_run(args, buffers, sizes, envs, evaluate, vlm=vlm, view=view, prompt=prompt)
@@ -647,8 +631,7 @@ def main(args: Args) -> dict[str, float]:
     def start_episodes(buffers: Buffers, frames: np.ndarray) -> Buffers:
         return buffers._replace(starts=replay.add_rows(buffers.starts, embed(frames)))
 
-    _, frames = envs.reset()
-    state, buffers, obs = run.begin(state, start_episodes(buffers, frames), envs)
+    state, buffers, obs = run.begin(state, start_episodes(buffers, envs.reset()[1]), envs)
     phase = choose_phase(buffers, args)
     # Environments step while the device learns, so a step is stored and learned from one iteration
     # later, when the next one is under way. Until then it is `previous`.
@@ -657,7 +640,7 @@ def main(args: Args) -> dict[str, float]:
         # Act, and let the environments step and draw ...
         episode, time = divmod(env_steps // args.num_envs, EPISODE_LENGTH)
         if env_steps < args.learning_starts:
-            action = np.array(act_randomly(act_key, env_steps, sizes.action, args))
+            action = np.array(act_randomly(random_key, env_steps, sizes.action, args))
             if episode == 0:
                 rng = np.random.default_rng((args.seed, DEMO_STREAM, env_steps))
                 action[: args.demos] = experts(obs, args.demo_noise, rng)
@@ -690,7 +673,8 @@ def main(args: Args) -> dict[str, float]:
         if run.is_due(args.eval_every):
             run.evaluate(policy, state)
         if run.is_due(args.log_every):
-            run.log_training(phase.name if metrics else "random", {
+            stage = "relay" if phase.relaying else "vlm"
+            run.log_training(stage if metrics else "random", {
                 **metrics, "charts/relaying": phase.relaying,
                 "charts/num_updates": state.furl.opt[0].count,
                 "charts/num_positives": buffers.positives.total,

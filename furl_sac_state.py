@@ -35,6 +35,7 @@ from common import flags, replay
 from common.cli import check_args, run_script
 from common.envs import metaworld
 from common.envs.rendering import Camera
+from common.envs.workers import Step
 from common.evaluate import Evaluator
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
@@ -66,6 +67,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
     prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
+    draw_every: flags.PositiveInt = 1  # a frame is drawn every K-th step, and stands until the next
     rho: flags.NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1)
     # --- alignment
     align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
@@ -486,7 +488,8 @@ def main(args: Args) -> dict[str, float]:
         goal = vlm.embed_images(view.crop(picture[None]))[0]
     vlm_inputs = VLMInputs(jnp.asarray(text), jnp.asarray(goal))
     envs = metaworld.VecMetaWorld(
-        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera
+        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
+        draw_every=args.draw_every,
     )
     evaluate = Evaluator(
         args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
@@ -499,8 +502,12 @@ def main(args: Args) -> dict[str, float]:
     envs.reset()
     state, buffers, obs = run.begin(state, buffers, envs)
 
-    def store(buffers: Buffers, transition: Transition, frames: np.ndarray) -> Buffers:
-        transition = transition._replace(embedding=vlm.embed_images(view.crop(frames)))
+    def embed(frames: np.ndarray) -> jax.Array:
+        return vlm.embed_images(view.crop(frames))
+
+    def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:
+        embedding = replay.embed_drawn(embed, step.frames, step.drawn, buffers.transitions)
+        transition = transition._replace(embedding=embedding)
         return buffers._replace(transitions=replay.add_rows(buffers.transitions, transition))
 
     phase = choose_phase(buffers, args)
@@ -535,7 +542,7 @@ def main(args: Args) -> dict[str, float]:
 
         step = envs.step_wait()
         transition = Transition(obs, action, step.final_obs, step.reward, step.terminated)
-        previous, obs = (transition, step.frames), step.obs
+        previous, obs = (transition, step), step.obs
 
         # Measure and save.
         run.count_episodes(step)

@@ -36,6 +36,7 @@ from common import flags, replay
 from common.cli import check_args, run_script
 from common.envs.rendering import Camera
 from common.envs.suites import suite_for
+from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import Ring, Sizes, Transition
@@ -74,7 +75,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     task_reward: bool = False  # add the task's reward: LIV, CLIP; without it: VLM-RM
     alpha: flags.Share = 0.0  # strength of goal-baseline regularisation, 0 to 1
     baseline_prompt: str | None = None  # the scene, whatever the goal; default: the task's own
-    embed_batch: flags.PositiveInt = 1  # frames to wait for, then all are embedded and learned from
+    draw_every: flags.PositiveInt = 1  # a frame is drawn every K-th step, and stands until the next
     projection: bool = False  # through randomly initialised, fixed projection heads: LIV-Proj
     projection_features: flags.PositiveInts = (256, 64)  # layers of both projection heads
 
@@ -394,7 +395,8 @@ def main(args: Args) -> dict[str, float]:
     view = view_for(vlm, suite.CUTS_BORDER)
     camera = Camera(view.size, args.camera_id, args.quality)
     envs = suite.make_vec(
-        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera
+        args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
+        draw_every=args.draw_every,
     )
     if envs.discrete:
         raise UserError(f"{args.env_id} has discrete actions, which SAC cannot choose: use "
@@ -413,26 +415,17 @@ def main(args: Args) -> dict[str, float]:
     envs.reset()
     agent, buffers, obs = run.begin(agent, buffers, envs)
 
-    def store(buffers: Buffers, steps: list[tuple[Transition, np.ndarray]]) -> Buffers:
-        if not steps:
-            return buffers
-        frames = np.concatenate([frames for _, frames in steps])
-        embeddings = jnp.split(vlm.embed_images(view.crop(frames)), len(steps))
-        for (transition, _), embedding in zip(steps, embeddings, strict=True):
-            transition = transition._replace(embedding=embedding)
-            buffers = Buffers(replay.add_rows(buffers.transitions, transition))
-        return buffers
+    def embed(frames: np.ndarray) -> jax.Array:
+        return vlm.embed_images(view.crop(frames))
 
-    def learn(agent: AgentState, metrics: dict, due: list[int]) -> tuple[AgentState, dict]:
-        for env_steps in due:
-            if env_steps >= max(args.learning_starts, 1):
-                agent, metrics = update(agent, buffers, vlm_inputs, update_key, env_steps, args)
-        return agent, metrics
+    def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:
+        embedding = replay.embed_drawn(embed, step.frames, step.drawn, buffers.transitions)
+        transition = transition._replace(embedding=embedding)
+        return Buffers(replay.add_rows(buffers.transitions, transition))
 
     # Environments step while the device learns, so a step is stored and learned from one iteration
-    # later, when the next one is under way, or when --embed-batch frames have come together. Until
-    # then it is in `previous`, and the iterations whose updates are missing are in `due`.
-    previous, due, metrics = [], [], {}
+    # later, when the next one is under way. Until then it is `previous`.
+    previous, metrics = None, {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
         if env_steps < args.learning_starts:
@@ -444,29 +437,25 @@ def main(args: Args) -> dict[str, float]:
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
-        due.append(env_steps)
-        if not previous or len(previous) * args.num_envs >= args.embed_batch:
-            buffers, previous = store(buffers, previous), []
-            (agent, metrics), due = learn(agent, metrics, due), []
+        if previous is not None:
+            buffers = store(buffers, *previous)
+        if env_steps >= max(args.learning_starts, 1):
+            agent, metrics = update(agent, buffers, vlm_inputs, update_key, env_steps, args)
 
         step = envs.step_wait()
         transition = Transition(obs, action, step.final_obs, step.reward, step.terminated)
-        previous.append((transition, step.frames))
-        obs = step.obs
+        previous, obs = (transition, step), step.obs
 
         # Measure and save.
         run.count_episodes(step)
-        saves = run.must_save()
-        if saves:  # before measuring, so that what is measured is what is saved
-            buffers, previous = store(buffers, previous), []
-            (agent, metrics), due = learn(agent, metrics, due), []
         if run.is_due(args.eval_every):
             run.evaluate(policy, agent)
         if run.is_due(args.log_every):
             run.log_training("vlm" if metrics else "random", {
                 **metrics, "charts/num_updates": agent.opt[0].count,
             })
-        if saves:
+        if run.must_save():
+            buffers, previous = store(buffers, *previous), None
             run.save(agent, buffers, envs)
 
     run.close()

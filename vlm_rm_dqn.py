@@ -6,7 +6,7 @@ section 4.2. vlm_rm_baseline.py is the same with SAC, for continuous actions.
 
     python vlm_rm_dqn.py --total-timesteps 20000 --learning-starts 5000 --learning-rate 5e-4 \
         --target-update-every 500 --batch-size 64 --layer-norm
-    python vlm_rm_dqn.py --vlm ViT-B-32/openai --alpha 0.5 --embed-batch 3200
+    python vlm_rm_dqn.py --vlm ViT-B-32/openai --alpha 0.5
     python vlm_rm_dqn.py --env-id Acrobot-v1 --no-vlm-reward  # DQN on the environment's own reward
 
 docs/vlm_rm_dqn.md explains every metric.
@@ -14,7 +14,7 @@ docs/vlm_rm_dqn.md explains every metric.
 Defaults are the paper's appendix C, where it is silent stable-baselines3's. Deviations (the page
 has all of them):
  1. Eight environments, one update per environment step in total (the paper: 200 every 200 steps).
- 2. Frames are embedded as they come, in batches of `--embed-batch` (Algorithm 1: 3,200).
+ 2. Frames are embedded as they come (Algorithm 1: 3,200 at once).
  3. The default VLM is the embedded `toy`, which needs no download.
 """
 
@@ -34,6 +34,7 @@ from common import flags, replay
 from common.cli import check_args, run_script
 from common.envs import gymnasium as suite
 from common.envs.rendering import Camera
+from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import Ring, Sizes, Transition
@@ -66,7 +67,7 @@ class Args(flags.RunArgs):  # seed, total_timesteps, num_envs, utd, logs: common
     prompt: str | None = None  # default: Table 3's; or any text
     alpha: flags.Share = 0.0  # strength of goal-baseline regularisation, 0 to 1
     baseline_prompt: str | None = None  # the scene, whatever the goal; default: Table 3's
-    embed_batch: flags.PositiveInt = 1  # frames to wait for, then all are embedded and learned from
+    draw_every: flags.PositiveInt = 1  # a frame is drawn every K-th step, and stands until the next
     vlm_reward: bool = True  # --no-vlm-reward: the environment's own reward, and no VLM
 
 
@@ -286,7 +287,9 @@ def main(args: Args) -> dict[str, float]:
         vlm_inputs = embed_task(vlm, args)
         view = view_for(vlm, suite.CUTS_BORDER)
         camera = Camera(view.size, suite.DEFAULT_CAMERA, "fast")
-    envs = suite.VecGymnasium(args.env_id, args.num_envs, seed=args.seed, camera=camera)
+    envs = suite.VecGymnasium(
+        args.env_id, args.num_envs, seed=args.seed, camera=camera, draw_every=args.draw_every
+    )
     if not envs.discrete:
         other = "vlm_rm_baseline.py" if args.vlm_reward else "sac_baseline.py"
         raise UserError(f"{args.env_id} has continuous actions, which DQN cannot choose from: use "
@@ -302,57 +305,45 @@ def main(args: Args) -> dict[str, float]:
     envs.reset()
     agent, buffers, obs = run.begin(agent, buffers, envs)
 
-    def store(buffers: Buffers, steps: list[tuple[Transition, np.ndarray | None]]) -> Buffers:
-        embeddings = [None] * len(steps)
-        if vlm is not None and steps:
-            frames = np.concatenate([frames for _, frames in steps])
-            embeddings = jnp.split(vlm.embed_images(view.crop(frames)), len(steps))
-        for (transition, _), embedding in zip(steps, embeddings, strict=True):
-            transition = transition._replace(embedding=embedding)
-            buffers = Buffers(replay.add_rows(buffers.transitions, transition))
-        return buffers
+    def embed(frames: np.ndarray) -> jax.Array:
+        return vlm.embed_images(view.crop(frames))
 
-    def learn(agent: AgentState, metrics: dict, due: list[int]) -> tuple[AgentState, dict]:
-        for env_steps in due:
-            if env_steps >= max(args.learning_starts, 1):
-                agent, metrics = update(agent, buffers, vlm_inputs, update_key, env_steps, args)
-        return agent, metrics
+    def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:
+        if vlm is not None:
+            embedding = replay.embed_drawn(embed, step.frames, step.drawn, buffers.transitions)
+            transition = transition._replace(embedding=embedding)
+        return Buffers(replay.add_rows(buffers.transitions, transition))
 
     # Environments step while the device learns, so a step is stored and learned from one iteration
-    # later, when the next one is under way, or when --embed-batch frames have come together. Until
-    # then it is in `previous`, and the iterations whose updates are missing are in `due`.
-    previous, due, metrics = [], [], {}
+    # later, when the next one is under way. Until then it is `previous`.
+    previous, metrics = None, {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
         action = act(agent, obs, env_steps, args)
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.
-        due.append(env_steps)
-        if not previous or len(previous) * args.num_envs >= args.embed_batch:
-            buffers, previous = store(buffers, previous), []
-            (agent, metrics), due = learn(agent, metrics, due), []
+        if previous is not None:
+            buffers = store(buffers, *previous)
+        if env_steps >= max(args.learning_starts, 1):
+            agent, metrics = update(agent, buffers, vlm_inputs, update_key, env_steps, args)
 
         step = envs.step_wait()
         transition = Transition(
             obs, action[:, None].astype(np.float32), step.final_obs, step.reward, step.terminated
         )
-        previous.append((transition, step.frames))
-        obs = step.obs
+        previous, obs = (transition, step), step.obs
 
         # Measure and save.
         run.count_episodes(step)
-        saves = run.must_save()
-        if saves:  # before measuring, so that what is measured is what is saved
-            buffers, previous = store(buffers, previous), []
-            (agent, metrics), due = learn(agent, metrics, due), []
         if run.is_due(args.eval_every):
             run.evaluate(policy, agent)
         if run.is_due(args.log_every):
             run.log_training("dqn" if metrics else "random", {
                 **metrics, "charts/epsilon": epsilon(env_steps, args),
             })
-        if saves:
+        if run.must_save():
+            buffers, previous = store(buffers, *previous), None
             run.save(agent, buffers, envs)
 
     run.close()

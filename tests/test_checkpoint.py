@@ -435,7 +435,7 @@ def test_a_checkpoint_of_another_format_is_passed_over(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_checkpoint_of_an_earlier_format_is_refused(tmp_path, monkeypatch, number):
-    assert checkpoint.FORMAT == 4
+    assert checkpoint.FORMAT == 5
     monkeypatch.setattr(checkpoint, "FORMAT", number)
     save(tmp_path, 4)
     monkeypatch.undo()

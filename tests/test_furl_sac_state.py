@@ -63,7 +63,7 @@ def buffers() -> script.Buffers:
     def trajectory(length):
         time = np.arange(length, dtype=np.int32)
         images = rng.normal(size=(length, EMBED_DIM)).astype(np.float16)
-        return replay.EmbeddedFrame(images, time, np.full(length, True))
+        return replay.EmbeddedFrame(images, time, np.full(length, True), time)
 
     return script.Buffers(
         replay.add_rows(buffers.transitions, random_batch(1, 50)),
@@ -616,7 +616,7 @@ def frames(num: int, first_time: int = 0) -> replay.Ring:
     """A ring with `num` frames of one trajectory, from `first_time` on."""
     ring = script.init_buffers(SIZES, SMALL).positives
     time = np.arange(first_time, first_time + num, dtype=np.int32)
-    rows = replay.EmbeddedFrame(np.zeros((num, EMBED_DIM)), time, np.full(num, True))
+    rows = replay.EmbeddedFrame(np.zeros((num, EMBED_DIM)), time, np.full(num, True), time)
     return replay.add_rows(ring, rows)._replace(total=jnp.int32(num)) if num else ring
 
 

@@ -382,9 +382,10 @@ def test_dqn_runs_and_is_resumed(tmp_path):
     assert metrics_of(tmp_path / "half") == rows
 
 
-def test_frames_are_embedded_in_batches(tmp_path, monkeypatch):
-    """With --embed-batch 100: 100 frames at once, and the same number of updates, later."""
-    sizes, load_vlm = [], vlm_rm.load_vlm
+def test_frames_are_drawn_and_embedded_every_k_th_step(tmp_path, monkeypatch):
+    """300 steps in each of 4 environments, whose episodes end after 200: of the first drawn are 1,
+    10, 20 to 200, of the second 1, 10 to 100."""
+    sizes, saved, load_vlm, save = [], [], vlm_rm.load_vlm, checkpoint.save
 
     def load(*args, **kwargs):
         vlm = load_vlm(*args, **kwargs)
@@ -393,19 +394,17 @@ def test_frames_are_embedded_in_batches(tmp_path, monkeypatch):
         return vlm
 
     monkeypatch.setattr(vlm_rm, "load_vlm", load)
-    updates = {}
-    for batch in (4, 100):
-        sizes.clear()
-        folder = tmp_path / str(batch)
-        vlm_rm.main(vlm_rm.Args(**SMALL | {"checkpoint_every": 0}, run_dir=str(folder),
-                                env_id="MountainCarTextured-v0", embed_batch=batch))
-        assert set(sizes) == {batch} and sum(sizes) == 1200
-        updates[batch] = [float(value) for _, key, value in metrics_of(folder)
-                          if key == "charts/num_updates"]
-    assert updates[4] == [0, 0, 200, 400, 600, 800]
-    behind = np.array(updates[4]) - updates[100]
-    assert (behind >= 0).all() and (behind <= 100).all() and behind.any()
-    assert behind[-1] == 0, "the last evaluation is of the final policy"
+    monkeypatch.setattr(checkpoint, "save", lambda *args: saved.append(
+        np.asarray(args[3]["transitions"].data.embedding)) or save(*args))
+    args = vlm_rm.Args(**SMALL | {"checkpoint_every": 0}, env_id="MountainCarTextured-v0",
+                       draw_every=10, buffer_size=1200)
+    vlm_rm.main(replace(args, run_dir=str(tmp_path / "run")))
+    assert sum(sizes) == 4 * (21 + 11) and set(sizes) == {4}
+    embeddings = saved[-1].reshape(300, 4, -1)
+    time = np.arange(300) % 200 + 1
+    drawn = np.where((time == 1) | (time % 10 == 0), np.arange(300), 0)
+    np.testing.assert_array_equal(embeddings, embeddings[np.maximum.accumulate(drawn)])
+    assert (embeddings[0] != embeddings[299]).any()
 
 
 @pytest.mark.parametrize(("script", "args", "message"), [

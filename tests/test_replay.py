@@ -9,8 +9,7 @@ import pytest
 
 from common import replay
 from common.errors import UserError
-from common.replay import EmbeddedFrame, Transition
-from furl_sac_state import lagged_slots, sort_episodes
+from common.replay import EmbeddedFrame, Transition, lagged_slots, sort_episodes
 from relay_baseline import count_positives
 
 
@@ -33,7 +32,7 @@ def empty_transitions(capacity: int) -> replay.Ring:
 
 def empty_frames(capacity: int, embed_dim: int = 2) -> replay.Ring:
     number = np.zeros((), np.int32)
-    frame = EmbeddedFrame(np.zeros(embed_dim, np.float16), number, np.zeros((), bool))
+    frame = EmbeddedFrame(np.zeros(embed_dim, np.float16), number, np.zeros((), bool), number)
     return replay.init_ring(frame, capacity)
 
 
@@ -127,7 +126,8 @@ def add_frames(
     """Write a whole trajectory; `first_success` is a time, None if there is no success."""
     time = np.arange(length, dtype=np.int32)
     before_success = np.full(length, True) if first_success is None else time <= first_success
-    return replay.add_rows(ring, EmbeddedFrame(frames_of(number, length), time, before_success))
+    frames = EmbeddedFrame(frames_of(number, length), time, before_success, time)
+    return replay.add_rows(ring, frames)
 
 
 class Step(NamedTuple):

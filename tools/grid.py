@@ -47,7 +47,7 @@ class Args:
     env_ids: tuple[str, ...] = ()  # tasks, or mt10; default: the table's, or mt10
     methods: tuple[str, ...] = ()  # only these of the table, as its folders are called
     seeds: int = 5  # 0 to this number minus one
-    preset: Literal["paper", "laptop", "none"] | None = None  # default: paper; none with --scripts
+    preset: Literal["paper", "laptop", "plus", "none"] | None = None  # the table's, or none
     output: Path | None = None  # default: runs/grids/<names>
     dry_run: bool = False  # print the commands, start nothing
     # --- what a run gets
@@ -143,7 +143,11 @@ def plan(args: Args, extra: list[str]) -> tuple[Path, dict[str, Any], list[Cell]
         raise UserError(f"name a table or figure ({', '.join(TABLES)}), or give --scripts")
     if args.seeds < 1 or args.retries < 0:
         raise UserError("--seeds must be 1 or more, and --retries not negative")
-    preset_name = args.preset or ("paper" if args.names else "none")
+    presets = {TABLES[name].preset for name in args.names if name in TABLES} or {"none"}
+    if not args.preset and len(presets) > 1:
+        raise UserError(f"these tables have the presets {' and '.join(sorted(presets))}: choose "
+                        "one by --preset, or name them one after another")
+    preset_name = args.preset or presets.pop()
     preset, users = PRESETS[preset_name], flag_groups(extra)
     if taken := OURS & set(users):
         raise UserError(f"--{min(taken).replace('_', '-')} is the grid's own: use --env-ids, "

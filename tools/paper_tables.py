@@ -1,4 +1,5 @@
-"""The paper's tables and figures as grids of runs, and the presets: flags and budgets with a name.
+"""The paper's tables and figures, and FuRL plus's, as grids of runs; the presets: flags and budgets
+with a name.
 
 docs/paper.md shows the same commands; tests/test_grid.py holds the two together.
 """
@@ -26,10 +27,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Table:
-    """Names in `METHODS`, and the tasks of the paper."""
+    """Names in `METHODS`, tasks, and the preset that it has by default."""
 
     methods: tuple[str, ...]
     tasks: tuple[str, ...] = MT10
+    preset: str = "paper"
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,11 @@ class Preset:
     memory: float = 3.0  # GiB a run, with a full replay
 
 
-FURL, RELAY, SAC, VLM_RM, DRQ, PIXELS = (
+FURL, RELAY, SAC, VLM_RM, DRQ, PIXELS, PLUS = (
     "furl_sac_state.py", "relay_baseline.py", "sac_baseline.py", "vlm_rm_baseline.py",
-    "drq_baseline.py", "furl_drq_pixels.py",
+    "drq_baseline.py", "furl_drq_pixels.py", "furl_plus_state.py",
 )
+NO_VLM = "--kappa 0 --rho 0 --no-align --no-relay --draw-every 500"
 METHODS = {
     "sac": Method("SAC", SAC, vlm=None),
     "vlm-rm": Method("VLM-RMs", VLM_RM),
@@ -71,9 +74,28 @@ METHODS = {
     "rho-0.01": Method("rho 0.01", FURL, "--goal random --rho 0.01"),
     "rho-0.05": Method("rho 0.05", FURL, "--goal random --rho 0.05"),
     "rho-0.2": Method("rho 0.2", FURL, "--goal random --rho 0.2"),
+    "plus": Method("FuRL plus", PLUS),
+    "plus-no-vlm": Method("its parts without a VLM", PLUS, NO_VLM, vlm=None),
+    "plus-one-step": Method("one-step returns", PLUS, "--n-step 1"),
+    "plus-uniform": Method("uniform batches", PLUS, "--success-share 0"),
+    "plus-no-clip": Method("no clipping", PLUS, "--no-clip-targets"),
+    "plus-no-potential": Method("Eq. 1 in place of the potential", PLUS, "--kappa 0 --rho-always"),
+    "plus-no-guidance": Method("no rho during the search", PLUS, "--rho 0"),
+    "plus-white-noise": Method("white noise", PLUS, "--hold-steps 1"),
+    "plus-no-quiet": Method("no quiet environments", PLUS, "--quiet-envs 0"),
+    "plus-entropy": Method("entropy in all targets", PLUS, "--entropy always"),
+    "plus-no-align": Method("no reward alignment", PLUS, "--no-align"),
+    "plus-no-relay": Method("no relay", PLUS, "--no-relay"),
+    "plus-no-goal-image": Method("no goal image", PLUS, "--no-goal-image"),
+    "plus-demos": Method("three demonstrations", PLUS, "--demos 3"),
+    "plus-demos-no-vlm": Method("three, without a VLM", PLUS, f"--demos 3 {NO_VLM}", vlm=None),
+    "plus-one-demo": Method("one demonstration", PLUS, "--demos 1"),
+    "plus-random": Method("FuRL plus", PLUS, "--goal random"),
 }
 
 TWO = ("button-press-topdown-v3", "drawer-open-v3")
+GRASPING = ("pick-place-v3", "peg-insert-side-v3")
+EIGHT = tuple(task for task in MT10 if task not in GRASPING)
 TABLE1 = Table(("sac", "vlm-rm", "vlm-rm-gb", "liv", "liv-proj", "relay", "furl-no-goal-image",
                 "furl"))
 TABLE2 = Table(("sac-random", "relay-random", "furl-random"))
@@ -90,6 +112,17 @@ TABLES = {
     "figure10": Table(("rho-0.01", "rho-0.05", "rho-0.2"), TWO),
     "figure13": TABLE2,
     "figure15": TABLE6,
+    "plus": Table(("plus", "plus-no-vlm"), EIGHT, "plus"),
+    "plus-ablations": Table(
+        ("plus", "plus-one-step", "plus-uniform", "plus-no-clip", "plus-no-potential",
+         "plus-no-guidance", "plus-white-noise", "plus-no-quiet", "plus-entropy", "plus-no-align",
+         "plus-no-relay", "plus-no-goal-image"),
+        ("button-press-topdown-v3", "drawer-open-v3", "push-v3"), "plus",
+    ),
+    "plus-demos": Table(("plus-demos", "plus-demos-no-vlm", "plus-one-demo", "plus"), GRASPING,
+                        "plus"),
+    "plus-random": Table(("plus-random",), ("reach-v3", "window-close-v3", "drawer-open-v3"),
+                         "plus"),
 }
 
 PRESETS = {
@@ -102,5 +135,7 @@ PRESETS = {
     "laptop": Preset("--total-timesteps 120000 --batch-size 64 --learning-rate 3e-4 "
                      "--init-q -100 --layer-norm --init-temperature 0.01 --stage2-after 2500 "
                      "--eval-every 2000", {"clip": "--vlm clip"}),
+    # FuRL plus's own defaults, written out to be on record, with the embedded VLM.
+    "plus": Preset("--total-timesteps 80000 --eval-every 2000", {"clip": "--vlm clip"}),
     "none": Preset(vlms={"clip": "--vlm clip"}),
 }

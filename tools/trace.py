@@ -104,7 +104,6 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
     import jax
 
     from common.envs.metaworld_envpool import EnvPoolMetaWorld
-    from common.evaluate import Evaluator
     from common.run import Run
     from common.vlms import VLM
 
@@ -113,10 +112,10 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
         recorder.wrap(engine, "step_wait", "wait for workers")
     recorder.wrap(VLM, "embed_images", "embed")
     recorder.wrap(replay, "add_rows", "store")
-    for name in ("sort_episodes", "count_positives"):  # of scripts that look at whole episodes
-        if hasattr(script, name):
-            recorder.wrap(script, name, "sort episodes")
-    recorder.wrap(Evaluator, "__call__", "evaluate")
+    for owner, name in ((replay, "sort_episodes"), (script, "count_positives")):
+        if hasattr(owner, name):
+            recorder.wrap(owner, name, "sort episodes")
+    recorder.wrap(Run, "_play_on", "evaluate")
     recorder.wrap(Run, "save", "checkpoint")
     recorder.wrap(Run, "log_training", "log")
     act, update = script.act, script.update

@@ -238,7 +238,7 @@ def filled_buffers(embed_dim: int, num_rows: int, args: furl.Args) -> furl.Buffe
     time = np.arange(500, dtype=np.int32)
     for _ in range(4):
         images = rng.normal(size=(500, embed_dim)).astype(np.float16)
-        frames = replay.EmbeddedFrame(images, time, np.full(500, True))
+        frames = replay.EmbeddedFrame(images, time, np.full(500, True), time)
         buffers = buffers._replace(
             positives=replay.add_rows(buffers.positives, frames),
             negatives=replay.add_rows(buffers.negatives, frames._replace(embedding=images[::-1])),

@@ -1,0 +1,276 @@
+"""What FuRL plus adds to FuRL: returns, targets and noise against numbers worked out by hand."""
+
+import csv
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import furl_plus_state as script
+from common import replay
+from common.envs import metaworld
+from common.errors import UserError
+from common.replay import Sizes, Transition
+from furl_plus_state import Args, Batch, Phase, VLMInputs
+
+SMALL = Args(
+    num_envs=2, batch_size=4, buffer_size=40, embedding_buffer_size=20, hidden_features=(16,),
+    projection_features=(8, 4), lag=2, n_step=3, gamma=0.5, success_share=0.0, init_q=0.0,
+    layer_norm=False,
+)
+RAW = replace(SMALL, align=False)  # phi is the cosine similarity: targets can be done by hand
+SIZES = Sizes(39, 4, 2)
+TEXT = VLMInputs(jnp.array([1.0, 0.0]), jnp.zeros(2))
+SEARCH, AFTER = Phase(True, True, "none"), Phase(False, False, "none")
+assert_close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)  # embeddings: float16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+# ---------------------------------------------------------------- n-step returns and targets
+
+
+def test_discounted_sum():
+    rewards = jnp.array([[-1.0, -1.0], [-1.0, -1.0], [0.0, -1.0]])
+    exists = jnp.array([[True, True], [True, False], [True, False]])
+    assert_close(script.discounted_sum(rewards, exists, 0.5), [-1.5, -1.0])
+
+
+@pytest.mark.parametrize(("guided", "changes", "low", "high"), [
+    # The sum of 0.99^k is 100: rewards of -1, and 0.05 r_VLM with r_VLM from -1 to 1; kappa 5.
+    (False, {}, -110, 0), (True, {}, -110, 5), (False, {"kappa": 0.0}, -105, 0),
+    (True, {"rho": 0.2}, -125, 20), (True, {"gamma": 0.9}, -15.5, 0.5),
+    (True, {"clip_targets": False}, -np.inf, np.inf),
+])
+def test_bounds_follow_from_the_flags(guided, changes, low, high):
+    assert_close(script.value_bounds(guided, replace(Args(), **changes)), (low, high))
+
+
+def at_angles(cosines) -> np.ndarray:
+    """Unit embeddings whose similarity to the text is `cosines`."""
+    cosines = np.asarray(cosines, np.float32)
+    return np.stack([cosines, np.sqrt(1 - cosines**2)], -1)
+
+
+def buffers_with(rewards, phi, first_phi=0.5, terminated=None) -> script.Buffers:
+    """One episode of two environments, begun: rewards and potentials [steps, 2]; obs encode the
+    row, next_obs the row and a half."""
+    buffers = script.init_buffers(SIZES, RAW)
+    num = len(rewards)
+    row = np.arange(2 * num, dtype=np.float32)[:, None] * np.ones((1, 39), np.float32)
+    terminated = np.zeros((num, 2)) if terminated is None else terminated
+    rows = Transition(row, row[:, :4], row + 0.5, rewards.reshape(-1), terminated.reshape(-1),
+                      at_angles(phi.reshape(-1)))
+    starts = replay.add_rows(buffers.starts, at_angles([first_phi, -first_phi]))
+    return buffers._replace(transitions=replay.add_rows(buffers.transitions, rows), starts=starts)
+
+
+PHI = np.array([[0.1, 0.0], [0.2, 0.0], [0.4, 0.0], [0.6, 0.0], [0.8, 0.0]])
+REWARDS = np.array([[0, 0], [0, 0], [1, 0], [0, 0], [1, 0]], np.float32)
+
+
+def batches(args=RAW, phase=AFTER, slots=(0, 2, 6, 8), **changes):
+    buffers = buffers_with(REWARDS, PHI, **changes)
+    return script.make_batches({}, buffers, jnp.array(slots), TEXT, args, phase)
+
+
+def test_n_steps_are_summed_up_to_the_newest_one():
+    """Environment 0, steps 0, 1, 3 and 4 of 5: three, three, two and one are there."""
+    _, relay, _ = batches()
+    assert_close(relay.reward, [-1 - 0.5 + 0, -1 + 0 - 0.25, -1 + 0, 0])
+    assert_close(relay.discount, [0.125, 0.125, 0.25, 0.5])
+    assert_close(relay.obs[:, 0], [0, 2, 6, 8])
+    assert_close(relay.next_obs[:, 0], [4.5, 6.5, 8.5, 8.5])
+    assert_close(relay.action[:, 0], [0, 2, 6, 8])
+
+
+def test_nothing_follows_a_termination():
+    terminated = np.zeros((5, 2))
+    terminated[1, 0] = 1
+    _, relay, _ = batches(terminated=terminated)
+    assert_close(relay.reward[:2], [-1 - 0.5, -1])
+    assert_close(relay.discount[:2], [0, 0])
+
+
+def test_the_vlm_reward_is_a_potential():
+    """kappa (gamma^m phi(s_m) - phi(s_0)); an episode's first phi is that of its first picture."""
+    furl, relay, metrics = batches(replace(RAW, kappa=2.0))
+    first, last, discount = ([0.5, 0.1, 0.4, 0.6], [0.4, 0.6, 0.8, 0.8], relay.discount)
+    assert_close(furl.reward - relay.reward, 2 * (discount * np.array(last) - np.array(first)))
+    assert_close(metrics["reward/vlm_mean"], np.mean(last))
+    furl, relay, _ = batches(replace(RAW, kappa=2.0), slots=(1,) * 4)  # it begins at -0.5
+    assert_close(furl.reward - relay.reward, 2 * (0 + 0.5))
+
+
+def test_a_potential_changes_no_return():
+    """Over a whole episode its sum is gamma^n phi(s_n) - phi(s_0), whatever happens between."""
+    args = replace(RAW, kappa=3.0, n_step=1)
+    furl, relay, _ = batches(args, slots=(0, 2, 4, 6))
+    gains = (furl.reward - relay.reward) * 0.5 ** np.arange(4)
+    assert_close(gains.sum(), 3 * (0.5**4 * 0.6 - 0.5))
+
+
+def test_rho_guides_during_the_search_only():
+    args = replace(RAW, rho=0.2)
+    without, _, _ = batches(replace(args, rho=0.0), SEARCH)
+    during, _, _ = batches(args, SEARCH)
+    ends = np.array([0.9, 0.7, 1.2, 1.4]) / 2  # mean of phi at both ends
+    assert_close(during.reward - without.reward, 0.2 * ends * [1.75, 1.75, 1.5, 1])
+    after, _, _ = batches(args, AFTER)
+    assert_close(after.reward, without.reward)
+    always, _, _ = batches(replace(args, rho_always=True), AFTER)
+    assert_close(always.reward, during.reward)
+
+
+def test_bounds_move_with_the_state():
+    """target + kappa phi(s_0) is the task's value: 0 at most, 2 rho more while guided."""
+    args = replace(RAW, kappa=2.0, rho=0.1)
+    first = np.array([0.5, 0.1, 0.4, 0.6])
+    furl, relay, _ = batches(args, AFTER)
+    assert_close(furl.highest, -2 * first)
+    assert_close(furl.lowest, -2 * 1.1 - 2 - 2 * first)
+    assert (relay.lowest, relay.highest) == pytest.approx((-4.2, 0))
+    furl, _, _ = batches(args, SEARCH)
+    assert_close(furl.highest, 0.2 - 2 * first)
+
+
+@pytest.mark.parametrize(("entropy", "during", "after"), [
+    ("never", 0, 0), ("search", 1, 0), ("always", 1, 1),
+])
+def test_when_targets_count_the_entropy(entropy, during, after):
+    args = replace(RAW, entropy=entropy)
+    assert [batches(args, phase)[i].entropy for phase in (SEARCH, AFTER) for i in (0, 1)] == [
+        during, during, after, after]
+
+
+def test_critic_loss_is_clipped_and_discounted():
+    agent = script.init_agent(jax.random.key(0), SIZES, SMALL)
+    rng = np.random.default_rng(0)
+    obs, action = rng.normal(size=(4, 39)), rng.uniform(-1, 1, (4, 4))
+    reward, discount = np.array([-1.0, -2.0, 30.0, -30.0]), np.array([0.5, 0.25, 0.5, 0.0])
+    bounds = np.array([-9.0, -8, -7, -6]), np.array([3.0, 2, 1, 0])
+    key = jax.random.key(1)
+    next_action, log_prob = script.sample_action(agent.actor, agent.params["actor"], obs, key)
+    next_q = agent.critic.apply(agent.target_critic, obs, next_action).min(0)
+    q = agent.critic.apply(agent.params["critic"], obs, action)
+    for entropy in (0.0, 1.0):
+        batch = Batch(obs, action, obs, reward, discount, *bounds, entropy)
+        loss, metrics = script.critic_loss(agent.params["critic"], agent, batch, key)
+        value = next_q - entropy * SMALL.init_temperature * log_prob
+        target = np.clip(reward + discount * value, *bounds)
+        assert target[2] == 1 and target[3] == -6
+        assert_close(loss, ((q - target) ** 2).mean(1).sum())
+        assert_close(metrics["q_max"], q.max())
+
+
+# ----------------------------------------------------------------------------- exploration
+
+
+HOLD = replace(SMALL, num_envs=5, hold_steps=(1, 2, 4), quiet_envs=1)  # 1, 2, 4, 1, 2
+
+
+def test_noise_is_held_by_environment():
+    draw = partial(jax.random.normal, shape=(4,))
+    noise = np.stack([script.held_noise(draw, jax.random.key(0), 5 * i, HOLD) for i in range(8)])
+    for env, hold in enumerate((1, 2, 4, 1, 2)):
+        stretches = noise[:, env].reshape(8 // hold, hold, 4)
+        np.testing.assert_array_equal(stretches, stretches[:, :1] * np.ones((1, hold, 1)))
+        assert len(np.unique(stretches[:, 0, 0])) == 8 // hold
+    assert len(np.unique(noise[0])) == 20, "each number has its own"
+
+
+def test_random_actions_are_uniform_and_held():
+    many = replace(HOLD, num_envs=3000)
+    first, second = (script.act_randomly(jax.random.key(0), 3000 * i, 4, many) for i in (0, 1))
+    assert_close(np.quantile(first, [0, 0.25, 0.5, 0.75, 1]), [-1, -0.5, 0, 0.5, 1], atol=0.03)
+    same = (np.asarray(first) == np.asarray(second)).all(1)
+    np.testing.assert_array_equal(same, np.arange(3000) % 3 > 0)
+
+
+def test_quiet_environments_act_as_the_evaluated_policy():
+    state = jax.jit(script.init_state, static_argnums=(1, 2))(jax.random.key(0), SIZES, HOLD)
+    obs = np.random.default_rng(0).normal(size=(5, 39)).astype(np.float32)
+    relays = np.zeros(5, bool)
+    action = script.act(state, obs, relays, jax.random.key(1), 0, HOLD, False)
+    different = np.abs(np.asarray(action - script.policy(state, obs))).max(1) > 1e-3
+    np.testing.assert_array_equal(different, [False, True, True, True, True])
+    relayed = script.act(state, obs, ~relays, jax.random.key(1), 0, HOLD, True)
+    mean, _ = state.relay.actor.apply(state.relay.params["actor"], obs)
+    assert (np.abs(relayed - np.tanh(mean)).max(1) > 1e-3).all(), "the relay agent is never quiet"
+    assert np.abs(relayed).max() <= 1
+
+
+@pytest.mark.parametrize("goal", ["fixed", "random-hidden"])
+def test_demonstrations_succeed_whatever_the_policy_sees(goal):
+    experts = metaworld.Experts("drawer-open-v3", 2, seed=3, goal=goal)
+    envs = metaworld.VecMetaWorld("drawer-open-v3", 3, seed=3, goal=goal, num_workers=1)
+    obs, _ = envs.reset()
+    assert not obs[:, metaworld.GOAL].any()
+    rng, succeeded = np.random.default_rng(0), np.zeros(3, bool)
+    for _ in range(150):
+        action = np.zeros((3, 4), np.float32)
+        action[:2] = experts(obs, 0.1, rng)
+        step = envs.step(action)
+        obs, succeeded = step.obs, succeeded | step.success
+    envs.close()
+    assert succeeded.tolist() == [True, True, False]
+
+
+# ------------------------------------------------------------------------------- the script
+
+
+@pytest.mark.parametrize(("num_positives", "relay", "phase"), [
+    (0, True, Phase(True, True, "none")), (0, False, Phase(True, False, "none")),
+    (2500, True, Phase(False, False, "none")),
+])
+def test_the_search_ends_with_enough_positives(num_positives, relay, phase):
+    buffers = script.init_buffers(SIZES, SMALL)
+    positives = buffers.positives._replace(total=jnp.int32(num_positives))
+    args = replace(SMALL, relay=relay)
+    assert script.choose_phase(buffers._replace(positives=positives), args) == phase
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"demos": 9}, "--demos must be at most --num-envs, 8, not 9"),
+    ({"demos": 1, "learning_starts": 3999}, "--demos needs --learning-starts 4000 or more"),
+    ({"gamma": 1.0}, "--gamma must be below 1"),
+])
+def test_flags_that_cannot_work(changes, message):
+    with pytest.raises(UserError, match=message):
+        script.check_own_flags(replace(Args(), **changes))
+
+
+TINY = Args(
+    env_id="drawer-close-v3", num_envs=2, total_timesteps=2400, learning_starts=1000, batch_size=8,
+    utd=0.5, hidden_features=(16,), projection_features=(16, 8), buffer_size=1500,
+    embedding_buffer_size=600, eval_every=600, log_every=200, checkpoint_every=700, demos=1,
+)
+
+
+def metrics_of(folder: Path) -> list[tuple[str, str, str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return [tuple(row) for row in csv.reader(file) if not row[1].startswith("time/")]
+
+
+def test_a_run_is_resumed_to_the_last_digit(tmp_path):
+    """The replay wraps, episodes end, an evaluation is under way when the run is stopped."""
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    script.main(replace(TINY, run_dir=str(whole)))
+    script.main(replace(TINY, run_dir=str(half), total_timesteps=1300))
+    script.main(replace(TINY, resume=str(half)))
+    rows, again = metrics_of(whole), metrics_of(half)
+    assert [row for row in again if row[0] != "1300"] == [row for row in rows if row[0] != "1300"]
+    steps = [int(row[0]) for row in rows[1:]]
+    assert steps == sorted(steps), "rows are in order, those of evaluations too"
+    evaluations = {row[0] for row in rows if row[1] == "eval/success_at_end"}
+    assert evaluations == {"600", "1200", "1800", "2400"}
+    assert any(row[1] == "losses/q_max" for row in rows)
