@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -842,6 +843,68 @@ def test_training_rows_and_success_of_finished_episodes(tmp_path, capsys):
     assert lines[-1] == (
         f"final policy: success_once 100%, success_at_end 50%; run folder: {run.dir}"
     )
+
+
+class SlowEvaluator:
+    """Evaluations of 20 steps; the policy's answers are noted."""
+
+    settings, episode_length = SETTINGS, 20
+
+    def __init__(self):
+        self.seen = []
+
+    def play(self, policy, video_path):
+        for _ in range(20):
+            self.seen.append(float(policy(0.5)))
+            yield
+        return {"eval/success_once": self.seen[-1], "eval/success_at_end": self.seen[-1]}
+
+    def close(self) -> None:
+        pass
+
+
+def evaluating(tmp_path: Path, **changes) -> tuple[Run, SlowEvaluator]:
+    evaluator = SlowEvaluator()
+    args = replace(GOOD, run_dir=str(tmp_path / "run"), **changes)
+    run = start_run(args, Rings(small_ring()), Sizes(39, 4, 8), Envs(), evaluator, prompt="Go.")
+    return run, evaluator
+
+
+def test_training_goes_on_beside_an_evaluation(tmp_path):
+    """An iteration has 4 steps, an evaluation comes every 40: two steps of it in each iteration.
+    Rows are in order, and the policy is that of the step at which it was asked for."""
+    run, evaluator = evaluating(tmp_path, eval_every=40)
+    state = {"w": jnp.ones(3)}
+    add = jax.jit(lambda state: {"w": state["w"] + 1}, donate_argnums=0)
+    for _ in run.iterations():
+        state = add(state)  # takes the state's memory, as an update does
+        if run.is_due(40):
+            run.evaluate(lambda state, x: state["w"][0] + x, state)
+        if run.is_due(16):
+            run.log_training("relay", {"losses/q": 0.0})
+        if run.env_steps == 60:
+            assert len(evaluator.seen) == 10, "2 in each of 5 iterations"
+            assert not [row for row in rows_of(run.dir) if row[0] in ("40", "48")], "it waits"
+        if run.env_steps == 80:
+            break
+    run.save(state, Rings(small_ring()), Envs())  # the evaluation at 80 ends before
+    run.close()
+    assert evaluator.seen == [11.5] * 20 + [21.5] * 20
+    rows = [(int(row[0]), row[1]) for row in rows_of(run.dir)[1:]]
+    assert rows == sorted(rows, key=lambda row: row[0])
+    assert [row[0] for row in rows if row[1] == "eval/success_once"] == [40, 80]
+    assert [row[0] for row in rows if row[1] == "losses/q"] == [16, 32, 48, 64, 80]
+    assert run.evaluation == {"eval/success_once": 21.5, "eval/success_at_end": 21.5}
+
+
+def test_a_run_that_fails_keeps_the_rows_that_waited(tmp_path):
+    run, _ = evaluating(tmp_path)
+    at(run, 100).evaluate(lambda state, x: state + x, jnp.ones(()))
+    at(run, 200).log_training("relay", {"losses/q": 0.25})
+    assert len(rows_of(run.dir)) <= 1
+    run.close(finished=False)
+    assert "200,losses/q,0.25" in (run.dir / "metrics.csv").read_text()
+    assert "eval/" not in (run.dir / "metrics.csv").read_text()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -320,3 +320,25 @@ def test_workers_leave_signals_to_the_process_that_trains(number):
     for _ in range(3):
         assert envs.step(np.zeros((1, 4))).obs.shape == (1, 39)
     envs.close()
+
+
+@pytest.mark.parametrize(("every", "times"), [(3, [1, 3, 6, 7]), (4, [1, 4, 7]), (50, [1, 7])])
+def test_frames_are_drawn_every_k_th_step(every, times):
+    """After the first step of an episode, every k-th, and the last; between them the older one."""
+    drawn, all_drawn = (make(2, max_episode_steps=7, camera=Camera(size=64), draw_every=k,
+                             draw_resets=True, num_workers=1) for k in (every, 1))
+    sequence = actions(14, 2)
+    for envs in (drawn, all_drawn):
+        envs.reset()
+    steps, reference = play(drawn, sequence), play(all_drawn, sequence)
+    for i, (step, other) in enumerate(zip(steps, reference, strict=True)):
+        time = i % 7 + 1
+        assert step.drawn.tolist() == [time in times] * 2 and other.drawn.all()
+        newest = max(t for t in times if t <= time) + i - time
+        np.testing.assert_array_equal(step.frames, reference[newest].frames)
+        np.testing.assert_array_equal(step.obs, other.obs)
+    np.testing.assert_array_equal(steps[6].reset_frames, reference[6].reset_frames)
+    with pytest.raises(UserError, match="draw_every must be positive, not 0"):
+        make(draw_every=0)
+    for envs in (drawn, all_drawn):
+        envs.close()

@@ -326,3 +326,107 @@ def test_an_empty_ring_has_no_pairs():
     assert not exists.any()
     # Not even with a lag of the whole ring, where unwritten slots would be their own partners.
     assert not lagged_slots(empty_frames(6), np.arange(6), 6)[1].any()
+
+
+# ----------------------------------------------- steps that follow, and what stands for them
+
+
+def lockstep(num_iterations: int, capacity: int) -> replay.Ring:
+    """Rows of three environments whose episodes take 5 steps; obs say row, episode, env, time."""
+    rows = transitions(np.arange(3))._replace(obs=np.zeros((3, 4), np.float32),
+                                              terminated=np.zeros(3, np.float32))
+    ring, envs = replay.init_ring(jax.tree.map(lambda x: x[0], rows), capacity), np.arange(3)
+    for iteration in range(num_iterations):
+        episode, time = divmod(iteration, 5)
+        obs = [envs + 3 * iteration, envs + 3 * episode, envs, np.full(3, time)]
+        ring = replay.add_rows(ring, rows._replace(obs=np.stack(obs, 1)))
+    return ring
+
+
+@pytest.mark.parametrize("num_iterations", [1, 4, 7, 9, 13, 20, 33])
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_following_steps_are_of_the_same_episode(num_iterations, n):
+    """Compared with a search through a ring of 25 rows, in which neither steps of all environments
+    nor episodes come out even."""
+    ring = lockstep(num_iterations, 25)
+    row, episode, env, time = np.asarray(ring.data.obs)[:, :4].T
+    size = int(ring.size)
+    slots = np.arange(size)
+    steps = replay.following_steps(ring, slots, n, 3, 5)
+    for slot in slots:
+        expected = []
+        for k in range(n):
+            found = [s for s in range(size) if episode[s] == episode[slot]
+                     and env[s] == env[slot] and time[s] == time[slot] + k]
+            if not found:
+                break
+            expected += found
+        exists = np.asarray(steps.exists[:, slot])
+        assert exists.sum() == len(expected) and exists[: len(expected)].all()
+        np.testing.assert_array_equal(steps.slots[: len(expected), slot], expected)
+        assert steps.last[slot] == expected[-1]
+        assert steps.episode[slot] == episode[slot] and steps.is_first[slot] == (time[slot] == 0)
+        if time[slot] > 0:  # the oldest rows' predecessors have been overwritten
+            before = np.flatnonzero(row[:size] == row[slot] - 3)
+            assert steps.before[slot] == (before[0] if len(before) else slot)
+
+
+def test_nothing_follows_a_terminated_step():
+    ring = lockstep(5, 25)
+    terminated = np.zeros(25, np.float32)
+    terminated[4] = 1  # environment 1, time 1
+    ring = ring._replace(data=ring.data._replace(terminated=jnp.asarray(terminated)))
+    steps = replay.following_steps(ring, np.array([1, 4, 0, 7]), 4, 3, 5)
+    np.testing.assert_array_equal(steps.exists.sum(0), [2, 1, 4, 3])
+    np.testing.assert_array_equal(steps.last, [4, 4, 9, 13])
+
+
+def test_a_share_of_samples_is_from_successful_episodes():
+    steps, key = lockstep(20, 25), jax.random.key(0)  # rows 35 to 59 are left
+    positives = empty_frames(10)
+
+    def rows_of(positives: replay.Ring, share: float) -> np.ndarray:
+        slots = replay.sample_with_successes(steps, positives, key, 4000, share)
+        return np.asarray(steps.data.obs)[slots, 0].astype(int)
+
+    uniform = rows_of(positives, 0.25)  # there are no successes yet
+    assert set(uniform) == set(range(35, 60))
+    frames = EmbeddedFrame(np.zeros((3, 2)), np.arange(3), np.full(3, True), np.array([7, 40, 50]))
+    positives = replay.add_rows(positives, frames)
+    some = rows_of(positives, 0.25)
+    assert (some[1000:] == uniform[1000:]).all(), "three quarters are uniform"
+    counts = np.bincount(some[:1000], minlength=60)
+    assert abs(counts[40] + counts[50] - 2 / 3 * 1000) < 60, "row 7 has left: uniform instead"
+    assert counts[7] == 0
+    np.testing.assert_array_equal(rows_of(positives, 0.0), uniform)
+
+
+def test_sorted_episodes_name_their_rows():
+    """Counted from the first row ever written, also when the replay has wrapped."""
+    steps = replay.init_ring(Step(np.zeros(2, np.float16), np.zeros((), np.float32)), 13)
+    positives, negatives = empty_frames(40), empty_frames(40)
+    for time in range(12):
+        reward = np.array([time % 6 == 4, 0], np.float32)
+        steps = replay.add_rows(steps, Step(frames_of(time, 2), reward))
+        if time % 6 == 5:
+            positives, negatives = sort_episodes(positives, negatives, steps, 2, 6)
+    np.testing.assert_array_equal(positives.data.row[:10], [0, 2, 4, 6, 8, 12, 14, 16, 18, 20])
+    np.testing.assert_array_equal(negatives.data.row[:12], np.arange(1, 24, 2))
+
+
+def test_a_frame_stands_for_the_steps_until_the_next():
+    embed_calls = []
+
+    def embed(frames: np.ndarray) -> jax.Array:
+        embed_calls.append(len(frames))
+        return jnp.asarray(frames[:, 0, 0, :2], jnp.float32)
+
+    steps = replay.init_ring(Step(np.zeros(2, np.float16), np.zeros((), np.float32)), 7)
+    stored = []
+    for time, drawn in enumerate([(1, 1, 1), (0, 0, 0), (0, 1, 0), (1, 1, 1), (0, 0, 0)]):
+        frames = np.full((3, 4, 4, 3), time, np.uint8) + 10 * np.arange(3)[:, None, None, None]
+        embedding = replay.embed_drawn(embed, frames, np.array(drawn, bool), steps)
+        steps = replay.add_rows(steps, Step(embedding, np.zeros(3)))
+        stored.append(np.asarray(embedding)[:, 0].tolist())
+    assert stored == [[0, 10, 20], [0, 10, 20], [0, 12, 20], [3, 13, 23], [3, 13, 23]]
+    assert embed_calls == [3, 1, 3], "only what was drawn is embedded"
