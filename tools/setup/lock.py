@@ -5,10 +5,10 @@
     python tools/setup/lock.py check requirements.lock
 
 requirements.txt is what people read and edit: the packages that the code imports. Its lock,
-requirements.lock, has in addition what those need, for Python 3.11 to 3.13 on Linux and macOS; it is
-made by uv and never edited. Its second line is a digest of both. So a lock that was made from other
-pins, was edited, or was merged line by line is recognised without a network, and `check` refuses it.
-Any Python 3, no packages needed; `renew` needs uv in the same environment.
+requirements.lock, has in addition what those need, for Python 3.11 to 3.13 on Linux and macOS; uv
+makes it, nobody edits it. Its second line is a digest of both files. So a lock that was made from
+other pins, was edited, or was merged line by line is recognised without a network, and `check`
+refuses it. Any Python 3, no packages needed; `renew` needs uv in the same environment.
 """
 
 import hashlib
