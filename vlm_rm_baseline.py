@@ -18,6 +18,7 @@ furl_sac_state.py (the page has all of them):
  2. 10,000 random steps before learning, as in the authors' code; the temperature starts at 0.1.
  3. The default VLM is the embedded `mini`, which needs no download. For the paper's: --vlm liv.
  4. VLM-RM's reward has no weight and no shift; the FuRL paper does not give VLM-RM's alpha.
+ 5. The SAC is FuRL's on the VLM-RM paper's environments too; docs/vlm_rm.md has what differs.
 """
 
 from collections.abc import Callable

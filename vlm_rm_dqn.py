@@ -16,6 +16,8 @@ has all of them):
  1. Eight environments, one update per environment step in total (the paper: 200 every 200 steps).
  2. Frames are embedded as they come (Algorithm 1: 3,200 at once).
  3. The default VLM is the embedded `toy`, which needs no download.
+ 4. The target is copied every 10,000 steps; the authors' code moves it by 0.005 at every step.
+ 5. Episodes have 500 steps (200) and are truncated; in the authors' code they terminate.
 """
 
 from collections.abc import Callable

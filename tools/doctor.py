@@ -33,7 +33,7 @@ GIB = 2**30
 
 # Without these a run trains as well: EnvPool's engine, --track, videos, curves, statistics, tests.
 OPTIONAL = {"envpool", "wandb", "wandb-workspaces", "jinja2", "imageio", "imageio-ffmpeg",
-            "matplotlib", "scipy", "pytest", "hypothesis", "ruff"}
+            "matplotlib", "scipy", "pytest", "pytest-xdist", "hypothesis", "ruff", "uv"}
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 SLOW_FRAME = 20.0  # ms at 176 px in "fast": an idle core draws it in 4, a GPU in less
 SEEDS = (0, 1)
