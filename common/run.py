@@ -118,6 +118,9 @@ class Run:
                 self._succeeded[:], self._returns[:] = False, 0
             self._logger = self._open_logger(resume_from=self.env_steps)
             self._logger.say(f"resumed at {self.env_steps:,} steps")
+            if not envs.resumes_episodes:
+                self._logger.say(f"note: episodes begin anew: the state of {self.args.env_id} "
+                                 f"({envs.engine}) cannot be saved")
         else:
             obs = envs.observations()
             self.save(state, buffers, envs)  # so that a run that dies early can be resumed too

@@ -885,7 +885,10 @@ def test_a_run_is_resumed_with_its_counts(tmp_path, capsys, resumes_episodes, su
     np.testing.assert_array_equal(buffers.replay.data["id"], [0, 1, 2, 0, 0, 0, 0, 0])
     assert state["w"].committed and buffers.replay.data["id"].committed
     np.testing.assert_array_equal(obs, np.arange(4.0) + 7)
-    assert "resumed at 100 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resumed at 100 steps" in said
+    anew = "note: episodes begin anew: the state of drawer-open-v3 (an engine) cannot be saved"
+    assert (anew in said) != resumes_episodes
     assert resumed.evaluation == {"eval/success_once": 1.0, "eval/success_at_end": 1.0}
     # The first environment has succeeded before the checkpoint and is cut off now: 1 of 2, unless
     # its episode could not go on.
