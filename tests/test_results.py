@@ -178,7 +178,8 @@ def test_wall_clock_by_hand():
     """100 steps at 10 a second, then 100 at 5: 10 s and 20 s more."""
     found = runs.wall_clock([(100, 10.0), (200, 5.0)], np.array([50, 100, 150, 200]))
     assert found.tolist() == [5, 10, 20, 30]
-    assert np.isnan(runs.wall_clock([], np.array([1]))).all()
+    for speeds in ([], [(100, 10.0), (200, 0.0)], [(100, np.nan)], [(100, np.inf)]):
+        assert np.isnan(runs.wall_clock(speeds, np.array([1]))).all()
 
 
 def test_from_run_folders_to_a_table_and_back(tmp_path, capsys):
@@ -282,6 +283,14 @@ def test_what_cannot_be_in_one_table_is_one_line(tmp_path, refused, capfd):
             "is another run of furl_sac_state than")
     refused(results, [str(tmp_path / "cut"), "--budget", "100"], "would cut")
     assert (tmp_path / "cut/furl_sac_state/push-v3.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "1.5"])
+def test_a_success_that_is_no_share_is_refused(tmp_path, bad):
+    write_run(tmp_path / "a", "push-v3", 0, [0, bad])
+    with pytest.raises(UserError, match=f"success_at_end is {bad} at step 200, not 0 to 1"):
+        run_tool(tmp_path / "a", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_damaged_is_named(tmp_path, capsys):

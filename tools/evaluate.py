@@ -27,7 +27,7 @@ from common.envs.suites import suite_for
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, Evaluator, write_video
 from common.logger import git_commit, versions
-from tools.measures import standard_error, wilson_interval
+from tools.measures import standard_error, wilson_interval, without_nan
 from tools.trained import Trained, new_folder, open_run
 
 BATCH = 20  # environments side by side; not the number of cores: it decides which goals are drawn
@@ -235,8 +235,11 @@ def film(
         else:
             reward_of = trained.vlm_reward(vlm)
             seen = trained.view.crop(draw_again(trained, actions, trained.view.size, **where))
-            rewards = np.stack([reward_of(vlm.embed_images(seen[:, i])) for i in range(count)], 1)
-            label = f"VLM reward of this run ({vlm.name})"
+            found = np.stack([reward_of(vlm.embed_images(seen[:, i])) for i in range(count)], 1)
+            if np.isfinite(found).all():
+                rewards, label = found, f"VLM reward of this run ({vlm.name})"
+            else:
+                print("note: the video shows the sparse reward: the VLM reward is not finite")
     title = prompt_for(where["env_id"], None)
     if trained.has_vlm and trained.args.env_id == where["env_id"]:
         title = trained.config["prompt"]
@@ -293,7 +296,7 @@ def evaluate_returns(trained: Trained, args: Args) -> dict[str, Any]:
         "run": {key: trained.config.get(key) for key in RUN_FACTS},
         "commit": git_commit(), "versions": versions(),
     }
-    (output / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / "evaluation.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
     interval = "" if error is None else f" (standard error {error:.1f})"
     print(f"{trained.name}: {args.episodes} episodes of {env_id}: mean return "
           f"{means['eval/return']:.1f}{interval}, mean length {means['eval/length']:.1f}, success "
@@ -356,7 +359,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.videos:
         count = min(args.videos, num_episodes)
         results["videos"], results["video_curve"] = film(trained, episodes, count, output, **where)
-    (output / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / "evaluation.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
     print(f"written: {output}")
     return results
 

@@ -51,11 +51,14 @@ from tools.episodes import (
 )
 from tools.measures import (
     auc,
+    check_finite,
     epic_distance,
     goal_baseline_reward,
+    means_the_same,
     pixel_embedding,
     spearman,
     standard_error,
+    without_nan,
 )
 from tools.report_page import (
     COLUMNS,
@@ -197,10 +200,10 @@ def measure(reward: np.ndarray, data: Data, every: int, seed: int) -> dict[str, 
         "spearman_standard_error": standard_error(np.array(progress)) if progress else math.nan,
         "auc": auc(goal, other),
         "auc_95": [float(x) for x in np.nanpercentile(resampled, [2.5, 97.5])]
-        if len(goal) and len(other) else [math.nan, math.nan],
+        if np.isfinite(resampled).any() else [math.nan, math.nan],
         "auc_suboptimal": auc(goal, reward[:, SUBOPTIMAL][failures]),
-        "fooled": float(np.mean(highest >= np.median(goal))) if len(goal) and len(highest)
-        else math.nan,
+        "fooled": float(np.mean(highest >= np.median(goal)))
+        if len(goal) and len(highest) and np.isfinite(reward).all() else math.nan,
         "epic": epic_distance(reward.ravel(), data.success.ravel()),
     }
 
@@ -225,8 +228,8 @@ def verdict(figures: dict[str, Any], kind: str = "raw") -> tuple[str, str]:
     """(good, fuzzy, misleading or unknown; what that means in words) for `measure`'s figures."""
     rises, separates, fooled = figures["spearman"], figures["auc"], figures["fooled"]
     if math.isnan(rises) or math.isnan(separates):
-        return "unknown", ("The expert did not succeed often enough in these episodes to tell: "
-                           "try more --steps.")
+        return "unknown", ("The expert did not succeed often enough in these episodes to tell (try "
+                           "more --steps), or the reward is the same everywhere.")
     text = (f"Along the expert's way the reward {'rises' if rises >= 0.2 else 'does not rise'} "
             f"with progress (Spearman {rises:.2f}). A success frame scores higher than another "
             f"frame in {separates:.0%} of all pairs, where guessing gives 50%.")
@@ -243,7 +246,7 @@ def verdict(figures: dict[str, Any], kind: str = "raw") -> tuple[str, str]:
 
 def epic_by_alpha(text: np.ndarray, baseline: np.ndarray, data: Data) -> list[float] | None:
     """EPIC distance for each of ALPHAS (Figure 4a); None where both texts mean the same."""
-    if cosine_similarity(text, baseline[None])[0] > 0.9999:
+    if means_the_same(text, baseline):
         return None
     images, labels = data.embeddings.reshape(-1, len(text)), data.success.ravel()
     return [epic_distance(goal_baseline_reward(text, baseline, images, float(alpha)), labels)
@@ -326,7 +329,11 @@ def goal_picture(env_id: str, goal: str, seed: int, camera: Camera) -> np.ndarra
 def build_rewards(
     data: Data, texts: dict[str, np.ndarray], runs: list[Trained], vlm: VLM
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """Name -> (kind, reward [E, 3, n]) of all that is compared."""
+    """Name -> (kind, reward [E, 3, n]) of all that is compared.
+
+    Raises:
+        UserError: one of them is not finite.
+    """
     shape = data.success.shape
     flat = data.embeddings.reshape(-1, vlm.embed_dim)
     rewards = {f"“{prompt}”": ("raw", cosine_similarity(text, data.embeddings))
@@ -336,6 +343,8 @@ def build_rewards(
     if data.goal_distance is not None:
         rewards[f"goal picture, {vlm.name}"] = "goal picture", -data.goal_distance
         rewards["goal picture, raw pixels"] = "goal picture", -data.pixel_distance
+    for name, (_, reward) in rewards.items():
+        check_finite(reward, f"the reward of {name}")
     return rewards
 
 
@@ -381,13 +390,13 @@ def main(args: Args) -> dict[str, Any]:
         measured = measure(reward, data, args.every, seed)
         level, words = verdict(measured, kind)
         figures[reward_name] = {"kind": kind, **measured, "verdict": level, "in_words": words}
-    raw = [n for n, f in figures.items() if f["kind"] == "raw"]
+    raw = [n for n, f in figures.items() if f["kind"] == "raw" and math.isfinite(f["auc"])]
     if len(raw) > 1:
-        best = max(raw, key=lambda n: np.nan_to_num(figures[n]["auc"]))
+        best = max(raw, key=lambda n: figures[n]["auc"])
         notes.append(f"Of the prompts, {best} separates success best (AUC "
                      f"{cell(figures[best]['auc'])}).")
     plain = figures.get("goal picture, raw pixels")
-    if plain and plain["auc"] >= max(figures[n]["auc"] for n in raw):
+    if plain and raw and plain["auc"] >= max(figures[n]["auc"] for n in raw):
         notes.append("A goal picture compared in raw pixels separates success as well as the best "
                      f"of these texts, or better (AUC {cell(plain['auc'])}).")
     for run in runs:
@@ -447,15 +456,6 @@ def write(output: Path, results: dict[str, Any], drawn: dict[str, Callable[[], A
         pictures[name] = path.read_bytes()
     (output / "report.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
     (output / "report.html").write_text(page(results, pictures))
-
-
-def without_nan(value: Any) -> Any:
-    """For JSON, which has no NaN: None in its place."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def print_report(results: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.cache import cached_arrays
+from common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,11 @@ class VLM:
             return to_jax(torch.cat(embeddings))
 
     def embed_text(self, prompts: list[str]) -> np.ndarray:
-        """N prompts -> float32 [N, D], from the disk's cache where it has them."""
+        """N prompts -> float32 [N, D], from the disk's cache where it has them.
+
+        Raises:
+            UserError: an embedding is not finite, or zero: no picture could be compared with it.
+        """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings")
         empty = np.zeros((0, self.embed_dim), np.float32)
@@ -84,7 +89,11 @@ class VLM:
                 return {"embedding": self._encode_text([prompt]).float().cpu().numpy()[0]}
 
         key = hashlib.sha256(f"{self.id}\n{prompt}".encode()).hexdigest()[:32]
-        return cached_arrays("prompts", key, compute)["embedding"]
+        embedding = cached_arrays("prompts", key, compute)["embedding"]
+        if not np.isfinite(embedding).all() or not embedding.any():
+            raise UserError(f"{self.name} has no embedding of {prompt!r} that is finite and not "
+                            "zero: its weights are damaged")
+        return embedding
 
     def _encode_images(self, frames: torch.Tensor) -> torch.Tensor:
         raise TypeError("use a subclass")

@@ -39,6 +39,9 @@ class Run:
         seconds: [n], wall-clock until each of them, whole ones; NaN if its speed was not logged.
         about: command, commit, versions, hardware.
         place: where it was read, for messages.
+
+    Raises:
+        ValueError: a success is no share from 0 to 1.
     """
 
     method: str
@@ -54,6 +57,14 @@ class Run:
     seconds: np.ndarray
     about: dict[str, Any]
     place: str
+
+    def __post_init__(self) -> None:
+        for name in ("success_once", "success_at_end"):
+            shares = getattr(self, name)
+            wrong = ~((shares >= 0) & (shares <= 1))  # as with NaN
+            if wrong.any():
+                raise ValueError(f"{name} is {shares[wrong][0]:g} at step "
+                                 f"{self.env_steps[wrong][0]}, not 0 to 1")
 
     @property
     def done(self) -> int:
@@ -133,10 +144,12 @@ def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], lab
 
 def wall_clock(speeds: list[tuple[int, float]], env_steps: np.ndarray) -> np.ndarray:
     """Seconds until each of `env_steps`, from the rows of `time/steps_per_second`: each is the
-    speed since the row before."""
+    speed since the row before. NaN where a speed is missing or impossible."""
     if not speeds:
         return np.full(len(env_steps), np.nan)
     steps, rates = np.array(sorted(speeds)).T
+    if not (np.isfinite(rates) & (rates > 0)).all():
+        return np.full(len(env_steps), np.nan)
     steps = np.concatenate([[0], steps])
     seconds = np.concatenate([[0], np.cumsum(np.diff(steps) / rates)])
     return np.round(np.interp(env_steps, steps, seconds))
@@ -202,7 +215,7 @@ def read_wandb(path: str, label: str | None) -> list[Run]:
             if "exp_name" not in run.config or "env_id" not in args:
                 note(f"{run.name}: not one of these scripts' runs, left out")
                 continue
-            rows = [(int(row["env_steps"]), key, row[key]) for keys in (EVALUATION, (SPEED,))
+            rows = [(int(row["env_steps"]), key, float(row[key])) for keys in (EVALUATION, (SPEED,))
                     for row in run.scan_history(keys=["env_steps", *keys]) for key in keys]
             config = {**run.config.get("facts", {}), "script": run.config["exp_name"], "args": args}
             runs.append(make_run(config, rows, label, f"wandb:{path}/{run.id}"))
