@@ -164,6 +164,62 @@ def check_episodes_fit(args: Any, episode_length: int) -> None:
                         f"environments, {least} transitions or more, not {args.buffer_size}")
 
 
+def check_alignment(args: Any, episode_length: int) -> None:
+    """For scripts with FuRL's flags: whether the alignment can begin, and which flags are idle.
+
+    Args:
+        args: with the fields that are named here.
+        episode_length: actions in an episode.
+
+    Raises:
+        UserError: Eq. 4 could never take its turn.
+    """
+    note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
+    note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
+              "l2_margin")
+    if not args.align:
+        return
+    note_idle(args, "goal_image", "l2_margin")
+    note_idle(args, "stage2", "stage2_after", "lag")
+    if not args.stage2:
+        if not args.goal_image:
+            print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
+                  "heads stay random")
+        return
+    if args.lag >= episode_length:
+        raise UserError(f"--lag must be below the length of an episode, {episode_length}, not "
+                        f"{args.lag}: no frame would have one to be compared with")
+    # Of a buffer full of whole episodes the first `lag` frames of each do not count.
+    most = args.embedding_buffer_size * (episode_length - args.lag) // episode_length
+    if args.stage2_after > most:
+        raise UserError(f"--stage2-after must be at most {most}, not {args.stage2_after}: more "
+                        f"positives after --lag {args.lag} steps are not in an "
+                        f"--embedding-buffer-size of {args.embedding_buffer_size}")
+
+
+def note_untrained(args: Any) -> None:
+    """Say so if a run of whole iterations ends before its first update."""
+    starts = getattr(args, "learning_starts", 0)
+    if args.total_timesteps - steps_per_iteration(args) < max(starts, 1):
+        print(f"note: nothing is trained: --total-timesteps {args.total_timesteps} must be above "
+              f"--learning-starts {starts}, until which actions are random")
+
+
+def note_idle(args: Any, switch: str, *names: str) -> None:
+    """Say so if flags were given another value than their default, but another one switches off
+    all that they are for.
+
+    Args:
+        args: the script's.
+        switch: field of a flag of the kind `--no-relay`.
+        names: fields of the flags that only matter with it.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    idle = [flag_of(name) for name in names if getattr(args, name) != defaults[name]]
+    if idle and not getattr(args, switch):
+        print(f"note: without effect beside {flag_of(f'no_{switch}')}: {', '.join(idle)}")
+
+
 def steps_per_iteration(args: Any) -> int:
     """Environment steps that all environments together take between two actions."""
     return args.num_envs * getattr(args, "action_repeat", 1)

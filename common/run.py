@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from common import checkpoint
-from common.cli import script_name, source_file, steps_per_iteration
+from common.cli import note_untrained, script_name, source_file, steps_per_iteration
 from common.envs.rendering import gl_info
 from common.envs.suites import suite_for
 from common.envs.workers import STOP_SIGNALS, Step
@@ -272,6 +272,7 @@ def start_run(
         facts: what else belongs into config.json, e.g. the prompt.
     """
     source = source_file(type(args))
+    note_untrained(args)
     if args.resume:
         run_dir = Path(args.resume)
         run = Run(args, run_dir, read_config(run_dir), (evaluate, envs))

@@ -162,6 +162,41 @@ def test_buffers_that_are_too_small_for_whole_episodes(change, flag):
         cli.check_episodes_fit(replace(GOOD, **least | change), 500)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"lag": 500}, "--lag must be below the length of an episode, 500, not 500"),
+    ({"embedding_buffer_size": 1000, "stage2_after": 981}, "--stage2-after must be at most 980"),
+])
+def test_an_alignment_that_could_not_begin(change, message, capsys):
+    for good in ({"lag": 499}, {"embedding_buffer_size": 1000, "stage2_after": 980}):
+        cli.check_alignment(replace(GOOD, **good), 500)
+    with pytest.raises(UserError, match=message):
+        cli.check_alignment(replace(GOOD, **change), 500)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("change", "note"), [
+    ({"align": False, "lag": 500, "stage2_after": 9}, "beside --no-align: --stage2-after, --lag"),
+    ({"relay": False, "relay_until": 5}, "beside --no-relay: --relay-until"),
+    ({"goal_image": False, "l2_margin": 0.3}, "beside --no-goal-image: --l2-margin"),
+    ({"stage2": False, "lag": 5}, "beside --no-stage2: --lag"),
+    ({"stage2": False, "goal_image": False}, "leave nothing to align with"),
+    ({"align": False, "relay": False}, ""),
+])
+def test_flags_that_others_switch_off_are_named(change, note, capsys):
+    cli.check_alignment(replace(GOOD, **change), 500)
+    out = capsys.readouterr().out
+    assert note in out and len(out.splitlines()) == bool(note)
+
+
+@pytest.mark.parametrize(("total", "starts", "untrained"), [
+    (400, 10_000, True), (400, 400, True), (404, 400, False), (4, 0, True), (8, 0, False),
+])
+def test_a_run_that_trains_nothing_says_so(total, starts, untrained, capsys):
+    """With four environments: the first update comes after the first action beyond the start."""
+    cli.note_untrained(replace(GOOD, total_timesteps=total, learning_starts=starts))
+    assert ("nothing is trained: --total-timesteps" in capsys.readouterr().out) == untrained
+
+
 @dataclass(frozen=True)
 class RepeatingArgs(Args):
     action_repeat: int = 2
@@ -699,6 +734,7 @@ def test_start_run_writes_config_and_says_where(tmp_path, capsys):
     at(run, 100).log_evaluation({"eval/success_once": 0.0, "eval/success_at_end": 0.0})
     run.close()
     out = capsys.readouterr().out
+    assert out.startswith("note: nothing is trained: --total-timesteps 400 must be above --learn")
     assert f"run folder: {tmp_path / 'run'}" in out and "prompt: Go." in out
     config = logger.read_config(tmp_path / "run")
     assert config["script"] == "furl_sac_state" and config["jax_devices"]

@@ -91,6 +91,13 @@ def test_a_reward_that_is_not_finite_is_neither_measured_nor_compared():
         report.build_rewards(d, {"Go.": np.full(8, np.nan)}, [], vlm)
 
 
+def test_only_prompts_that_mean_something_are_compared():
+    figures = {name: {"kind": kind, "auc": auc} for name, kind, auc in (
+        ("a", "raw", 0.6), ("b", "raw", math.nan), ("c", "raw", 0.9), ("d", "checkpoint", 1.0))}
+    assert report.comparable(figures, set()) == ["a", "c"]
+    assert report.comparable(figures, {"c"}) == ["a"]
+
+
 @pytest.mark.parametrize(("spearman", "auc", "fooled", "level"), [
     (0.8, 0.95, 0.1, "good"),
     (0.8, 0.95, 0.5, "fuzzy"),

@@ -348,6 +348,13 @@ def build_rewards(
     return rewards
 
 
+def comparable(figures: dict[str, Any], meaningless: set[str]) -> list[str]:
+    """The prompts of which one may be called the best: without those that the VLM does not know,
+    or that have no AUC."""
+    return [name for name, f in figures.items()
+            if f["kind"] == "raw" and name not in meaningless and math.isfinite(f["auc"])]
+
+
 def main(args: Args) -> dict[str, Any]:
     """Write the report; returns what its JSON holds."""
     start = time.monotonic()
@@ -384,13 +391,17 @@ def main(args: Args) -> dict[str, Any]:
     texts = dict(zip(prompts, vlm.embed_text(prompts), strict=True))
     baseline = vlm.embed_text([baseline_prompt])[0]
     rewards = build_rewards(data, texts, runs, vlm)
+    meaningless = {f"“{prompt}”" for prompt in prompts if not vlm.knows(prompt)}
 
     figures: dict[str, Any] = {}
     for reward_name, (kind, reward) in rewards.items():
         measured = measure(reward, data, args.every, seed)
         level, words = verdict(measured, kind)
+        if reward_name in meaningless:
+            level, words = "unknown", (f"{vlm.name} knows no word of this prompt: all such prompts "
+                                       "are the same to it, and the figures mean nothing.")
         figures[reward_name] = {"kind": kind, **measured, "verdict": level, "in_words": words}
-    raw = [n for n, f in figures.items() if f["kind"] == "raw" and math.isfinite(f["auc"])]
+    raw = comparable(figures, meaningless)
     if len(raw) > 1:
         best = max(raw, key=lambda n: figures[n]["auc"])
         notes.append(f"Of the prompts, {best} separates success best (AUC "

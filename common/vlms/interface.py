@@ -10,6 +10,7 @@ that `--help` and a misspelt argument need not wait for.
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -81,8 +82,16 @@ class VLM:
         empty = np.zeros((0, self.embed_dim), np.float32)
         return np.concatenate([empty, *(self._embed_prompt(p)[None] for p in prompts)])
 
+    def knows(self, prompt: str) -> bool:
+        """Whether there is a word in it that means something to the model."""
+        return True
+
     def _embed_prompt(self, prompt: str) -> np.ndarray:
         import torch
+
+        if not self.knows(prompt):
+            say_once(f"note: {self.name} knows no word of the prompt {prompt!r}: all such prompts "
+                     "are the same to it")
 
         def compute() -> dict[str, np.ndarray]:
             with torch.inference_mode():
@@ -100,6 +109,11 @@ class VLM:
 
     def _encode_text(self, prompts: list[str]) -> torch.Tensor:
         raise TypeError("use a subclass")
+
+
+@cache
+def say_once(text: str) -> None:
+    print(text, flush=True)
 
 
 class View(NamedTuple):
