@@ -20,6 +20,7 @@ import numpy as np
 
 from common.cores import num_cores
 from common.errors import UserError
+from common.names import file_name
 
 CSV_HEADER = ("env_steps", "key", "value")
 PACKAGES = ("metaworld", "mujoco", "gymnasium", "jax", "jaxlib", "flax", "optax", "torch", "numpy")
@@ -62,7 +63,8 @@ def create_run_dir(run_dir: str | None, env_id: str, script: str, seed: int) -> 
     """
     check_run_dir(run_dir)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = Path(run_dir) if run_dir else Path("runs") / f"{env_id}__{script}__{seed}__{stamp}"
+    name = f"{file_name(env_id)}__{script}__{seed}__{stamp}"
+    path = Path(run_dir) if run_dir else Path("runs") / name
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock_run_dir(path)

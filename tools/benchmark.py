@@ -149,7 +149,7 @@ def tabulate(rows: Iterable[Row], module: str, output: Path | None) -> list[Row]
     results: list[Row] = []
     for row in rows:
         results.append(row)
-        lines.append("| " + " | ".join(row) + " |")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
         print(lines[-1], flush=True)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)

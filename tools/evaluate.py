@@ -27,6 +27,7 @@ from common.envs.suites import suite_for
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, Evaluator, write_video
 from common.logger import git_commit, versions
+from common.names import file_name
 from tools.measures import standard_error, wilson_interval, without_nan
 from tools.trained import Trained, new_folder, open_run
 
@@ -274,7 +275,7 @@ def evaluate_returns(trained: Trained, args: Args) -> dict[str, Any]:
     seed = trained.args.seed + 2 * EVAL_SEED_OFFSET if args.seed is None else args.seed
     env_id = suite_for(trained.args.env_id).evaluated_on(trained.args.env_id)
     output = args.output or Path("evaluations") / "__".join(
-        [trained.name, f"step_{trained.env_steps}", env_id.replace(":", "_"), str(seed)])
+        [trained.name, f"step_{trained.env_steps}", file_name(env_id), str(seed)])
     new_folder(output)
     same = {"seed": seed, "goal": "fixed", "seed_offset": 0}
     evaluate = Evaluator(trained.args.env_id, num_episodes=args.episodes, **same)
@@ -298,9 +299,12 @@ def evaluate_returns(trained: Trained, args: Args) -> dict[str, Any]:
     }
     (output / "evaluation.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
     interval = "" if error is None else f" (standard error {error:.1f})"
-    print(f"{trained.name}: {args.episodes} episodes of {env_id}: mean return "
-          f"{means['eval/return']:.1f}{interval}, mean length {means['eval/length']:.1f}, success "
-          f"at the end {means['eval/success_at_end']:.0%} ({low:.0%} to {high:.0%})")
+    text = (f"{trained.name}: {args.episodes} episodes of {env_id}: mean return "
+            f"{means['eval/return']:.1f}{interval}, mean length {means['eval/length']:.1f}")
+    if means["eval/success_once"]:  # else the environment may know none
+        text += (f", success at the end {means['eval/success_at_end']:.0%} ({low:.0%} to "
+                 f"{high:.0%})")
+    print(text)
     print(f"written: {output}")
     return results
 

@@ -31,6 +31,7 @@ from common.envs.metaworld_tasks import MT10, resolve_env_id
 from common.errors import UserError
 from common.flags import RunArgs
 from common.logger import format_duration
+from common.names import LONGEST, distinct_name, marked
 from tools.cells import Cell, Outcome, is_finished, is_in_use, read_progress
 from tools.engines import RayEngine, SlurmEngine, share_of
 from tools.paper_tables import METHODS, PRESETS, TABLES, Method
@@ -103,6 +104,7 @@ def fields_of(script: Path) -> set[str]:
 def chosen_methods(args: Args) -> dict[str, tuple[Method, tuple[str, ...]]]:
     """Folder name -> (method, its tasks)."""
     found: dict[str, tuple[Method, tuple[str, ...]]] = {}
+    owners: dict[str, str] = {}  # of folders' names, by --scripts
     for name in args.names:
         if name not in TABLES:
             raise UserError(f"unknown table {name!r}; there are {', '.join(TABLES)}")
@@ -117,8 +119,11 @@ def chosen_methods(args: Args) -> dict[str, tuple[Method, tuple[str, ...]]]:
             raise UserError(f"--scripts {words!r} is no script with flags") from None
         name = "_".join([Path(script).stem, *(word.strip("-") for word in flags)])
         name = name.replace("/", "-")
-        if name in found:
-            raise UserError(f"two of --scripts are called {name}")
+        if len(name.encode()) > LONGEST:  # such as with a prompt
+            name = marked(name.encode()[: LONGEST // 2].decode(errors="ignore"), words)
+        if owners.get(name) == words:
+            raise UserError(f"two of --scripts are the same: {words}")
+        name = distinct_name(name, words, owners)
         found[name] = Method(name, script, shlex.join(flags)), MT10
     if unknown := set(args.methods) - set(found):
         raise UserError(f"unknown method {min(unknown)!r}; there are {', '.join(found)}")

@@ -81,6 +81,7 @@ def main(args: Args) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, len(axes), figsize=(4.5 * len(axes), 3.6), squeeze=False,

@@ -104,6 +104,7 @@ def main(args: Args) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
     from matplotlib import pyplot as plt
 
     names = [f"{vlm}, {look}" for vlm in vlms for look in args.look]
