@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -153,7 +154,8 @@ class Run:
         host = {"envs": envs.get_state(), "run": mine}
         checkpoint.save(self.dir, self.env_steps, state, buffers._asdict(), host)
         if self._stopped_by is not None and self.env_steps < self.args.total_timesteps:
-            self.logger.say(f"saved at {self.env_steps:,} steps; continue with --resume {self.dir}")
+            self.logger.say(f"saved at {self.env_steps:,} steps; continue with --resume "
+                            f"{shlex.quote(str(self.dir))}")
             self.close(finished=False)
             raise SystemExit(128 + self._stopped_by)
 

@@ -1,5 +1,6 @@
 """The command line, the run folder and its records: what is refused, and what is written."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -160,6 +161,43 @@ def test_buffers_that_are_too_small_for_whole_episodes(change, flag):
     cli.check_episodes_fit(replace(GOOD, **least), 500)
     with pytest.raises(UserError, match=f"^{flag} must hold an episode"):
         cli.check_episodes_fit(replace(GOOD, **least | change), 500)
+
+
+@pytest.mark.parametrize(("utd", "num_envs", "message"), [
+    (0.3333333, 3, None), (2 / 3, 3, None), (1.0, 1, None),
+    (0.333, 3, "gives 0.999 updates .* as with --utd 0.3333333333333333"),
+    (0.1, 4, "gives 0.4 updates .* as with --utd 0.25"), (math.nan, 4, "as with --utd 0.25"),
+])
+def test_what_utd_would_work_is_said(utd, num_envs, message):
+    args = replace(GOOD, utd=utd, num_envs=num_envs, total_timesteps=num_envs)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        assert cli.check_args(args, metaworld).updates_per_iteration == round(utd * num_envs)
+
+
+@pytest.mark.parametrize(("stored", "flag"), [
+    ({"seed": "0"}, "seed"), ({"env_id": 5}, "env_id"), ({"total_timesteps": None}, "total"),
+    ({"num_envs": 1.5}, "--num-envs 1.5"), ({"relay": 1}, "--relay 1"), ({"tau": "x"}, "--tau"),
+    ({"relay_periods": [50, "x"]}, "--relay-periods"), ({"goal": "any"}, "--goal 'any'"),
+    ({"relay_periods": 50}, "--relay-periods 50"), ({"tau": True}, "--tau True"),
+])
+def test_a_wrongly_typed_config_is_one_line(stored, flag, tmp_path):
+    config = {"script": "furl_sac_state", "args": dataclasses.asdict(GOOD)}
+    for args in (config["args"], config["args"] | stored):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"args": args}))
+        if args is config["args"]:
+            assert cli.parse_args(Args, ["--resume", str(tmp_path)]).resume == str(tmp_path)
+            continue
+        with pytest.raises(UserError, match=f"its config.json .*{flag}"):
+            cli.parse_args(Args, ["--resume", str(tmp_path)])
+
+
+def test_help_in_a_narrow_terminal(monkeypatch, capsys):
+    """Of five columns; tyro would lay out its table in no width at all."""
+    monkeypatch.setenv("COLUMNS", "5")
+    with pytest.raises(SystemExit) as stop:
+        flags.parse(Args, ["--help"])
+    assert stop.value.code == 0 and os.environ["COLUMNS"] == "5"
+    assert "--learning-starts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -648,6 +686,17 @@ def test_live_line_on_a_terminal_overwrites_itself(tmp_path, monkeypatch, capsys
     assert len(first) == 39, "cut to the terminal's width"
     assert len(second) == 39 and second.strip().startswith("500/1,000 | ETA"), "covers the first"
     assert rest == "a line of its own\n"
+
+
+def test_eighty_columns_show_the_time_left(tmp_path, monkeypatch, capsys):
+    log = make_logger(tmp_path, total_timesteps=1_000_000)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(logger.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    log.speed(500)
+    log.live(500, **{"steps/s": "110", "success: train": "12%", "eval": "100%",
+                     "phase": "aligned"})
+    log.close()
+    assert " | ETA " in capsys.readouterr().out
 
 
 def test_eta_and_speed_of_a_resumed_run_count_from_the_checkpoint(tmp_path, monkeypatch, capsys):

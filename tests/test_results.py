@@ -294,6 +294,26 @@ def test_a_success_that_is_no_share_is_refused(tmp_path, bad):
     assert not (tmp_path / "out").exists()
 
 
+def test_garbage_in_metrics_is_left_out_with_a_line(tmp_path, capsys):
+    """As a machine that lost power leaves it at the end."""
+    write_run(tmp_path / "a", "push-v3", 0, [0, 1])
+    with open(tmp_path / "a/metrics.csv", "ab") as file:
+        file.write(b"\x00" * 4000 + b"\n300,eval/success_once,1\n300,eval/succ\xff\xfe\n1,2,x\n")
+    [run] = run_tool(tmp_path / "a", output=tmp_path / "out", label="FuRL")
+    assert run.env_steps.tolist() == [100, 200]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("3 lines of its metrics.csv cannot be read and are left out")
+
+
+@pytest.mark.parametrize(("command", "kept"), [
+    ("a.py --run-dir 'x y' --seed 1", "a.py --seed 1"), ("a.py --resume=x", "a.py"),
+    ("a.py --prompt 'Open it.' --run-dir x", "a.py --prompt 'Open it.'"),
+    ("a.py --prompt Don't --run-dir x", "a.py --prompt Don't"),
+])
+def test_a_command_without_its_place(command, kept):
+    assert runs.without_place(command) == kept
+
+
 # --------------------------------------------------------------------- names and returns
 
 

@@ -517,11 +517,13 @@ def main(args: Args) -> int:
 
 if __name__ == "__main__":
     try:
-        import tyro
+        import tyro  # noqa: F401 - parse needs it
+
+        from common.flags import parse
     except ImportError:
         raise SystemExit(f"error: the package tyro is not installed: {INSTALL}") from None
     try:
-        raise SystemExit(main(tyro.cli(Args)))
+        raise SystemExit(main(parse(Args)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

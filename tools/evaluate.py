@@ -19,13 +19,14 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from common.cli import run_script
+from common.cli import check_ranges, run_script
 from common.envs.metaworld import VecMetaWorld
 from common.envs.metaworld_tasks import prompt_for, resolve_env_id
 from common.envs.rendering import Camera
 from common.envs.suites import suite_for
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, Evaluator, write_video
+from common.flags import NotNegativeInt
 from common.logger import git_commit, versions
 from common.names import file_name
 from tools.measures import standard_error, wilson_interval, without_nan
@@ -51,7 +52,7 @@ class Args:
     """another task than the run's own"""
     goal: Literal["fixed", "random", "random-hidden"] | None = None
     """default: as in training"""
-    seed: int | None = None
+    seed: NotNegativeInt | None = None
     """of the goals; default: the run's own for a fixed goal, else one unused so far"""
     videos: int = 1
     """episodes to film, the first ones, at most 4; 0: none"""
@@ -317,8 +318,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.episodes < 1 or not 0 <= args.videos <= MAX_VIDEOS:
         raise UserError(f"--episodes must be 1 or more and --videos 0 to {MAX_VIDEOS}; they are "
                         f"{args.episodes} and {args.videos}")
-    if args.seed is not None and args.seed < 0:
-        raise UserError(f"--seed must not be negative, but is {args.seed}")
+    check_ranges(args)
     trained = open_run(args.run, args.step, args.run_code)
     if suite_for(trained.args.env_id).EPISODES_DIFFER:
         return evaluate_returns(trained, args)

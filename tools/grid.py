@@ -29,7 +29,7 @@ import tyro
 from common.cores import OVERRIDE
 from common.envs.metaworld_tasks import MT10, resolve_env_id
 from common.errors import UserError
-from common.flags import RunArgs
+from common.flags import RunArgs, parse
 from common.logger import format_duration
 from common.names import LONGEST, distinct_name, marked
 from tools.cells import Cell, Outcome, is_finished, is_in_use, read_progress
@@ -37,6 +37,7 @@ from tools.engines import RayEngine, SlurmEngine, share_of
 from tools.paper_tables import METHODS, PRESETS, TABLES, Method
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_SEEDS = 100_000  # it is their number, not one of them
 OURS = {"env_id", "seed", "run_dir", "resume"}  # flags that the grid gives
 
 
@@ -146,8 +147,9 @@ def plan(args: Args, extra: list[str]) -> tuple[Path, dict[str, Any], list[Cell]
     """
     if bool(args.names) == bool(args.scripts):
         raise UserError(f"name a table or figure ({', '.join(TABLES)}), or give --scripts")
-    if args.seeds < 1 or args.retries < 0:
-        raise UserError("--seeds must be 1 or more, and --retries not negative")
+    if not 1 <= args.seeds <= MOST_SEEDS or args.retries < 0:
+        raise UserError(f"--seeds must be 1 to {MOST_SEEDS}, and --retries not negative; they are "
+                        f"{args.seeds} and {args.retries}")
     preset_name = args.preset or ("paper" if args.names else "none")
     preset, users = PRESETS[preset_name], flag_groups(extra)
     if taken := OURS & set(users):
@@ -397,7 +399,7 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     try:
-        status = main(tyro.cli(Args, args=words[:cut]), words[cut + 1 :])
+        status = main(parse(Args, words[:cut]), words[cut + 1 :])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2

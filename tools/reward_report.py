@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.cli import run_script
+from common.cli import check_ranges, run_script
 from common.cores import num_cores
 from common.envs.metaworld import MAX_EPISODE_STEPS, goal_image, make_env
 from common.envs.metaworld_tasks import (
@@ -35,6 +35,7 @@ from common.envs.metaworld_tasks import (
 from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
+from common.flags import NotNegativeInt
 from common.logger import git_commit, versions
 from common.vlms import VLM, load_vlm, view_for
 from common.vlms.interface import centre_view
@@ -98,7 +99,7 @@ class Args:
     """environment steps from one picture to the next"""
     goal: Literal["fixed", "random"] | None = None
     """default: as the first checkpoint was trained, else random"""
-    seed: int | None = None
+    seed: NotNegativeInt | None = None
     """of goals and behaviour; default: the first checkpoint's fixed goal, else unseen ones"""
     camera_id: int = 2
     """camera of the pictures"""
@@ -281,10 +282,10 @@ def check(args: Args) -> None:
     """Raises:
         UserError: names the flag whose value cannot work.
     """
-    if args.episodes < 2 or args.every < 1 or args.workers < 0 or (args.seed or 0) < 0:
-        raise UserError("--episodes must be 2 or more, --every 1 or more, --workers and --seed not "
-                        f"negative; they are {args.episodes}, {args.every}, {args.workers} and "
-                        f"{args.seed}")
+    check_ranges(args)
+    if args.episodes < 2 or args.every < 1 or args.workers < 0:
+        raise UserError("--episodes must be 2 or more, --every 1 or more, --workers not negative; "
+                        f"they are {args.episodes}, {args.every} and {args.workers}")
     if not 4 * args.every <= args.steps <= MAX_EPISODE_STEPS - 1:
         raise UserError(f"--steps must be four times --every {args.every} or more and below "
                         f"{MAX_EPISODE_STEPS}, not {args.steps}")

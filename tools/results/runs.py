@@ -1,9 +1,9 @@
 """Finished runs for `tools.results`: read from where they are, checked, written as CSV and JSON."""
 
-import csv
 import dataclasses
 import json
 import re
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ import numpy as np
 from common.cli import MAY_CHANGE, flag_of
 from common.envs.metaworld_tasks import ENV_IDS
 from common.errors import UserError
-from common.logger import read_config
+from common.logger import is_row, read_config
 from common.names import distinct_name, file_name, folder_name
 
 HEADER = "seed,env_steps,success_once,success_at_end"
@@ -138,7 +138,7 @@ def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], lab
     args = config["args"]
     about = {key: config[key] for key in ABOUT if key in config}
     # Where a run went is no part of what it was.
-    about["command"] = re.sub(r" --(run-dir|resume)[ =]\S+", "", str(about.get("command")))
+    about["command"] = without_place(str(about.get("command")))
     about["hardware"] = {key: config[key] for key in HARDWARE if key in config}
     return Run(
         method=method or folder_name(label or ""), label=label or "",
@@ -152,6 +152,17 @@ def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], lab
         returns=np.array([returns[step] for step in env_steps])
         if all(step in returns for step in env_steps) else None,
     )
+
+
+def without_place(command: str) -> str:
+    """A command without where its run went."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # of a version that did not quote
+        return re.sub(r" --(run-dir|resume)[ =]\S+", "", command)
+    kept = [word for i, word in enumerate(words) if not re.match(r"--(run-dir|resume)(=|$)", word)
+            and words[i - 1 : i] not in (["--run-dir"], ["--resume"])]
+    return shlex.join(kept)
 
 
 def wall_clock(speeds: list[tuple[int, float]], env_steps: np.ndarray) -> np.ndarray:
@@ -171,9 +182,14 @@ def read_run(folder: Path, label: str | None = None, method: str | None = None) 
     """A run folder."""
     config = read_config(folder, str(folder))
     try:
-        with open(folder / "metrics.csv", newline="") as file:
-            rows = [(int(row[0]), row[1], float(row[2])) for row in csv.reader(file)
-                    if len(row) == 3 and row[1] in (*EVALUATION, RETURN, SPEED)]
+        lines = (folder / "metrics.csv").read_text(errors="replace").split("\n")
+        table = [line.rstrip("\r").split(",") for line in lines[1:] if line.strip()]
+        good = [row for row in table if len(row) == 3 and is_row(row)]
+        if len(good) < len(table):
+            note(f"{folder}: {len(table) - len(good)} lines of its metrics.csv cannot be read and "
+                 "are left out")
+        rows = [(int(step), key, float(value)) for step, key, value in good
+                if key in (*EVALUATION, RETURN, SPEED)]
         return make_run(config, rows, label, str(folder), method)
     except FileNotFoundError:
         return make_run(config, [], label, str(folder), method)
