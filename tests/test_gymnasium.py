@@ -184,7 +184,7 @@ DRAWN = {"camera": Camera(16, 0, "fast")}
     ("PairOfNumbers", {}, "reset returned an array"),
     ("TakesNoSeed", {}, "reset of TakesNoSeed takes no seed"),
     ("FourParts", {}, "step returned a tuple of 4, not"),
-    ("NoInfo", {}, "step returned a tuple of 5, not|reset returned"),
+    ("NoInfo", {}, "step gave None as info, not a dictionary"),
     ("Scalar", {}, r"reset gave an observation that has the shape \(\), not \(3,\)"),
     ("Short", {}, r"has the shape \(1,\), not \(3,\)"),
     ("Ragged", {}, "is a list of 2, not an array"),
