@@ -29,7 +29,7 @@ import optax
 from flax import struct
 
 from common import flags, pixels, replay
-from common.cli import check_args, run_script
+from common.cli import check_alignment, check_args, run_script
 from common.convolution import convolve, few_at_a_time
 from common.envs import metaworld
 from common.envs.rendering import Camera
@@ -505,13 +505,15 @@ def relay_acts(episode: int, time: int, args: Args) -> np.ndarray:
 
 def choose_phase(buffers: Buffers, args: Args) -> Phase:
     """Algorithm 1's branches, from the samples collected so far; waits for the device."""
-    alignment = "none"
-    old_enough = (buffers.positives.data.time >= args.lag).sum()
-    if args.align and args.stage2 and old_enough >= args.stage2_after:
+    alignment, positives = "none", buffers.positives
+    old_enough = (positives.data.time >= args.lag).sum()
+    # A full buffer forgets its oldest, and what has been enough once is enough for good.
+    enough = 1 if positives.total >= positives.capacity else args.stage2_after
+    if args.align and args.stage2 and old_enough >= enough:
         alignment = "success"
     elif args.align and args.goal_image and buffers.negatives.total > 0:
         alignment = "goal-image"
-    return Phase(args.relay and int(buffers.positives.total) < args.relay_until, alignment)
+    return Phase(args.relay and int(positives.total) < args.relay_until, alignment)
 
 
 def explore(agent: AgentState, pictures: jax.Array, key: jax.Array) -> jax.Array:
@@ -561,6 +563,7 @@ def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array],
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = pixels.check_args(check_args(args, metaworld), metaworld.MAX_EPISODE_STEPS)
+    check_alignment(args, args.layout.episode_length)
     prompt = metaworld.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm)

@@ -32,7 +32,7 @@ import optax
 from flax import struct
 
 from common import flags, replay
-from common.cli import check_args, run_script
+from common.cli import check_alignment, check_args, run_script
 from common.envs import metaworld
 from common.envs.rendering import Camera
 from common.envs.workers import Step
@@ -429,13 +429,15 @@ def relay_acts(episode: int, time: int, args: Args) -> np.ndarray:
 
 def choose_phase(buffers: Buffers, args: Args) -> Phase:
     """Algorithm 1's branches, from the samples collected so far; waits for the device."""
-    alignment = "none"
-    old_enough = (buffers.positives.data.time >= args.lag).sum()
-    if args.align and args.stage2 and old_enough >= args.stage2_after:
+    alignment, positives = "none", buffers.positives
+    old_enough = (positives.data.time >= args.lag).sum()
+    # A full buffer forgets its oldest, and what has been enough once is enough for good.
+    enough = 1 if positives.total >= positives.capacity else args.stage2_after
+    if args.align and args.stage2 and old_enough >= enough:
         alignment = "success"
     elif args.align and args.goal_image and buffers.negatives.total > 0:
         alignment = "goal-image"
-    return Phase(args.relay and int(buffers.positives.total) < args.relay_until, alignment)
+    return Phase(args.relay and int(positives.total) < args.relay_until, alignment)
 
 
 @partial(jax.jit, static_argnames=("args", "relaying"))
@@ -477,6 +479,7 @@ def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array],
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = check_args(args, metaworld, whole_episodes=True)
+    check_alignment(args, metaworld.MAX_EPISODE_STEPS)
     prompt = metaworld.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm)

@@ -279,6 +279,9 @@ def main(args: Args) -> dict[str, float]:
     if not args.vlm_reward and (args.prompt or args.baseline_prompt or args.alpha):
         raise UserError("--prompt, --baseline-prompt and --alpha have no effect with "
                         "--no-vlm-reward")
+    if args.target_update_every >= args.total_timesteps:
+        print(f"note: --target-update-every {args.target_update_every} is never due in "
+              f"{args.total_timesteps} steps: the target stays as it began")
     vlm = vlm_inputs = view = camera = None
     facts = {}
     if args.vlm_reward:

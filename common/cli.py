@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import inspect
+import math
 import sys
 import typing
 from collections.abc import Callable
@@ -10,13 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-import tyro
-
 from common.cache import keep_compiled_programs
 from common.cores import share_cores
 from common.envs.workers import WorkerError
 from common.errors import UserError
-from common.flags import LARGEST, check_range
+from common.flags import LARGEST, check_range, has_type, parse
 from common.logger import check_run_dir, read_config
 
 ArgsT = TypeVar("ArgsT")
@@ -38,7 +37,7 @@ def parse_args(args_type: type[ArgsT], argv: list[str]) -> ArgsT:
     """
     folder = resumed_folder(argv)
     if folder is None:
-        return tyro.cli(args_type, args=argv)
+        return parse(args_type, argv)
     config = read_config(Path(folder))
     ours = script_name(args_type)
     if config.get("script") != ours:
@@ -46,7 +45,7 @@ def parse_args(args_type: type[ArgsT], argv: list[str]) -> ArgsT:
                         f"{ours}.py")
     default = stored_args(config["args"], args_type, f"--resume {folder}")
     names = {f.name for f in dataclasses.fields(args_type)}
-    args = tyro.cli(args_type, args=argv, default=default)
+    args = parse(args_type, argv, default=default)
     for name in sorted(names - MAY_CHANGE):
         if getattr(args, name) != getattr(default, name):
             raise UserError(f"{flag_of(name)} cannot change in a resumed run: it is "
@@ -77,8 +76,16 @@ def stored_args(stored: dict[str, Any], args_type: type[ArgsT], name: str) -> Ar
 
     Flags that the stored run lacks take their defaults, flags that are gone are left out; one line
     names each kind. `name` is what it calls the run.
+
+    Raises:
+        UserError: a stored value has another type than the flag.
     """
     fields = {f.name: f for f in dataclasses.fields(args_type)}
+    kinds = typing.get_type_hints(args_type, include_extras=True)
+    for key, value in stored.items():
+        if key in fields and not has_type(value, kinds[key]):
+            raise UserError(f"{name}: its config.json has {flag_of(key)} {value!r}, which is of "
+                            "another type than the flag")
     new, gone = ([n for n in one if n not in other] for one, other in
                  ((fields, stored), (stored, fields)))
     if new:
@@ -124,9 +131,12 @@ def check_args(args: ArgsT, suite: ModuleType, whole_episodes: bool = False) -> 
         listed = ", ".join(f"{i} ({name})" for i, name in enumerate(suite.CAMERAS))
         raise UserError(f"unknown camera {args.camera_id}; this task has {listed}")
     updates = args.utd * args.num_envs
-    if not 1 <= updates <= LARGEST or abs(updates - round(updates)) > 1e-6:
-        raise UserError(f"--utd {args.utd:g} x --num-envs {args.num_envs} gives {updates:g} "
-                        f"updates per iteration: it must be a whole number from 1 to {LARGEST}")
+    whole = round(updates) if math.isfinite(updates) else 0
+    if not 1 <= whole <= LARGEST or abs(updates - whole) > 1e-6:
+        nearest = min(max(whole, 1), LARGEST) / args.num_envs
+        raise UserError(f"--utd {args.utd!r} x --num-envs {args.num_envs} gives {updates!r} "
+                        f"updates per iteration: it must be a whole number from 1 to {LARGEST}, "
+                        f"as with --utd {nearest!r}")
     if args.buffer_size < args.num_envs:
         raise UserError(f"--buffer-size must hold a step of each of {args.num_envs} environments, "
                         f"{args.num_envs} transitions or more, not {args.buffer_size}")
@@ -162,6 +172,62 @@ def check_episodes_fit(args: Any, episode_length: int) -> None:
     if args.buffer_size < least:
         raise UserError(f"--buffer-size must hold an episode of each of {args.num_envs} "
                         f"environments, {least} transitions or more, not {args.buffer_size}")
+
+
+def check_alignment(args: Any, episode_length: int) -> None:
+    """For scripts with FuRL's flags: whether the alignment can begin, and which flags are idle.
+
+    Args:
+        args: with the fields that are named here.
+        episode_length: actions in an episode.
+
+    Raises:
+        UserError: Eq. 4 could never take its turn.
+    """
+    note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
+    note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
+              "l2_margin")
+    if not args.align:
+        return
+    note_idle(args, "goal_image", "l2_margin")
+    note_idle(args, "stage2", "stage2_after", "lag")
+    if not args.stage2:
+        if not args.goal_image:
+            print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
+                  "heads stay random")
+        return
+    if args.lag >= episode_length:
+        raise UserError(f"--lag must be below the length of an episode, {episode_length}, not "
+                        f"{args.lag}: no frame would have one to be compared with")
+    # Of a buffer full of whole episodes the first `lag` frames of each do not count.
+    most = args.embedding_buffer_size * (episode_length - args.lag) // episode_length
+    if args.stage2_after > most:
+        raise UserError(f"--stage2-after must be at most {most}, not {args.stage2_after}: more "
+                        f"positives after --lag {args.lag} steps are not in an "
+                        f"--embedding-buffer-size of {args.embedding_buffer_size}")
+
+
+def note_untrained(args: Any) -> None:
+    """Say so if a run of whole iterations ends before its first update."""
+    starts = getattr(args, "learning_starts", 0)
+    if args.total_timesteps - steps_per_iteration(args) < max(starts, 1):
+        print(f"note: nothing is trained: --total-timesteps {args.total_timesteps} must be above "
+              f"--learning-starts {starts}, until which actions are random")
+
+
+def note_idle(args: Any, switch: str, *names: str) -> None:
+    """Say so if flags were given another value than their default, but another one switches off
+    all that they are for.
+
+    Args:
+        args: the script's.
+        switch: field of a flag of the kind `--no-relay`.
+        names: fields of the flags that only matter with it.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    idle = [flag_of(name) for name in names if getattr(args, name) != defaults[name]]
+    if idle and not getattr(args, switch):
+        print(f"note: without effect beside {flag_of(f'no_{switch}')}: {', '.join(idle)}")
 
 
 def steps_per_iteration(args: Any) -> int:

@@ -5,6 +5,8 @@ of plain types (`int`, `float`, `str`, `bool`, tuples of them) may have any valu
 """
 
 import math
+import os
+import shutil
 import types
 import typing
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 PositiveInts = Annotated[tuple[PositiveInt, ...], MinLen(1)]
 
 LARGEST = 2**31 - 1  # counters on the device are int32
+LEAST_COLUMNS = 40  # of a terminal, for a help text
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,44 @@ class RunArgs:
     @property
     def updates_per_iteration(self) -> int:
         return round(self.utd * self.num_envs)
+
+
+def parse(args_type: Any, argv: list[str] | None = None, **options: Any) -> Any:
+    """`tyro.cli`, whose help takes all memory in a terminal of a few columns."""
+    import tyro
+
+    before = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < LEAST_COLUMNS:
+        os.environ["COLUMNS"] = str(LEAST_COLUMNS)
+    try:
+        return tyro.cli(args_type, args=argv, **options)
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def has_type(value: Any, kind: Any) -> bool:
+    """Whether a value that was read from JSON is of the type of a flag; True for types that are not
+    JSON's."""
+    origin, members = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return has_type(value, members[0])
+    if origin in (typing.Union, types.UnionType):
+        return any(has_type(value, member) for member in members)
+    if origin is typing.Literal:
+        return value in members
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        kinds = members[:1] * len(value) if members[1:] == (...,) else members
+        return len(kinds) == len(value) and all(map(has_type, value, kinds))
+    if kind is types.NoneType:
+        return value is None
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind) if kind in (bool, str) else True
 
 
 def check_range(value: Any, kind: Any, flag: str) -> None:

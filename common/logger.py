@@ -8,6 +8,7 @@ import json
 import math
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 
 from common.cores import num_cores
 from common.errors import UserError
+from common.names import file_name
 
 CSV_HEADER = ("env_steps", "key", "value")
 PACKAGES = ("metaworld", "mujoco", "gymnasium", "jax", "jaxlib", "flax", "optax", "torch", "numpy")
@@ -37,8 +39,8 @@ def check_run_dir(run_dir: str | None) -> None:
     path = Path(run_dir or "runs")
     try:
         if run_dir and (path.resolve() in _LOCKS or holds_run(path)):
-            raise UserError(f"{path} already holds a run: continue it with --resume {path}, or "
-                            "choose another --run-dir")
+            raise UserError(f"{path} already holds a run: continue it with --resume "
+                            f"{shlex.quote(str(path))}, or choose another --run-dir")
         existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         if not existing.is_dir():
             raise UserError(f"{path} is not a free folder: choose another --run-dir")
@@ -62,7 +64,8 @@ def create_run_dir(run_dir: str | None, env_id: str, script: str, seed: int) -> 
     """
     check_run_dir(run_dir)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = Path(run_dir) if run_dir else Path("runs") / f"{env_id}__{script}__{seed}__{stamp}"
+    name = f"{file_name(env_id)}__{script}__{seed}__{stamp}"
+    path = Path(run_dir) if run_dir else Path("runs") / name
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock_run_dir(path)
@@ -143,7 +146,7 @@ def write_config(run_dir: Path, args: Any, **facts: Any) -> dict[str, Any]:
     """Write `config.json`: the arguments and the facts that a reader needs to trust the run."""
     config = {
         "args": dataclasses.asdict(args),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "run_id": secrets.token_hex(4),  # of W&B: folders' names are not unique
         "commit": git_commit(),
         "versions": versions(),
@@ -168,12 +171,18 @@ def read_config(run_dir: Path, name: str | None = None) -> dict[str, Any]:
         raise UserError(f"{name}: no such folder; give a run folder under runs/")
     try:
         config = json.loads((run_dir / "config.json").read_text())
+        kinds = {"env_id": str, "seed": int, "total_timesteps": int}
+        for key, kind in kinds.items():  # what all that read it look at
+            value = config["args"].get(key, kind())
+            if not isinstance(value, kind):
+                raise TypeError(f"its {key} is {value!r}")
         config["args"]["env_id"]
         return config
     except FileNotFoundError:
         raise UserError(f"{name}: not a run folder (it has no config.json)") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name}: its config.json cannot be read ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: its config.json cannot be read ({reason})") from None
 
 
 class Logger:
@@ -248,14 +257,16 @@ class Logger:
 
         The time left is by the speed of late, as `speed` has measured it.
         """
-        parts = [f"{env_steps:>9,}/{self.total_timesteps:,}"]
-        parts += [f"{key} {value}" for key, value in fields.items()]
+        done = [f"{env_steps:>9,}/{self.total_timesteps:,}"]
+        shown, left = [f"{key} {value}" for key, value in fields.items()], []
         if self._seconds_per_step is not None:
             remaining = (self.total_timesteps - env_steps) * self._seconds_per_step
-            parts.append(f"ETA {format_duration(remaining)}")
-        line = " | ".join(parts)
+            left = [f"ETA {format_duration(remaining)}"]
+        line = " | ".join(done + shown + left)
         if sys.stdout.isatty():
-            line = line[: shutil.get_terminal_size().columns - 1]
+            width = shutil.get_terminal_size().columns - 1
+            if len(line) > width:  # what is cut off then is not the time left
+                line = " | ".join(done + left + shown)[:width]
             show("\r" + line.ljust(self._line_width), end="")
             self._line_width = len(line)
         else:
@@ -287,13 +298,23 @@ def show(text: str = "", end: str = "\n") -> None:
 
 def keep_rows_until(path: Path, env_steps: int) -> None:
     """Drop the rows of metrics.csv beyond `env_steps`, and a last line that was cut off."""
-    text = path.read_text()
-    rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
-    kept = [r for r in rows[1:] if len(r) == 3 and r[0].isdecimal() and int(r[0]) <= env_steps]
+    text = path.read_text(errors="replace")  # a machine that lost power may leave anything there
+    rows = [line.split(",") for line in text[: text.rfind("\n") + 1].split("\n")]
+    kept = [r for r in rows[1:] if len(r) == 3 and is_row(r) and int(r[0]) <= env_steps]
     temporary = path.with_suffix(".csv.tmp")
     with open(temporary, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([CSV_HEADER, *kept])
     temporary.replace(path)
+
+
+def is_row(fields: list[str]) -> bool:
+    """Whether the three fields of a line of metrics.csv are (env_steps, key, value)."""
+    env_steps, key, value = fields
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return env_steps.isascii() and env_steps.isdecimal() and key.isprintable()
 
 
 def format_duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import checkpoint
-from common.cli import script_name, source_file, steps_per_iteration
+from common.cli import note_untrained, script_name, source_file, steps_per_iteration
 from common.envs.rendering import gl_info
 from common.envs.suites import suite_for
 from common.envs.workers import STOP_SIGNALS, Step
@@ -137,6 +138,9 @@ class Run:
                 self._succeeded[:], self._returns[:] = False, 0
             self._logger = self._open_logger(resume_from=self.env_steps)
             self._logger.say(f"resumed at {self.env_steps:,} steps")
+            if not envs.resumes_episodes:
+                self._logger.say(f"note: episodes begin anew: the state of {self.args.env_id} "
+                                 f"({envs.engine}) cannot be saved")
         else:
             obs = envs.observations()
             self.save(state, buffers, envs)  # so that a run that dies early can be resumed too
@@ -172,7 +176,8 @@ class Run:
         host = {"envs": envs.get_state(), "run": mine}
         checkpoint.save(self.dir, self.env_steps, state, buffers._asdict(), host)
         if self._stopped_by is not None and self.env_steps < self.args.total_timesteps:
-            self.logger.say(f"saved at {self.env_steps:,} steps; continue with --resume {self.dir}")
+            self.logger.say(f"saved at {self.env_steps:,} steps; continue with --resume "
+                            f"{shlex.quote(str(self.dir))}")
             self.close(finished=False)
             raise SystemExit(128 + self._stopped_by)
 
@@ -335,6 +340,7 @@ def start_run(
         facts: what else belongs into config.json, e.g. the prompt.
     """
     source = source_file(type(args))
+    note_untrained(args)
     if args.resume:
         run_dir = Path(args.resume)
         run = Run(args, run_dir, read_config(run_dir), envs, evaluate)

@@ -1,5 +1,6 @@
 """A user's own environments, `environments:...`, as tests of the Gymnasium suite need them."""
 
+import random
 from typing import Any, ClassVar
 
 import gymnasium
@@ -62,6 +63,55 @@ class Unbounded(Line):
         self.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
 
+class Broken(gymnasium.Env):
+    """Does one thing that Gymnasium's contract does not allow, from the step `since` on."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, render_mode: str | None = None, since: int = 0, **fault: Any):
+        self.render_mode, self.since, self.fault, self.steps = render_mode, since, fault, 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("action_space", "observation_space"):
+            return super().__getattribute__("fault").get(name, super().__getattribute__(name))
+        return super().__getattribute__(name)
+
+    def now(self, name: str, right: Any) -> Any:
+        return self.fault[name] if name in self.fault and self.steps >= self.since else right
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.now("reset", (self.now("obs", np.zeros(3)), {}))
+
+    def step(self, action: np.ndarray):
+        self.steps += 1
+        obs = self.now("obs", np.zeros(3))
+        return self.now("step", (obs, self.now("reward", 1.0), self.now("terminated", False), False,
+                                 self.now("info", {})))
+
+    def render(self) -> Any:
+        return self.now("picture", np.zeros((8, 8, 3), np.uint8))
+
+
+class TakesNoSeed(Broken):
+    def reset(self):
+        return np.zeros(3), {}
+
+
+class Global(Broken):
+    """Draws from the global generators."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        return np.array([random.random(), np.random.rand(), 0.0]), {}  # noqa: NPY002
+
+    def step(self, action: np.ndarray):
+        obs = np.array([random.gauss(), np.random.rand(), 0.0])  # noqa: NPY002
+        return obs, 0.0, False, False, {}
+
+
 def register(env_id: str, entry_point: type, **options: Any) -> None:
     gymnasium.register(env_id, entry_point, **options)
 
@@ -71,3 +121,31 @@ register("ContinuousLine-v0", Line, max_episode_steps=5, kwargs={"discrete": Fal
 register("Blind-v0", Blind)
 register("Undrawable-v0", Undrawable)
 register("Unbounded-v0", Unbounded)
+register("TakesNoSeed-v0", TakesNoSeed)
+register("Global-v0", Global, max_episode_steps=5)
+register("StackedPendulum-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=200,
+         additional_wrappers=(gymnasium.wrappers.FrameStackObservation.wrapper_spec(stack_size=3),))
+nan = np.full(3, np.nan)
+for name, fault in {
+    "OnlyObs": {"reset": np.zeros(3)}, "PairOfNumbers": {"reset": np.zeros(2)},
+    "FourParts": {"step": (np.zeros(3), 1.0, False, {})}, "NoInfo": {"info": None},
+    "Scalar": {"obs": 0.5}, "Short": {"obs": np.zeros(1)}, "Ragged": {"obs": [[1], [2, 3]]},
+    "NoObs": {"obs": None}, "Words": {"obs": ["a", "b", "c"]}, "NaN": {"obs": nan},
+    "Huge": {"obs": np.array([0, 0, 1e300])}, "LateNaN": {"obs": nan, "since": 30},
+    "NaNReward": {"reward": np.nan}, "NoReward": {"reward": None}, "Rewards": {"reward": nan},
+    "LateNaNReward": {"reward": -np.inf, "since": 30}, "NoEnd": {"terminated": None},
+    "IsSuccess": {"info": {"is_success": np.True_}, "since": 2},
+    "NaNSuccess": {"info": {"success": np.nan}},
+    "FloatPicture": {"picture": np.zeros((8, 8, 3))}, "ListPicture": {"picture": [[0]]},
+    "NoPicture": {"picture": None}, "ChannelsFirst": {"picture": np.zeros((3, 8, 8), np.uint8)},
+    "EmptyPicture": {"picture": np.zeros((0, 8, 3), np.uint8)},
+    "GreyPicture": {"picture": np.full((8, 8), 70, np.uint8)},
+    "RGBA": {"picture": np.full((8, 8, 4), (70, 80, 90, 255), np.uint8)},
+    "Whole": {"action_space": gymnasium.spaces.Box(0, 10, (2,), np.int64)},
+    "Point": {"action_space": gymnasium.spaces.Box(np.float32([0, 1]), np.float32([1, 1]))},
+    "FarApart": {"action_space": gymnasium.spaces.Box(np.float32([1e9]), np.float32([1e9 + 64]))},
+    "NoActions": {"action_space": gymnasium.spaces.Box(-1, 1, (0,), np.float32)},
+    "NoSpace": {"action_space": None},
+    "Graph": {"observation_space": gymnasium.spaces.Sequence(gymnasium.spaces.Discrete(2))},
+}.items():
+    register(f"{name}-v0", Broken, max_episode_steps=60, kwargs=fault)

@@ -1,5 +1,6 @@
 """The command line, the run folder and its records: what is refused, and what is written."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -161,6 +162,78 @@ def test_buffers_that_are_too_small_for_whole_episodes(change, flag):
     cli.check_episodes_fit(replace(GOOD, **least), 500)
     with pytest.raises(UserError, match=f"^{flag} must hold an episode"):
         cli.check_episodes_fit(replace(GOOD, **least | change), 500)
+
+
+@pytest.mark.parametrize(("utd", "num_envs", "message"), [
+    (0.3333333, 3, None), (2 / 3, 3, None), (1.0, 1, None),
+    (0.333, 3, "gives 0.999 updates .* as with --utd 0.3333333333333333"),
+    (0.1, 4, "gives 0.4 updates .* as with --utd 0.25"), (math.nan, 4, "as with --utd 0.25"),
+])
+def test_what_utd_would_work_is_said(utd, num_envs, message):
+    args = replace(GOOD, utd=utd, num_envs=num_envs, total_timesteps=num_envs)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        assert cli.check_args(args, metaworld).updates_per_iteration == round(utd * num_envs)
+
+
+@pytest.mark.parametrize(("stored", "flag"), [
+    ({"seed": "0"}, "seed"), ({"env_id": 5}, "env_id"), ({"total_timesteps": None}, "total"),
+    ({"num_envs": 1.5}, "--num-envs 1.5"), ({"relay": 1}, "--relay 1"), ({"tau": "x"}, "--tau"),
+    ({"relay_periods": [50, "x"]}, "--relay-periods"), ({"goal": "any"}, "--goal 'any'"),
+    ({"relay_periods": 50}, "--relay-periods 50"), ({"tau": True}, "--tau True"),
+])
+def test_a_wrongly_typed_config_is_one_line(stored, flag, tmp_path):
+    config = {"script": "furl_sac_state", "args": dataclasses.asdict(GOOD)}
+    for args in (config["args"], config["args"] | stored):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"args": args}))
+        if args is config["args"]:
+            assert cli.parse_args(Args, ["--resume", str(tmp_path)]).resume == str(tmp_path)
+            continue
+        with pytest.raises(UserError, match=f"its config.json .*{flag}"):
+            cli.parse_args(Args, ["--resume", str(tmp_path)])
+
+
+def test_help_in_a_narrow_terminal(monkeypatch, capsys):
+    """Of five columns; tyro would lay out its table in no width at all."""
+    monkeypatch.setenv("COLUMNS", "5")
+    with pytest.raises(SystemExit) as stop:
+        flags.parse(Args, ["--help"])
+    assert stop.value.code == 0 and os.environ["COLUMNS"] == "5"
+    assert "--learning-starts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"lag": 500}, "--lag must be below the length of an episode, 500, not 500"),
+    ({"embedding_buffer_size": 1000, "stage2_after": 981}, "--stage2-after must be at most 980"),
+])
+def test_an_alignment_that_could_not_begin(change, message, capsys):
+    for good in ({"lag": 499}, {"embedding_buffer_size": 1000, "stage2_after": 980}):
+        cli.check_alignment(replace(GOOD, **good), 500)
+    with pytest.raises(UserError, match=message):
+        cli.check_alignment(replace(GOOD, **change), 500)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("change", "note"), [
+    ({"align": False, "lag": 500, "stage2_after": 9}, "beside --no-align: --stage2-after, --lag"),
+    ({"relay": False, "relay_until": 5}, "beside --no-relay: --relay-until"),
+    ({"goal_image": False, "l2_margin": 0.3}, "beside --no-goal-image: --l2-margin"),
+    ({"stage2": False, "lag": 5}, "beside --no-stage2: --lag"),
+    ({"stage2": False, "goal_image": False}, "leave nothing to align with"),
+    ({"align": False, "relay": False}, ""),
+])
+def test_flags_that_others_switch_off_are_named(change, note, capsys):
+    cli.check_alignment(replace(GOOD, **change), 500)
+    out = capsys.readouterr().out
+    assert note in out and len(out.splitlines()) == bool(note)
+
+
+@pytest.mark.parametrize(("total", "starts", "untrained"), [
+    (400, 10_000, True), (400, 400, True), (404, 400, False), (4, 0, True), (8, 0, False),
+])
+def test_a_run_that_trains_nothing_says_so(total, starts, untrained, capsys):
+    """With four environments: the first update comes after the first action beyond the start."""
+    cli.note_untrained(replace(GOOD, total_timesteps=total, learning_starts=starts))
+    assert ("nothing is trained: --total-timesteps" in capsys.readouterr().out) == untrained
 
 
 @dataclass(frozen=True)
@@ -616,6 +689,17 @@ def test_live_line_on_a_terminal_overwrites_itself(tmp_path, monkeypatch, capsys
     assert rest == "a line of its own\n"
 
 
+def test_eighty_columns_show_the_time_left(tmp_path, monkeypatch, capsys):
+    log = make_logger(tmp_path, total_timesteps=1_000_000)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(logger.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    log.speed(500)
+    log.live(500, **{"steps/s": "110", "success: train": "12%", "eval": "100%",
+                     "phase": "aligned"})
+    log.close()
+    assert " | ETA " in capsys.readouterr().out
+
+
 def test_eta_and_speed_of_a_resumed_run_count_from_the_checkpoint(tmp_path, monkeypatch, capsys):
     clock = Clock(monkeypatch)
     log = make_logger(tmp_path, resume_from=600)
@@ -700,6 +784,7 @@ def test_start_run_writes_config_and_says_where(tmp_path, capsys):
     at(run, 100).log_evaluation({"eval/success_once": 0.0, "eval/success_at_end": 0.0})
     run.close()
     out = capsys.readouterr().out
+    assert out.startswith("note: nothing is trained: --total-timesteps 400 must be above --learn")
     assert f"run folder: {tmp_path / 'run'}" in out and "prompt: Go." in out
     config = logger.read_config(tmp_path / "run")
     assert config["script"] == "furl_sac_state" and config["jax_devices"]
@@ -948,7 +1033,10 @@ def test_a_run_is_resumed_with_its_counts(tmp_path, capsys, resumes_episodes, su
     np.testing.assert_array_equal(buffers.replay.data["id"], [0, 1, 2, 0, 0, 0, 0, 0])
     assert state["w"].committed and buffers.replay.data["id"].committed
     np.testing.assert_array_equal(obs, np.arange(4.0) + 7)
-    assert "resumed at 100 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resumed at 100 steps" in said
+    anew = "note: episodes begin anew: the state of drawer-open-v3 (an engine) cannot be saved"
+    assert (anew in said) != resumes_episodes
     assert resumed.evaluation == {"eval/success_once": 1.0, "eval/success_at_end": 1.0}
     # The first environment has succeeded before the checkpoint and is cut off now: 1 of 2, unless
     # its episode could not go on.

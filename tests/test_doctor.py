@@ -253,6 +253,12 @@ def test_other_weights_of_mini_are_red(weights):
     assert line.status == "FAIL" and line.finding.startswith("the weights are not the shipped")
 
 
+def test_a_prompt_without_a_known_word_is_yellow():
+    assert run("VLM", Args(prompt="Open a drawer.")).status == "ok"
+    line = run("VLM", Args(prompt="打开抽屉"))
+    assert line.status == "warn" and line.finding.startswith("mini knows no word of '打开抽屉'")
+
+
 def test_a_truncated_file_is_red(tmp_path):
     path = tmp_path / "mini.safetensors"
     path.write_bytes(mini.WEIGHTS.read_bytes()[:-1000])

@@ -27,7 +27,15 @@ from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.replay import Sizes
 from tools import evaluate
-from tools.measures import auc, epic_distance, spearman, standard_error, wilson_interval
+from tools.measures import (
+    auc,
+    check_finite,
+    epic_distance,
+    spearman,
+    standard_error,
+    wilson_interval,
+    without_nan,
+)
 from tools.trained import open_run
 
 # ------------------------------------------------------------------------------ measures
@@ -83,6 +91,19 @@ def test_epic_distance_by_hand():
     assert epic_distance(reward, some) == pytest.approx(expected)
     assert np.isnan(epic_distance(np.ones(4), is_goal))
     assert np.isnan(epic_distance(np.arange(4), np.zeros(4, bool)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_has_no_figure(bad):
+    """Above all no perfect one: sqrt(max(0, 1 - NaN)) would be the best EPIC distance."""
+    values, is_goal = np.array([0.0, 1.0, bad, 2.0]), np.array([False, True, True, False])
+    for figure in (epic_distance(values, is_goal), auc(values[is_goal], values[~is_goal]),
+                   spearman(np.arange(4), values), spearman(values, np.arange(4)),
+                   standard_error(values)):
+        assert np.isnan(figure)
+    with pytest.raises(UserError, match="the reward of it is not finite for 1 of 4 pictures"):
+        check_finite(values, "the reward of it")
+    assert without_nan({"a": [bad, 1.0], "b": (bad,)}) == {"a": [None, 1.0], "b": [None]}
 
 
 def test_summary_by_hand():

@@ -659,6 +659,17 @@ def test_eq_4_waits_for_positives_with_a_predecessor(num_positives, stage2_after
     assert script.choose_phase(buffers, args) == Phase(True, alignment)
 
 
+def test_a_full_buffer_does_not_fall_back_behind_eq_4():
+    """The positives that were enough are overwritten by an episode's early ones."""
+    args = replace(SMALL, stage2_after=5)
+    negatives = frames(0)._replace(total=jnp.int32(500))
+    few = frames(3, first_time=SMALL.lag)
+    for total, alignment in ((3, "goal-image"), (few.capacity, "success")):
+        positives = few._replace(total=jnp.int32(total))
+        phase = script.choose_phase(script.Buffers(None, positives, negatives), args)
+        assert phase.alignment == alignment
+
+
 def test_phases_are_named_after_what_happens_in_them():
     for relaying, alignment, name in [
         (True, "success", "relay"), (True, "none", "relay"), (False, "success", "aligned"),

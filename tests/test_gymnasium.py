@@ -116,6 +116,19 @@ def test_a_users_own_environment(own_environments, close):
     assert steps[2].frames.shape == (2, 20, 20, 3) and not steps[2].reset_frames[0].any()
 
 
+def test_state_in_wrappers_is_not_known(own_environments, close):
+    """Pendulum's own state is, but not the pictures of it that a wrapper keeps."""
+    assert close(suite.VecGymnasium("Pendulum-v1", 1, seed=0)).resumes_episodes
+    envs = close(suite.VecGymnasium("environments:StackedPendulum-v0", 1, seed=0))
+    assert not envs.resumes_episodes and envs.obs_dim == 9
+    envs.reset()
+    for _ in range(3):
+        last = envs.step(np.ones((1, 1))).obs
+    begun = envs.set_state(envs.get_state())
+    np.testing.assert_array_equal(begun[0, :3], begun[0, 6:])  # a first observation, repeated
+    assert (begun != last).any()
+
+
 @pytest.mark.parametrize(("env_id", "camera"), [
     ("CartPole-v1", None), ("MountainCarTextured-v0", 32), ("Reacher-v5", 32),
     ("HumanoidStandingUp-v0", 32),  # which is rewarded for some steps after it has landed
@@ -150,11 +163,100 @@ def test_an_episode_goes_on_bit_by_bit(env_id, camera, close):
     ("CartPole-v1", {"seed": -1}, "seed must not be negative"),
     ("environments:Blind-v0", {"camera": Camera(32, 0, "fast")}, "draws no frames"),
     ("environments:Unbounded-v0", {}, "have no bounds"),
+    ("environments:Whole-v0", {}, r"are Box\(0, 10, \(2,\), int64\), whole numbers"),
+    ("environments:Point-v0", {}, "cannot be scaled to -1 to 1"),
+    ("environments:FarApart-v0", {}, "cannot be scaled to -1 to 1"),
+    ("environments:NoActions-v0", {}, "only Discrete and one-dimensional Box"),
+    ("environments:NoSpace-v0", {}, "has no action_space"),
+    ("environments:Graph-v0", {}, "cannot be flattened to a vector"),
     ("environments:Undrawable-v0", {"camera": Camera(32, 0, "fast")}, "cannot be made here: "),
 ])
 def test_what_is_refused(env_id, options, message, own_environments):
     with pytest.raises(UserError, match=message):
         suite.VecGymnasium(env_id, 1, **{"seed": 0} | options)
+
+
+DRAWN = {"camera": Camera(16, 0, "fast")}
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("OnlyObs", {}, r"reset returned an array of float64 of the shape \(3,\), not \(observation"),
+    ("PairOfNumbers", {}, "reset returned an array"),
+    ("TakesNoSeed", {}, "reset of TakesNoSeed takes no seed"),
+    ("FourParts", {}, "step returned a tuple of 4, not"),
+    ("NoInfo", {}, "step gave None as info, not a dictionary"),
+    ("Scalar", {}, r"reset gave an observation that has the shape \(\), not \(3,\)"),
+    ("Short", {}, r"has the shape \(1,\), not \(3,\)"),
+    ("Ragged", {}, "is a list of 2, not an array"),
+    ("NoObs", {}, "is None, not numbers"),
+    ("Words", {}, "is a list of 3, not numbers"),
+    ("NaN", {}, "reset gave an observation that is not finite"),
+    ("Huge", {}, "observation that is not finite"),
+    ("NaNReward", {}, "step gave the reward nan"),
+    ("NoReward", {}, "step gave the reward None"),
+    ("Rewards", {}, "step gave the reward array"),
+    ("NoEnd", {}, "step gave None as terminated"),
+    ("NaNSuccess", {}, "step's info has success nan"),
+    ("FloatPicture", DRAWN, "a picture of float64, not of uint8"),
+    ("ListPicture", DRAWN, "render returned a list of 1"),
+    ("NoPicture", DRAWN, "render returned None"),
+    ("ChannelsFirst", DRAWN, r"a picture of the shape \(3, 8, 8\)"),
+    ("EmptyPicture", DRAWN, r"a picture of the shape \(0, 8, 3\)"),
+])
+def test_a_broken_contract_is_told_at_once(name, options, message, own_environments):
+    """Before a first episode begins, in one line that names the environment."""
+    with pytest.raises(UserError, match=message) as refused:
+        suite.VecGymnasium(f"environments:{name}-v0", 1, seed=0, **options)
+    assert str(refused.value).startswith(f"environments:{name}-v0 breaks Gymnasium's contract: ")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("LateNaN", "step gave an observation that is not finite"),
+    ("LateNaNReward", "step gave the reward -inf"),
+])
+def test_a_contract_that_is_broken_later(name, message, own_environments, close):
+    """The step that breaks it returns nothing that could be stored."""
+    envs = close(suite.VecGymnasium(f"environments:{name}-v0", 1, seed=0))
+    envs.reset()
+    for _ in range(29):
+        assert envs.step(np.zeros((1, 2))).reward == 1
+    with pytest.raises(UserError, match=f"environments:{name}-v0 breaks .* {message}"):
+        envs.step(np.zeros((1, 2)))
+
+
+@pytest.mark.parametrize(("name", "colour"), [("GreyPicture", 3 * (70,)), ("RGBA", (70, 80, 90))])
+def test_grey_and_transparent_pictures_are_converted(name, colour, own_environments, close):
+    envs = close(suite.VecGymnasium(f"environments:{name}-v0", 1, seed=0, **DRAWN))
+    _, frames = envs.reset()
+    assert frames.shape == (1, 16, 16, 3) and (frames == colour).all()
+
+
+def test_is_success_counts_as_success(own_environments, close):
+    envs = close(suite.VecGymnasium("environments:IsSuccess-v0", 1, seed=0))
+    envs.reset()
+    assert [envs.step(np.zeros((1, 2))).success.item() for _ in range(3)] == [False, True, True]
+
+
+def test_global_generators_are_each_environments_own(own_environments, close, capsys):
+    """Whatever the number of workers; the state is saved, and a line tells."""
+    def play(envs: suite.VecGymnasium, num_steps: int) -> np.ndarray:
+        return np.array([envs.step(np.zeros((3, 2))).obs for _ in range(num_steps)])
+
+    suite._note.cache_clear()
+    envs, others = (close(suite.VecGymnasium("environments:Global-v0", 3, seed=4, num_workers=n))
+                    for n in (1, 2))
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("note: environments:Global-v0 draws from Python's or NumPy's global")
+    for one in (envs, others):
+        one.reset()
+    first = play(envs, 7)
+    np.testing.assert_array_equal(first, play(others, 7))
+    assert len(np.unique(first[..., 1])) == first[..., 1].size, "no two draw the same"
+    assert not envs.resumes_episodes
+    saved = envs.get_state()
+    np.testing.assert_array_equal(envs.set_state(saved), others.set_state(saved))
+    np.testing.assert_array_equal(play(envs, 3), play(others, 3))
 
 
 def test_the_endless_cartpole():

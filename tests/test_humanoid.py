@@ -162,6 +162,14 @@ def test_the_report(tmp_path, capsys):
         "original.png", "camera.png", "epic.png", "histograms.png"}
 
 
+def test_a_baseline_that_is_the_goal(refused, tmp_path):
+    """Its direction is 0 / 0: no reward that could be perfect."""
+    refused(pose_report, ["--vlm", "poses", "--baseline-prompt", "a humanoid robot kneeling",
+                          "--output", str(tmp_path / "no")],
+            "--baseline-prompt 'a humanoid robot kneeling' means the same as the prompt")
+    assert not (tmp_path / "no").exists()
+
+
 def test_an_unknown_pose(refused):
     refused(pose_report, ["--pose", "Kneel"], "--pose Kneel is unknown; these are: Kneeling, Lotus")
 

@@ -20,7 +20,7 @@ from common.envs.metaworld_tasks import (
 )
 from common.envs.rendering import Camera, Renderer
 from common.errors import UserError
-from common.vlms import load_vlm, view_for
+from common.vlms import interface, load_vlm, view_for
 from common.vlms.mini import (
     CROP_LEFT,
     CROP_SIZE,
@@ -100,6 +100,21 @@ def test_any_prompt_works(model, prompt):
     text = model.encode_text([prompt])
     torch.testing.assert_close(text.norm(dim=-1), torch.ones(1))
     torch.testing.assert_close(text, load_mini().encode_text([prompt]))
+
+
+@pytest.mark.parametrize(("prompt", "known"), [
+    ("Open a drawer.", True), ("Öffne", True), ("打开 drawer", True), ("7", True),
+    ("打开抽屉", False), ("откройте ящик", False), ("🤖👉🚪", False), ("🤖!", False), ("?!", False),
+])
+def test_prompts_without_a_known_word_are_named(prompt, known, capsys):
+    """Once, in a line."""
+    vlm = load_vlm("mini", device="cpu")
+    assert vlm.knows(prompt) == known
+    interface.say_once.cache_clear()
+    vlm.embed_text([prompt])
+    vlm.embed_text([prompt])
+    line = f"note: mini knows no word of the prompt {prompt!r}: all such prompts are the same to it"
+    assert capsys.readouterr().out == ("" if known else f"{line}\n")
 
 
 def test_words_have_meaning_beyond_their_letters(model):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import socket
 import time
 import types
@@ -178,7 +179,8 @@ def test_wall_clock_by_hand():
     """100 steps at 10 a second, then 100 at 5: 10 s and 20 s more."""
     found = runs.wall_clock([(100, 10.0), (200, 5.0)], np.array([50, 100, 150, 200]))
     assert found.tolist() == [5, 10, 20, 30]
-    assert np.isnan(runs.wall_clock([], np.array([1]))).all()
+    for speeds in ([], [(100, 10.0), (200, 0.0)], [(100, np.nan)], [(100, np.inf)]):
+        assert np.isnan(runs.wall_clock(speeds, np.array([1]))).all()
 
 
 def test_from_run_folders_to_a_table_and_back(tmp_path, capsys):
@@ -282,6 +284,95 @@ def test_what_cannot_be_in_one_table_is_one_line(tmp_path, refused, capfd):
             "is another run of furl_sac_state than")
     refused(results, [str(tmp_path / "cut"), "--budget", "100"], "would cut")
     assert (tmp_path / "cut/furl_sac_state/push-v3.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "1.5"])
+def test_a_success_that_is_no_share_is_refused(tmp_path, bad):
+    write_run(tmp_path / "a", "push-v3", 0, [0, bad])
+    with pytest.raises(UserError, match=f"success_at_end is {bad} at step 200, not 0 to 1"):
+        run_tool(tmp_path / "a", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_garbage_in_metrics_is_left_out_with_a_line(tmp_path, capsys):
+    """As a machine that lost power leaves it at the end."""
+    write_run(tmp_path / "a", "push-v3", 0, [0, 1])
+    with open(tmp_path / "a/metrics.csv", "ab") as file:
+        file.write(b"\x00" * 4000 + b"\n300,eval/success_once,1\n300,eval/succ\xff\xfe\n1,2,x\n")
+    [run] = run_tool(tmp_path / "a", output=tmp_path / "out", label="FuRL")
+    assert run.env_steps.tolist() == [100, 200]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("3 lines of its metrics.csv cannot be read and are left out")
+
+
+@pytest.mark.parametrize(("command", "kept"), [
+    ("a.py --run-dir 'x y' --seed 1", "a.py --seed 1"), ("a.py --resume=x", "a.py"),
+    ("a.py --prompt 'Open it.' --run-dir x", "a.py --prompt 'Open it.'"),
+    ("a.py --prompt Don't --run-dir x", "a.py --prompt Don't"),
+])
+def test_a_command_without_its_place(command, kept):
+    assert runs.without_place(command) == kept
+
+
+# --------------------------------------------------------------------- names and returns
+
+
+def test_labels_that_differ_stay_two_methods(tmp_path):
+    """Also when they come one by one, and whatever is in them."""
+    labels = ["方法 一", "方法 二", "a b", "a_b", "A|b", "$x_1$ \\frac", "_hidden", "w/o $",
+              "x" * 300]
+    out = tmp_path / "out"
+    for number, label in enumerate(labels):
+        write_run(tmp_path / str(number), "push-v3", 0, [0, 1], rho=0.1 * number)
+        run_tool(tmp_path / str(number), output=out, label=label)
+    assert {run.label for run in run_tool(out)} == set(labels)
+    again = run_tool(tmp_path / "1", output=out, label=labels[1])
+    assert len(again) == len(labels), "the same label has the same folder"
+    assert len(list(out.glob("*/push-v3.csv"))) == len(labels)
+    table = (out / "README.md").read_text().split("## ")[1]
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    columns = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+    assert columns == {len(labels) + 2} and r"A\|b" in rows[0] and r"\$x_1\$ \\frac" in rows[0]
+
+
+def write_returns(folder: Path, task: str, seed: int, returns, success=0.0) -> None:
+    write_run(folder, task, seed, [success] * len(returns))
+    text = (folder / "metrics.csv").read_text()
+    if not success:
+        text = text.replace("success_once,1", "success_once,0")
+    rows = [f"{100 * i + 100},eval/return,{value}" for i, value in enumerate(returns)]
+    (folder / "metrics.csv").write_text(text + "\n".join(rows) + "\n")
+
+
+def test_of_an_environment_without_success_the_return_counts(tmp_path, capsys):
+    for seed, returns in enumerate([[-300, -200, -160, -150], [-500, -400, -200, -100]]):
+        write_returns(tmp_path / "runs" / str(seed), "Pendulum-v1", seed, returns)
+        write_returns(tmp_path / "runs" / f"own{seed}", "mine:A/Own-v0", seed, [1, 2, 3, 4])
+        write_returns(tmp_path / "runs" / f"push{seed}", "push-v3", seed, [0, 0, 0, 0])
+    run_tool(tmp_path / "runs", output=tmp_path / "out", label="SAC")
+    for _ in range(2):
+        text = capsys.readouterr().out
+        section = text[text.index("## Return"):].split("##")[1]
+        assert "| Pendulum-v1 | -125 (-150 to -100) ± 25; last quarter -125 |" in section
+        assert "| mine:A/Own-v0 | 4 (4 to 4) ± 0; last quarter 4 |" in section
+        assert "push" not in section and "Pendulum" not in text[: text.index("## Return")]
+        assert "| push-v3 | 0 (0 to 66) |" in text, "it has a success, which was not reached"
+        run_tool(tmp_path / "out")  # from the CSVs alone
+    assert (tmp_path / "out/sac/Pendulum-v1.csv").read_text().splitlines()[:2] == [
+        "seed,env_steps,success_once,success_at_end,return", "0,100,0,0,-300"]
+    assert (tmp_path / "out/sac/mine:A%2FOwn-v0.csv").exists()
+    assert (tmp_path / "out/sac/push-v3.csv").read_text().startswith(runs.HEADER + "\n")
+    [row] = [r for r in rows_of(tmp_path / "out/table.csv") if r["task"] == "Pendulum-v1"]
+    assert (row["return"], row["std"], row["success_at_end"]) == ("-125", "25", "")
+
+
+def test_an_environment_with_a_success_shows_it(tmp_path):
+    """One of two runs on it had one."""
+    for seed, success in enumerate((0.0, 0.5)):
+        write_returns(tmp_path / str(seed), "mine:Own-v0", seed, [5, 6], success)
+    found = run_tool(tmp_path / "0", tmp_path / "1", output=tmp_path / "out", label="SAC")
+    assert not runs.tasks_of_returns(found) and runs.tasks_of_returns(found[:1])
+    assert Results(found).tasks == ["mine:Own-v0"]
 
 
 def test_what_is_damaged_is_named(tmp_path, capsys):

@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import types
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from tools import reward_report as report
 from tools.episodes import EXPERT, RANDOM, SUBOPTIMAL, Data, Scene, draw_episodes, play_episode
-from tools.measures import epic_distance, goal_baseline_reward
+from tools.measures import epic_distance, goal_baseline_reward, without_nan
 
 NUM, EVERY = 6, 10  # pictures of an episode, steps between them
 
@@ -76,7 +77,25 @@ def test_without_success_nothing_is_claimed():
     assert all(math.isnan(figures[k]) for k in ("spearman", "auc", "fooled", "epic"))
     level, words = report.verdict(figures)
     assert level == "unknown" and "did not succeed" in words
-    assert report.without_nan(figures)["auc_95"] == [None, None]
+    assert without_nan(figures)["auc_95"] == [None, None]
+
+
+def test_a_reward_that_is_not_finite_is_neither_measured_nor_compared():
+    d = data()
+    reward = 5.0 * d.success
+    reward[0, SUBOPTIMAL, 0] = np.nan  # a failure that scores like nothing fools nobody
+    figures = report.measure(reward, d, EVERY, seed=0)
+    assert all(math.isnan(figures[k]) for k in ("auc", "auc_suboptimal", "fooled", "epic"))
+    vlm = types.SimpleNamespace(embed_dim=8, name="mini")
+    with pytest.raises(UserError, match=r"the reward of “Go\.” is not finite for 72 of 72"):
+        report.build_rewards(d, {"Go.": np.full(8, np.nan)}, [], vlm)
+
+
+def test_only_prompts_that_mean_something_are_compared():
+    figures = {name: {"kind": kind, "auc": auc} for name, kind, auc in (
+        ("a", "raw", 0.6), ("b", "raw", math.nan), ("c", "raw", 0.9), ("d", "checkpoint", 1.0))}
+    assert report.comparable(figures, set()) == ["a", "c"]
+    assert report.comparable(figures, {"c"}) == ["a"]
 
 
 @pytest.mark.parametrize(("spearman", "auc", "fooled", "level"), [

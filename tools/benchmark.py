@@ -25,11 +25,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 
 from common.cores import num_cores
 from common.envs.rendering import gl_info
 from common.errors import UserError
+from common.flags import parse
 
 Row = tuple[str, str, str]  # what, figure, share of the floor or remark
 
@@ -149,11 +149,11 @@ def tabulate(rows: Iterable[Row], module: str, output: Path | None) -> list[Row]
     results: list[Row] = []
     for row in rows:
         results.append(row)
-        lines.append("| " + " | ".join(row) + " |")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
         print(lines[-1], flush=True)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        title = ["# Benchmark", "", f"`python -m {module} {' '.join(sys.argv[1:])}`", ""]
+        title = ["# Benchmark", "", f"`python -m {module} {shlex.join(sys.argv[1:])}`", ""]
         output.write_text("\n".join(title + lines) + "\n")
         output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     return results
@@ -167,6 +167,6 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(parse(Args))
     except UserError as error:
         raise SystemExit(f"error: {error}") from None

@@ -2,6 +2,7 @@
 
     python -m tools.doctor                                        # exit status 1: a line is red
     python -m tools.doctor --vlm liv --vlm-weights model.pt       # with another VLM
+    python -m tools.doctor --prompt "Open it."                    # whether mini knows its words
     python -m tools.doctor --json                                 # for machines
 
 A check is a function of the arguments that returns a `Finding`; what it raises is a red line too.
@@ -55,6 +56,8 @@ class Args:
     """VLM to load: mini, liv, clip, or an open_clip pair such as ViT-B-32/openai"""
     vlm_weights: str | None = None
     """local weights file for it"""
+    prompt: str | None = None
+    """also check that the VLM knows a word of it"""
     json: bool = False
     """print one JSON object instead of the table"""
 
@@ -289,6 +292,10 @@ def check_vlm(args: Args) -> Finding:
     if not (np.isfinite(images).all() and np.isfinite(texts).all() and lengths.all()):
         return Finding("FAIL", f"embeddings are not finite, or zero: {text}",
                        "the weights are damaged: fetch them again")
+    if args.prompt is not None and not vlm.knows(args.prompt):
+        return Finding("warn", f"{vlm.name} knows no word of {args.prompt!r}: all such prompts are "
+                       f"the same to it: {text}", "write the prompt in English words, or use "
+                       "another --vlm")
     scores = (images * texts).sum(1) / lengths
     if vlm.name != "mini":
         return Finding("ok", f"{text}; embeddings are finite")
@@ -510,11 +517,13 @@ def main(args: Args) -> int:
 
 if __name__ == "__main__":
     try:
-        import tyro
+        import tyro  # noqa: F401 - parse needs it
+
+        from common.flags import parse
     except ImportError:
         raise SystemExit(f"error: the package tyro is not installed: {INSTALL}") from None
     try:
-        raise SystemExit(main(tyro.cli(Args)))
+        raise SystemExit(main(parse(Args)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

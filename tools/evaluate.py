@@ -19,15 +19,17 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from common.cli import run_script
+from common.cli import check_ranges, run_script
 from common.envs.metaworld import VecMetaWorld
 from common.envs.metaworld_tasks import prompt_for, resolve_env_id
 from common.envs.rendering import Camera
 from common.envs.suites import suite_for
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, Evaluator, write_video
+from common.flags import NotNegativeInt
 from common.logger import git_commit, versions
-from tools.measures import standard_error, wilson_interval
+from common.names import file_name
+from tools.measures import standard_error, wilson_interval, without_nan
 from tools.trained import Trained, new_folder, open_run
 
 BATCH = 20  # environments side by side; not the number of cores: it decides which goals are drawn
@@ -50,7 +52,7 @@ class Args:
     """another task than the run's own"""
     goal: Literal["fixed", "random", "random-hidden"] | None = None
     """default: as in training"""
-    seed: int | None = None
+    seed: NotNegativeInt | None = None
     """of the goals; default: the run's own for a fixed goal, else one unused so far"""
     videos: int = 1
     """episodes to film, the first ones, at most 4; 0: none"""
@@ -235,8 +237,11 @@ def film(
         else:
             reward_of = trained.vlm_reward(vlm)
             seen = trained.view.crop(draw_again(trained, actions, trained.view.size, **where))
-            rewards = np.stack([reward_of(vlm.embed_images(seen[:, i])) for i in range(count)], 1)
-            label = f"VLM reward of this run ({vlm.name})"
+            found = np.stack([reward_of(vlm.embed_images(seen[:, i])) for i in range(count)], 1)
+            if np.isfinite(found).all():
+                rewards, label = found, f"VLM reward of this run ({vlm.name})"
+            else:
+                print("note: the video shows the sparse reward: the VLM reward is not finite")
     title = prompt_for(where["env_id"], None)
     if trained.has_vlm and trained.args.env_id == where["env_id"]:
         title = trained.config["prompt"]
@@ -271,7 +276,7 @@ def evaluate_returns(trained: Trained, args: Args) -> dict[str, Any]:
     seed = trained.args.seed + 2 * EVAL_SEED_OFFSET if args.seed is None else args.seed
     env_id = suite_for(trained.args.env_id).evaluated_on(trained.args.env_id)
     output = args.output or Path("evaluations") / "__".join(
-        [trained.name, f"step_{trained.env_steps}", env_id.replace(":", "_"), str(seed)])
+        [trained.name, f"step_{trained.env_steps}", file_name(env_id), str(seed)])
     new_folder(output)
     same = {"seed": seed, "goal": "fixed", "seed_offset": 0}
     evaluate = Evaluator(trained.args.env_id, num_episodes=args.episodes, **same)
@@ -293,11 +298,14 @@ def evaluate_returns(trained: Trained, args: Args) -> dict[str, Any]:
         "run": {key: trained.config.get(key) for key in RUN_FACTS},
         "commit": git_commit(), "versions": versions(),
     }
-    (output / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / "evaluation.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
     interval = "" if error is None else f" (standard error {error:.1f})"
-    print(f"{trained.name}: {args.episodes} episodes of {env_id}: mean return "
-          f"{means['eval/return']:.1f}{interval}, mean length {means['eval/length']:.1f}, success "
-          f"at the end {means['eval/success_at_end']:.0%} ({low:.0%} to {high:.0%})")
+    text = (f"{trained.name}: {args.episodes} episodes of {env_id}: mean return "
+            f"{means['eval/return']:.1f}{interval}, mean length {means['eval/length']:.1f}")
+    if means["eval/success_once"]:  # else the environment may know none
+        text += (f", success at the end {means['eval/success_at_end']:.0%} ({low:.0%} to "
+                 f"{high:.0%})")
+    print(text)
     print(f"written: {output}")
     return results
 
@@ -310,8 +318,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.episodes < 1 or not 0 <= args.videos <= MAX_VIDEOS:
         raise UserError(f"--episodes must be 1 or more and --videos 0 to {MAX_VIDEOS}; they are "
                         f"{args.episodes} and {args.videos}")
-    if args.seed is not None and args.seed < 0:
-        raise UserError(f"--seed must not be negative, but is {args.seed}")
+    check_ranges(args)
     trained = open_run(args.run, args.step, args.run_code)
     if suite_for(trained.args.env_id).EPISODES_DIFFER:
         return evaluate_returns(trained, args)
@@ -356,7 +363,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.videos:
         count = min(args.videos, num_episodes)
         results["videos"], results["video_curve"] = film(trained, episodes, count, output, **where)
-    (output / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / "evaluation.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
     print(f"written: {output}")
     return results
 

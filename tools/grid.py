@@ -29,13 +29,15 @@ import tyro
 from common.cores import OVERRIDE
 from common.envs.metaworld_tasks import MT10, resolve_env_id
 from common.errors import UserError
-from common.flags import RunArgs
+from common.flags import RunArgs, parse
 from common.logger import format_duration
+from common.names import LONGEST, distinct_name, marked
 from tools.cells import Cell, Outcome, is_finished, is_in_use, read_progress
 from tools.engines import RayEngine, SlurmEngine, share_of
 from tools.paper_tables import METHODS, PRESETS, TABLES, Method
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_SEEDS = 100_000  # it is their number, not one of them
 OURS = {"env_id", "seed", "run_dir", "resume"}  # flags that the grid gives
 
 
@@ -103,6 +105,7 @@ def fields_of(script: Path) -> set[str]:
 def chosen_methods(args: Args) -> dict[str, tuple[Method, tuple[str, ...]]]:
     """Folder name -> (method, its tasks)."""
     found: dict[str, tuple[Method, tuple[str, ...]]] = {}
+    owners: dict[str, str] = {}  # of folders' names, by --scripts
     for name in args.names:
         if name not in TABLES:
             raise UserError(f"unknown table {name!r}; there are {', '.join(TABLES)}")
@@ -117,8 +120,11 @@ def chosen_methods(args: Args) -> dict[str, tuple[Method, tuple[str, ...]]]:
             raise UserError(f"--scripts {words!r} is no script with flags") from None
         name = "_".join([Path(script).stem, *(word.strip("-") for word in flags)])
         name = name.replace("/", "-")
-        if name in found:
-            raise UserError(f"two of --scripts are called {name}")
+        if len(name.encode()) > LONGEST:  # such as with a prompt
+            name = marked(name.encode()[: LONGEST // 2].decode(errors="ignore"), words)
+        if owners.get(name) == words:
+            raise UserError(f"two of --scripts are the same: {words}")
+        name = distinct_name(name, words, owners)
         found[name] = Method(name, script, shlex.join(flags)), MT10
     if unknown := set(args.methods) - set(found):
         raise UserError(f"unknown method {min(unknown)!r}; there are {', '.join(found)}")
@@ -141,8 +147,9 @@ def plan(args: Args, extra: list[str]) -> tuple[Path, dict[str, Any], list[Cell]
     """
     if bool(args.names) == bool(args.scripts):
         raise UserError(f"name a table or figure ({', '.join(TABLES)}), or give --scripts")
-    if args.seeds < 1 or args.retries < 0:
-        raise UserError("--seeds must be 1 or more, and --retries not negative")
+    if not 1 <= args.seeds <= MOST_SEEDS or args.retries < 0:
+        raise UserError(f"--seeds must be 1 to {MOST_SEEDS}, and --retries not negative; they are "
+                        f"{args.seeds} and {args.retries}")
     presets = {TABLES[name].preset for name in args.names if name in TABLES} or {"none"}
     if not args.preset and len(presets) > 1:
         raise UserError(f"these tables have the presets {' and '.join(sorted(presets))}: choose "
@@ -396,7 +403,7 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     try:
-        status = main(tyro.cli(Args, args=words[:cut]), words[cut + 1 :])
+        status = main(parse(Args, words[:cut]), words[cut + 1 :])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2

@@ -22,7 +22,7 @@ from common.envs import vlm_rm_tasks
 from common.errors import UserError
 from common.flags import NotNegativeInt, PositiveInt, Share
 from common.vlms import load_vlm, view_for
-from tools.measures import goal_baseline_reward, spearman
+from tools.measures import check_baseline, check_finite, goal_baseline_reward, spearman
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,15 @@ def main(args: Args) -> None:
         prompts.append([suite.prompt_for(env_id, args.prompt),
                         suite.baseline_prompt_for(env_id, args.baseline_prompt)])
     vlm = load_vlm(args.vlm, weights=args.vlm_weights)
+    for texts in prompts:
+        check_baseline(*np.asarray(vlm.embed_text(texts)), texts, args.alpha)
     view = view_for(vlm, suite.CUTS_BORDER)
     args.output.mkdir(parents=True, exist_ok=True)
 
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, len(axes), figsize=(4.5 * len(axes), 3.6), squeeze=False,
@@ -88,11 +91,9 @@ def main(args: Args) -> None:
         frames = pictures(env_id, axis, view.size, args)
         images = np.asarray(vlm.embed_images(view.crop(frames.reshape(-1, *frames.shape[2:]))))
         text, baseline = np.asarray(vlm.embed_text(texts))
-        if np.allclose(text, baseline):
-            raise UserError(f"--baseline-prompt {texts[1]!r} means the same as the prompt "
-                            f"{texts[0]!r} to this VLM: there is no line through both")
         for alpha in args.alpha:
-            reward = goal_baseline_reward(text, baseline, images, alpha)
+            reward = check_finite(goal_baseline_reward(text, baseline, images, alpha),
+                                  f"the reward of {env_id}, alpha {alpha:g},")
             mean = reward.reshape(frames.shape[:2]).mean(1)
             best = axis.values[mean.argmax()]
             nearness = -np.abs(axis.values - axis.goal).repeat(args.repeats)

@@ -24,7 +24,13 @@ from common.envs.rendering import prepare_gl
 from common.errors import UserError
 from common.flags import NotNegativeInt, PositiveInt, Share
 from common.vlms import load_vlm, view_for
-from tools.measures import auc, epic_distance, goal_baseline_reward
+from tools.measures import (
+    auc,
+    check_baseline,
+    check_finite,
+    epic_distance,
+    goal_baseline_reward,
+)
 
 NOISE = 12.0  # largest standard deviation of a joint's angle in a state, degrees
 
@@ -91,11 +97,14 @@ def main(args: Args) -> None:
                suite.baseline_prompt_for(env_id, args.baseline_prompt)]
     prepare_gl()
     vlms = {name: load_vlm(name, weights=args.vlm_weights) for name in args.vlm}
+    for vlm in vlms.values():
+        check_baseline(*np.asarray(vlm.embed_text(prompts)), prompts, args.alpha)
     args.output.mkdir(parents=True, exist_ok=True)
 
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
     from matplotlib import pyplot as plt
 
     names = [f"{vlm}, {look}" for vlm in vlms for look in args.look]
@@ -124,7 +133,8 @@ def main(args: Args) -> None:
             ])
             text, baseline = np.asarray(vlm.embed_text(prompts))
             for alpha in args.alpha:
-                reward = goal_baseline_reward(text, baseline, images, alpha)
+                reward = check_finite(goal_baseline_reward(text, baseline, images, alpha),
+                                      f"the reward of {name}, alpha {alpha:g},")
                 distances[name, alpha] = epic_distance(reward, is_goal)
                 print(f"{name}, alpha {alpha:g}: EPIC distance {distances[name, alpha]:.3f}, "
                       f"AUC {auc(reward[is_goal], reward[~is_goal]):.3f}")

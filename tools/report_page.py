@@ -12,6 +12,7 @@ import numpy as np
 from tools.episodes import EXPERT, KINDS, Data
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a prompt's "$" is no formula
 COLOURS = ("#1565c0", "#ef6c00", "#8a94a0")  # of KINDS
 
 # ------------------------------------------------------------------------------- plots
@@ -37,7 +38,9 @@ def panels(count: int, width: float = 4.0, height: float = 3.0):
 
 
 def shortened(name: str, length: int = 44) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    """The beginning and the end: prompts often differ in their last words alone."""
+    end = length // 3
+    return name if len(name) <= length else f"{name[: length - end - 1]}…{name[-end:]}"
 
 
 def plot_curves(rewards: dict[str, np.ndarray], data: Data, every: int):

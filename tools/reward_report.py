@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.cli import run_script
+from common.cli import check_ranges, run_script
 from common.cores import num_cores
 from common.envs.metaworld import MAX_EPISODE_STEPS, goal_image, make_env
 from common.envs.metaworld_tasks import (
@@ -35,6 +35,7 @@ from common.envs.metaworld_tasks import (
 from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
+from common.flags import NotNegativeInt
 from common.logger import git_commit, versions
 from common.vlms import VLM, load_vlm, view_for
 from common.vlms.interface import centre_view
@@ -51,11 +52,14 @@ from tools.episodes import (
 )
 from tools.measures import (
     auc,
+    check_finite,
     epic_distance,
     goal_baseline_reward,
+    means_the_same,
     pixel_embedding,
     spearman,
     standard_error,
+    without_nan,
 )
 from tools.report_page import (
     COLUMNS,
@@ -95,7 +99,7 @@ class Args:
     """environment steps from one picture to the next"""
     goal: Literal["fixed", "random"] | None = None
     """default: as the first checkpoint was trained, else random"""
-    seed: int | None = None
+    seed: NotNegativeInt | None = None
     """of goals and behaviour; default: the first checkpoint's fixed goal, else unseen ones"""
     camera_id: int = 2
     """camera of the pictures"""
@@ -197,10 +201,10 @@ def measure(reward: np.ndarray, data: Data, every: int, seed: int) -> dict[str, 
         "spearman_standard_error": standard_error(np.array(progress)) if progress else math.nan,
         "auc": auc(goal, other),
         "auc_95": [float(x) for x in np.nanpercentile(resampled, [2.5, 97.5])]
-        if len(goal) and len(other) else [math.nan, math.nan],
+        if np.isfinite(resampled).any() else [math.nan, math.nan],
         "auc_suboptimal": auc(goal, reward[:, SUBOPTIMAL][failures]),
-        "fooled": float(np.mean(highest >= np.median(goal))) if len(goal) and len(highest)
-        else math.nan,
+        "fooled": float(np.mean(highest >= np.median(goal)))
+        if len(goal) and len(highest) and np.isfinite(reward).all() else math.nan,
         "epic": epic_distance(reward.ravel(), data.success.ravel()),
     }
 
@@ -225,8 +229,8 @@ def verdict(figures: dict[str, Any], kind: str = "raw") -> tuple[str, str]:
     """(good, fuzzy, misleading or unknown; what that means in words) for `measure`'s figures."""
     rises, separates, fooled = figures["spearman"], figures["auc"], figures["fooled"]
     if math.isnan(rises) or math.isnan(separates):
-        return "unknown", ("The expert did not succeed often enough in these episodes to tell: "
-                           "try more --steps.")
+        return "unknown", ("The expert did not succeed often enough in these episodes to tell (try "
+                           "more --steps), or the reward is the same everywhere.")
     text = (f"Along the expert's way the reward {'rises' if rises >= 0.2 else 'does not rise'} "
             f"with progress (Spearman {rises:.2f}). A success frame scores higher than another "
             f"frame in {separates:.0%} of all pairs, where guessing gives 50%.")
@@ -243,7 +247,7 @@ def verdict(figures: dict[str, Any], kind: str = "raw") -> tuple[str, str]:
 
 def epic_by_alpha(text: np.ndarray, baseline: np.ndarray, data: Data) -> list[float] | None:
     """EPIC distance for each of ALPHAS (Figure 4a); None where both texts mean the same."""
-    if cosine_similarity(text, baseline[None])[0] > 0.9999:
+    if means_the_same(text, baseline):
         return None
     images, labels = data.embeddings.reshape(-1, len(text)), data.success.ravel()
     return [epic_distance(goal_baseline_reward(text, baseline, images, float(alpha)), labels)
@@ -278,10 +282,10 @@ def check(args: Args) -> None:
     """Raises:
         UserError: names the flag whose value cannot work.
     """
-    if args.episodes < 2 or args.every < 1 or args.workers < 0 or (args.seed or 0) < 0:
-        raise UserError("--episodes must be 2 or more, --every 1 or more, --workers and --seed not "
-                        f"negative; they are {args.episodes}, {args.every}, {args.workers} and "
-                        f"{args.seed}")
+    check_ranges(args)
+    if args.episodes < 2 or args.every < 1 or args.workers < 0:
+        raise UserError("--episodes must be 2 or more, --every 1 or more, --workers not negative; "
+                        f"they are {args.episodes}, {args.every} and {args.workers}")
     if not 4 * args.every <= args.steps <= MAX_EPISODE_STEPS - 1:
         raise UserError(f"--steps must be four times --every {args.every} or more and below "
                         f"{MAX_EPISODE_STEPS}, not {args.steps}")
@@ -326,7 +330,11 @@ def goal_picture(env_id: str, goal: str, seed: int, camera: Camera) -> np.ndarra
 def build_rewards(
     data: Data, texts: dict[str, np.ndarray], runs: list[Trained], vlm: VLM
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """Name -> (kind, reward [E, 3, n]) of all that is compared."""
+    """Name -> (kind, reward [E, 3, n]) of all that is compared.
+
+    Raises:
+        UserError: one of them is not finite.
+    """
     shape = data.success.shape
     flat = data.embeddings.reshape(-1, vlm.embed_dim)
     rewards = {f"“{prompt}”": ("raw", cosine_similarity(text, data.embeddings))
@@ -336,7 +344,16 @@ def build_rewards(
     if data.goal_distance is not None:
         rewards[f"goal picture, {vlm.name}"] = "goal picture", -data.goal_distance
         rewards["goal picture, raw pixels"] = "goal picture", -data.pixel_distance
+    for name, (_, reward) in rewards.items():
+        check_finite(reward, f"the reward of {name}")
     return rewards
+
+
+def comparable(figures: dict[str, Any], meaningless: set[str]) -> list[str]:
+    """The prompts of which one may be called the best: without those that the VLM does not know,
+    or that have no AUC."""
+    return [name for name, f in figures.items()
+            if f["kind"] == "raw" and name not in meaningless and math.isfinite(f["auc"])]
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -375,19 +392,23 @@ def main(args: Args) -> dict[str, Any]:
     texts = dict(zip(prompts, vlm.embed_text(prompts), strict=True))
     baseline = vlm.embed_text([baseline_prompt])[0]
     rewards = build_rewards(data, texts, runs, vlm)
+    meaningless = {f"“{prompt}”" for prompt in prompts if not vlm.knows(prompt)}
 
     figures: dict[str, Any] = {}
     for reward_name, (kind, reward) in rewards.items():
         measured = measure(reward, data, args.every, seed)
         level, words = verdict(measured, kind)
+        if reward_name in meaningless:
+            level, words = "unknown", (f"{vlm.name} knows no word of this prompt: all such prompts "
+                                       "are the same to it, and the figures mean nothing.")
         figures[reward_name] = {"kind": kind, **measured, "verdict": level, "in_words": words}
-    raw = [n for n, f in figures.items() if f["kind"] == "raw"]
+    raw = comparable(figures, meaningless)
     if len(raw) > 1:
-        best = max(raw, key=lambda n: np.nan_to_num(figures[n]["auc"]))
+        best = max(raw, key=lambda n: figures[n]["auc"])
         notes.append(f"Of the prompts, {best} separates success best (AUC "
                      f"{cell(figures[best]['auc'])}).")
     plain = figures.get("goal picture, raw pixels")
-    if plain and plain["auc"] >= max(figures[n]["auc"] for n in raw):
+    if plain and raw and plain["auc"] >= max(figures[n]["auc"] for n in raw):
         notes.append("A goal picture compared in raw pixels separates success as well as the best "
                      f"of these texts, or better (AUC {cell(plain['auc'])}).")
     for run in runs:
@@ -447,15 +468,6 @@ def write(output: Path, results: dict[str, Any], drawn: dict[str, Callable[[], A
         pictures[name] = path.read_bytes()
     (output / "report.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
     (output / "report.html").write_text(page(results, pictures))
-
-
-def without_nan(value: Any) -> Any:
-    """For JSON, which has no NaN: None in its place."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def print_report(results: dict[str, Any]) -> None:

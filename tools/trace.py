@@ -30,6 +30,7 @@ from common import replay
 from common.cores import num_cores, share_cores
 from common.envs import metaworld, rendering, workers
 from common.errors import UserError
+from common.flags import parse
 from tools.trained import load_script
 
 FOLDER = "FURL_TRACE_FOLDER"  # where workers write their events
@@ -248,6 +249,6 @@ if __name__ == "__main__":
         try:
             words = sys.argv[1:]
             split = words.index("--") if "--" in words else len(words)
-            main(tyro.cli(Args, args=words[:split]), words[split + 1 :])
+            main(parse(Args, words[:split]), words[split + 1 :])
         except UserError as error:
             raise SystemExit(f"error: {error}") from None

@@ -18,6 +18,7 @@ from tools.results.page import make_tables
 from tools.results.runs import check_runs, find_runs, name_methods
 from tools.results.summary import Results
 
+CURVES_OF_RETURNS = ("eval/return", "charts/return")
 CURVES = ("eval/success_at_end", "eval/success_once", "charts/success_once")
 
 
@@ -58,11 +59,12 @@ def make_report(args: Args, entity: str, results: Results) -> Any:
     records, improvements = results.records(), results.improvements()
     for table in make_tables(results, records, improvements):
         blocks.append(wr.MarkdownBlock(text=table.markdown()))
-    for task in results.tasks:
+    for task in [*results.tasks, *results.return_tasks]:
+        of_returns = task in results.return_tasks
         panels = [wr.LinePlot(
             title=key, x="env_steps", y=[key], groupby_aggfunc="mean", groupby_rangefunc="stderr",
-            range_y=(0, 1),
-        ) for key in CURVES]
+            range_y=(None, None) if of_returns else (0, 1),
+        ) for key in (CURVES_OF_RETURNS if of_returns else CURVES)]
         blocks += [wr.H2(text=task), wr.PanelGrid(runsets=run_sets(task), panels=panels)]
     return wr.Report(project=args.project, entity=entity, blocks=blocks, width="fluid",
                      title=args.title or f"{args.project}: methods compared")

@@ -1,12 +1,14 @@
 """The suite of Gymnasium: any of its environments that draws itself (`render_mode="rgb_array"`).
 
 An id is one that `gymnasium.make` knows, `module:Name-v0` for one that a module registers.
-Observations are flattened to one vector; continuous actions are scaled to -1 to 1.
+Observations are flattened to one vector; continuous actions are scaled to -1 to 1. What an
+environment returns is checked against Gymnasium's contract, see `contract.py`.
 """
 
 import difflib
 import importlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import gymnasium
@@ -15,7 +17,7 @@ import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
 from PIL import Image
 
-from common.envs import vlm_rm_tasks
+from common.envs import contract, vlm_rm_tasks
 from common.envs.rendering import Camera, prepare_gl
 from common.envs.workers import VecEnv
 from common.errors import UserError
@@ -30,6 +32,12 @@ DEFAULT_MAX_EPISODE_STEPS = 1_000  # where an environment has no limit
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 # Where environments are defined whose attributes, and MuJoCo's state, are all of their state.
 KNOWN_STATE = ("gymnasium.envs.classic_control.", "gymnasium.envs.mujoco.", "common.envs.")
+# Wrappers without a state of their own but for the number of steps, which is saved.
+STATELESS = (
+    contract.Checked, gymnasium.wrappers.FlattenObservation, gymnasium.wrappers.OrderEnforcing,
+    gymnasium.wrappers.PassiveEnvChecker, gymnasium.wrappers.RescaleAction,
+    gymnasium.wrappers.TimeLimit,
+)
 
 vlm_rm_tasks.register()
 
@@ -148,15 +156,23 @@ class VecGymnasium(VecEnv):
         if seed < 0:
             raise UserError(f"seed must not be negative, but is {seed}")
         size = camera.size if camera else 0
-        probe = make_env(resolve_env_id(env_id), seed=seed, index=0, frame_size=size)
+        resolve_env_id(env_id)
+        before = contract.global_state()
+        probe = _build(env_id, size)
+        contract.try_out(probe, env_id)
+        own_globals = not contract.same_state(before, contract.global_state())
+        if own_globals:
+            _note(f"{env_id} draws from Python's or NumPy's global generator, not from its own "
+                  "np_random: each environment gets a state of it of its own, from the seed")
         space = probe.action_space
         discrete = isinstance(space, gymnasium.spaces.Discrete)
-        self.resumes_episodes = _state_is_known(probe)
+        self.resumes_episodes = _state_is_known(probe) and not own_globals
         obs_dim = probe.observation_space.shape[0]
         probe.close()
         self.engine = f"gymnasium {gymnasium.__version__}, mujoco {mujoco.__version__}"
+        env = {"env_id": env_id, "seed": seed, "frame_size": size, "own_globals": own_globals}
         super().__init__(
-            __name__, {"env_id": env_id, "seed": seed, "frame_size": size}, num_envs,
+            __name__, env, num_envs,
             obs_dim=obs_dim, action_dim=int(space.n) if discrete else space.shape[0],
             discrete=discrete, max_episode_steps=max_episode_steps(env_id), camera=camera,
             **options,
@@ -169,12 +185,26 @@ make_vec = VecGymnasium
 # -------------------------------------------------- what a worker uses, see `workers.Suite`
 
 
-def make_env(env_id: str, *, seed: int, index: int, frame_size: int) -> gymnasium.Env:
+def make_env(
+    env_id: str, *, seed: int, index: int, frame_size: int, own_globals: bool = False
+) -> gymnasium.Env:
     """Environment number `index`, seeded from (seed, index); its first episode has begun.
+
+    `own_globals`: it draws from the global generators, see `contract.OwnGlobals`.
 
     Raises:
         UserError: see `VecGymnasium`.
     """
+    first = int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+    contract.seed_globals(first)  # for those that draw from there later than `try_out` sees
+    env = _build(env_id, frame_size)
+    if own_globals:
+        env = contract.OwnGlobals(env)
+    env.reset(seed=first)
+    return env
+
+
+def _build(env_id: str, frame_size: int) -> gymnasium.Env:
     options: dict[str, Any] = {"max_episode_steps": max_episode_steps(env_id)}
     try:
         if frame_size:
@@ -188,26 +218,67 @@ def make_env(env_id: str, *, seed: int, index: int, frame_size: int) -> gymnasiu
         env = gymnasium.make(env_id, disable_env_checker=True, **options)
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         raise UserError(f"{env_id} cannot be made here: {str(error).splitlines()[0]}") from error
-    spaces = gymnasium.spaces
-    if isinstance(env.action_space, spaces.Discrete):
-        if env.action_space.start != 0:
+    for name in ("action_space", "observation_space"):
+        if not isinstance(getattr(env, name, None), gymnasium.Space):
+            raise UserError(f"{env_id} has no {name}")
+    env = _with_actions(contract.Checked(env, env_id), env_id)
+    return _with_observations(env, env_id)
+
+
+def _with_actions(env: gymnasium.Env, env_id: str) -> gymnasium.Env:
+    """`env` with whole numbers from 0 on, or with numbers from -1 to 1, as its actions.
+
+    Raises:
+        UserError: its actions are others, or cannot be scaled.
+    """
+    spaces, space = gymnasium.spaces, env.action_space
+    if isinstance(space, spaces.Discrete):
+        if space.start != 0:
             raise UserError(f"the actions of {env_id} must be counted from 0")
-    elif isinstance(env.action_space, spaces.Box) and len(env.action_space.shape) == 1:
-        if not env.action_space.is_bounded():
-            raise UserError(f"the actions of {env_id} have no bounds: they cannot be scaled")
-        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    else:
-        raise UserError(f"the actions of {env_id} are {env.action_space}: only Discrete and "
-                        "one-dimensional Box are supported")
-    if not spaces.utils.is_space_dtype_shape_equiv(
-        env.observation_space, spaces.flatten_space(env.observation_space)
-    ):
-        env = gymnasium.wrappers.FlattenObservation(env)
-    if not isinstance(env.observation_space, spaces.Box):
+        return env
+    if not isinstance(space, spaces.Box) or len(space.shape) != 1 or not space.shape[0]:
+        raise UserError(f"the actions of {env_id} are {space}: only Discrete and one-dimensional "
+                        "Box are supported")
+    if not np.issubdtype(space.dtype, np.floating):
+        raise UserError(f"the actions of {env_id} are {space}, whole numbers: only Discrete and a "
+                        "Box of floats are supported")
+    if not space.is_bounded():
+        raise UserError(f"the actions of {env_id} have no bounds: they cannot be scaled")
+    with np.errstate(all="ignore"):  # of bounds that are equal, or too far apart for their type
+        scaled = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        reached = [scaled.func(np.full(space.shape, end, np.float32)) for end in (-1, 1)]
+        span = space.high.astype(np.float64) - space.low
+        miss = np.abs(np.subtract(reached, [space.low, space.high], dtype=np.float64))
+    # Of bounds like 1e9 and 1e9 + 1 rounding leaves little; NaN is never near.
+    if not (np.isfinite(span) & (span > 0) & (miss <= span / 50)).all():
+        raise UserError(f"the actions of {env_id} are {space}: their bounds are equal or too far "
+                        "apart, so that they cannot be scaled to -1 to 1")
+    return scaled
+
+
+def _with_observations(env: gymnasium.Env, env_id: str) -> gymnasium.Env:
+    """`env` with a vector as its observation.
+
+    Raises:
+        UserError: there is none.
+    """
+    spaces = gymnasium.spaces
+    try:
+        flat = spaces.flatten_space(env.observation_space)
+    except NotImplementedError:
+        flat = None
+    if not isinstance(flat, spaces.Box) or not flat.shape[0]:
         raise UserError(f"the observations of {env_id} are {env.observation_space}, which cannot "
                         "be flattened to a vector of numbers")
-    env.reset(seed=int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
-    return env
+    if spaces.utils.is_space_dtype_shape_equiv(env.observation_space, flat):
+        return env
+    return gymnasium.wrappers.FlattenObservation(env)
+
+
+@cache
+def _note(text: str) -> None:
+    """Once, though environments are made for training and for evaluation."""
+    print(f"note: {text}")
 
 
 def _class_of(env_id: str) -> type[gymnasium.Env]:
@@ -222,8 +293,18 @@ def _class_of(env_id: str) -> type[gymnasium.Env]:
 
 
 def make_draw(env: gymnasium.Env, camera: Camera) -> Callable[..., np.ndarray]:
-    """`draw(env, first=False)`: the picture of any environment; `first` makes no difference."""
+    """`draw(env, first=False)`: the picture of any environment; `first` makes no difference.
+
+    Raises:
+        UserError: what is drawn is no picture.
+    """
     prepare_gl()
+    if type(env.unwrapped).render is not MujocoEnv.render:
+        # Another one is drawn at once, as drawing may change an environment's state.
+        trial = _build(env.get_wrapper_attr("registered_id"), camera.size)
+        trial.reset(seed=0)
+        trial.render()
+        trial.close()
 
     def draw(env: gymnasium.Env, first: bool = False) -> np.ndarray:
         return square(env.render(), camera.size)
@@ -245,14 +326,23 @@ def elapsed_steps(env: gymnasium.Env) -> int:
 
 
 def _state_is_known(env: gymnasium.Env) -> bool:
-    return type(env.unwrapped).__module__.startswith(KNOWN_STATE)
+    """Whether `get_env_state` holds all of the state, that of the wrappers included."""
+    while env is not env.unwrapped:
+        if type(env) not in STATELESS:
+            return False
+        env = env.env
+    return type(env).__module__.startswith(KNOWN_STATE)
 
 
 def get_env_state(env: gymnasium.Env) -> dict[str, Any]:
     """Everything that the next steps depend on; of an unknown kind of environment its generator."""
     base = env.unwrapped
-    state: dict[str, Any] = {"rng": base.np_random.bit_generator.state}
+    state: dict[str, Any] = {}
+    if isinstance(base.np_random, np.random.Generator):  # some have put another kind there
+        state["rng"] = base.np_random.bit_generator.state
     if not _state_is_known(env):
+        if env.has_wrapper_attr("global_state"):
+            state["globals"] = env.get_wrapper_attr("global_state")
         return state
     state["elapsed"] = elapsed_steps(env)
     plain = bool | int | float | str | tuple | np.ndarray | np.generic | None
@@ -287,7 +377,10 @@ def set_env_state(env: gymnasium.Env, state: dict[str, Any]) -> np.ndarray | Non
     """Continue from what `get_env_state` returned; the observation of a new episode, if it is."""
     base = env.unwrapped
     if "attributes" not in state:
-        base.np_random.bit_generator.state = state["rng"]
+        if "rng" in state:
+            base.np_random.bit_generator.state = state["rng"]
+        if "globals" in state:
+            env.set_wrapper_attr("global_state", state["globals"])
         return env.reset()[0]
     env.reset()  # else Gymnasium refuses to step
     base.np_random.bit_generator.state = state["rng"]

@@ -63,8 +63,8 @@ class Step(NamedTuple):
 class Suite(Protocol):
     """What a worker uses of a suite: these functions at the top level of a module.
 
-    An environment has Gymnasium's `reset` and `step`. Where `step`'s info has no `success`, there
-    is none.
+    An environment has Gymnasium's `reset` and `step`. Where `step`'s info has neither `success`
+    nor `is_success`, there is none.
     """
 
     SPARSE_REWARD: bool  # the reward is 1 on success, else 0, whatever `step` returns
@@ -363,7 +363,7 @@ def _work(connection: Connection, memory_fd: int) -> None:
                 success, rewards = False, 0.0
                 for _ in range(options["action_repeat"]):
                     obs, reward, terminated, truncated, info = env.step(arrays["actions"][i])
-                    success |= bool(info.get("success", False))
+                    success |= bool(info.get("success") or info.get("is_success"))
                     rewards += float(reward)
                     truncated |= suite.elapsed_steps(env) >= options["max_episode_steps"]
                     if terminated or truncated:

@@ -10,6 +10,7 @@ that `--help` and a misspelt argument need not wait for.
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.cache import cached_arrays
+from common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -70,27 +72,48 @@ class VLM:
             return to_jax(torch.cat(embeddings))
 
     def embed_text(self, prompts: list[str]) -> np.ndarray:
-        """N prompts -> float32 [N, D], from the disk's cache where it has them."""
+        """N prompts -> float32 [N, D], from the disk's cache where it has them.
+
+        Raises:
+            UserError: an embedding is not finite, or zero: no picture could be compared with it.
+        """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings")
         empty = np.zeros((0, self.embed_dim), np.float32)
         return np.concatenate([empty, *(self._embed_prompt(p)[None] for p in prompts)])
 
+    def knows(self, prompt: str) -> bool:
+        """Whether there is a word in it that means something to the model."""
+        return True
+
     def _embed_prompt(self, prompt: str) -> np.ndarray:
         import torch
+
+        if not self.knows(prompt):
+            say_once(f"note: {self.name} knows no word of the prompt {prompt!r}: all such prompts "
+                     "are the same to it")
 
         def compute() -> dict[str, np.ndarray]:
             with torch.inference_mode():
                 return {"embedding": self._encode_text([prompt]).float().cpu().numpy()[0]}
 
         key = hashlib.sha256(f"{self.id}\n{prompt}".encode()).hexdigest()[:32]
-        return cached_arrays("prompts", key, compute)["embedding"]
+        embedding = cached_arrays("prompts", key, compute)["embedding"]
+        if not np.isfinite(embedding).all() or not embedding.any():
+            raise UserError(f"{self.name} has no embedding of {prompt!r} that is finite and not "
+                            "zero: its weights are damaged")
+        return embedding
 
     def _encode_images(self, frames: torch.Tensor) -> torch.Tensor:
         raise TypeError("use a subclass")
 
     def _encode_text(self, prompts: list[str]) -> torch.Tensor:
         raise TypeError("use a subclass")
+
+
+@cache
+def say_once(text: str) -> None:
+    print(text, flush=True)
 
 
 class View(NamedTuple):

@@ -52,7 +52,7 @@ class Mini(nn.Module):
     ):
         super().__init__()
         self.vocabulary = vocabulary
-        self._number = {piece: i for i, piece in enumerate(vocabulary)}
+        self.number = {piece: i for i, piece in enumerate(vocabulary)}
         self.register_buffer("token_vectors", token_vectors)
         self.register_buffer("token_scale", token_scale)
         self.register_buffer("token_weights", token_weights)
@@ -105,7 +105,7 @@ class Mini(nn.Module):
 
     def token_mean(self, sentence: str) -> torch.Tensor:
         """The weighted mean of a sentence's token vectors, scaled to unit length, [TOKEN_DIM]."""
-        numbers = [self._number[piece] for piece in word_pieces(sentence, self._number)]
+        numbers = [self.number[piece] for piece in word_pieces(sentence, self.number)]
         if not numbers:
             return torch.zeros(TOKEN_DIM)
         vectors = self.token_vectors[numbers].float() * self.token_scale
@@ -129,6 +129,11 @@ class MiniVLM(VLM):
         self._model = model.to(device)
         self.embed_dim, self.frame_size = EMBED_DIM, kind.frame_size
         self.id = f"{self.name}-{digest}-{kind.view}-x{EMBEDDING_SCALE:g}"
+
+    def knows(self, prompt: str) -> bool:
+        """Not of other scripts and emoji, whose pieces are none, nor of marks alone."""
+        pieces = word_pieces(prompt, self._model.number)
+        return any(c.isalnum() for piece in pieces for c in piece)
 
     def _encode_images(self, frames: torch.Tensor) -> torch.Tensor:
         return EMBEDDING_SCALE * self._model.encode_images(frames)

@@ -23,7 +23,14 @@ from common.errors import UserError
 from common.flags import PositiveInt, check_range
 from common.logger import show
 from tools.results.page import write_page
-from tools.results.runs import Run, check_runs, find_runs, name_methods, write_runs
+from tools.results.runs import (
+    Run,
+    check_runs,
+    find_runs,
+    name_methods,
+    separate_methods,
+    write_runs,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ def main(args: Args) -> list[Run]:
         runs += found
     if output is None:
         raise UserError("say where to write: --output results/<name>")
-    runs = check_runs(merge(kept_runs(output, args), name_methods(runs)), args.budget)
+    kept = kept_runs(output, args)
+    runs = check_runs(merge(kept, separate_methods(kept, name_methods(runs))), args.budget)
     title = kept_title(output) or title or output.name
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps({"title": title}) + "\n")

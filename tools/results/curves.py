@@ -13,14 +13,18 @@ from tools.results.statistics import RESAMPLES
 from tools.results.summary import Results
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a method's "$" is no formula
 # Okabe and Ito's, which the colour-blind can tell apart; the last method, which readers look for
 # first, has the first. More methods have them with dashes.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c")
 DASHES = ("-", "--", ":")
 
 
-def curve(runs: list[Run], by_time: bool) -> tuple[np.ndarray, np.ndarray] | None:
-    """(x [n], success at the last step [runs, n]) on a common axis; None where time is not known.
+def curve(
+    runs: list[Run], by_time: bool, of_returns: bool = False
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """(x [n], success at the last step, or the return if that counts, [runs, n]) on a common axis;
+    None where time is not known.
 
     A point is the mean of a run's last evaluations, a twentieth of all. A run that has ended keeps
     its last value while the others go on.
@@ -35,7 +39,8 @@ def curve(runs: list[Run], by_time: bool) -> tuple[np.ndarray, np.ndarray] | Non
     values = []
     for run, axis in zip(runs, axes, strict=True):
         width = max(1, round(len(axis) / 20))
-        padded = np.concatenate([np.full(width - 1, run.success_at_end[0]), run.success_at_end])
+        scores = run.returns if of_returns else run.success_at_end
+        padded = np.concatenate([np.full(width - 1, scores[0]), scores])
         smooth = np.convolve(padded, np.full(width, 1 / width), "valid")
         values.append(np.interp(x, axis, smooth))
     return x, np.array(values)
@@ -51,6 +56,11 @@ def mean_curve(results: Results, method: str, by_time: bool):
     return x, values.reshape(len(seeds), len(results.common), -1).mean(1)
 
 
+def shown_name(label: str) -> str:
+    """`label` as a legend shows it: one that begins with `_` is left out by matplotlib."""
+    return f" {label}" if label.startswith("_") else label
+
+
 def plot_curves(results: Results, by_time: bool):
     """A panel for each task and one for the mean, all methods; None where no time is known.
 
@@ -63,6 +73,8 @@ def plot_curves(results: Results, by_time: bool):
               for task in results.tasks}
     if len(results.common) > 1:
         panels["mean"] = lambda m: mean_curve(results, m, by_time)
+    for task in results.return_tasks:
+        panels[task] = lambda m, task=task: curve(results.groups.get((m, task), []), by_time, True)
     data = {(name, method): found for name, make in panels.items()
             for method in results.names if (found := make(method)) is not None}
     if not data:
@@ -73,27 +85,30 @@ def plot_curves(results: Results, by_time: bool):
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     with plt.rc_context({"svg.hashsalt": "furl", "svg.fonttype": "path", "font.size": 8}):
-        figure, axes = plt.subplots(rows, columns, sharey=True, squeeze=False, layout="constrained",
-                                    figsize=(max(2.1 * columns, 4.6), 1.75 * rows + 0.75))
+        figure, axes = plt.subplots(
+            rows, columns, sharey=not results.return_tasks, squeeze=False, layout="constrained",
+            figsize=(max(2.1 * columns, 4.6), 1.75 * rows + 0.75))
         for axis, name in zip(axes.flat, panels, strict=False):
             for number, method in enumerate(reversed(results.names)):
                 if (name, method) not in data:
                     continue
                 x, values = data[name, method]
+                scale_y = 1 if name in results.return_tasks else 100
                 colour = COLOURS[number % len(COLOURS)]
-                axis.plot(x / scale, 100 * values.mean(0), color=colour, lw=1.3,
-                          label=results.names[method], zorder=3 - number / 100,
+                axis.plot(x / scale, scale_y * values.mean(0), color=colour, lw=1.3,
+                          label=shown_name(results.names[method]), zorder=3 - number / 100,
                           marker="o", ms=3, markevery=[len(x) - 1], clip_on=False,  # its end
                           ls=DASHES[number // len(COLOURS) % len(DASHES)])
                 if len(values) > 1:
                     band = bootstrap((values,), np.mean, axis=0, n_resamples=RESAMPLES // 2,
                                      method="percentile", rng=np.random.default_rng(0),
                                      batch=100).confidence_interval
-                    axis.fill_between(x / scale, 100 * band.low, 100 * band.high, color=colour,
-                                      alpha=0.13, lw=0)
+                    axis.fill_between(x / scale, scale_y * band.low, scale_y * band.high,
+                                      color=colour, alpha=0.13, lw=0)
             axis.set_title("mean of the tasks" if name == "mean" else name.removesuffix("-v3"),
                            fontsize=8, fontweight="bold" if name == "mean" else "normal")
-            axis.set_ylim(-3, 103)
+            if name not in results.return_tasks:
+                axis.set_ylim(-3, 103)
             axis.set_xlim(0, longest / scale)
             axis.xaxis.set_major_locator(MaxNLocator(5))
             axis.grid(color="#e6e6e6", lw=0.6)
@@ -102,10 +117,12 @@ def plot_curves(results: Results, by_time: bool):
             axis.axis("off")
         figure.supxlabel(f"wall-clock ({unit})" if by_time else f"environment steps ({unit}s)",
                          fontsize=8)
-        figure.supylabel("success at the last step (%)", fontsize=8)
+        measures = ["success at the last step (%)"] * bool(results.tasks)
+        figure.supylabel(" or ".join(measures + ["return"] * bool(results.return_tasks)),
+                         fontsize=8)
         handles = {label: handle for axis in axes.flat for handle, label in
                    zip(*axis.get_legend_handles_labels(), strict=True)}
-        labels = [label for label in results.names.values() if label in handles]
+        labels = [label for label in map(shown_name, results.names.values()) if label in handles]
         figure.legend([handles[label] for label in labels], labels, frameon=False, fontsize=8,
                       loc="outside upper center", ncols=min(len(labels), 2 * columns, 5))
         return figure

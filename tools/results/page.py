@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from common.names import markdown
 from tools.results.curves import plot_curves, save_figure
 from tools.results.runs import Run
 from tools.results.statistics import NONE, Interval
@@ -25,7 +26,8 @@ class Table:
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        lines = [[markdown(cell) for cell in line] for line in (self.head, *self.rows)]
+        lines.insert(1, ["---"] * len(self.head))
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"## {self.title}\n{self.note}\n\n{text}\n"
 
@@ -38,6 +40,18 @@ def percent(value: float | None, interval: Interval = NONE, std: float | None = 
     if not math.isnan(interval[0]):
         text += f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
     return text if std is None or math.isnan(std) else f"{text} ± {100 * std:.3g}"
+
+
+def number(row: dict[str, Any] | None) -> str:
+    """A return as text: "-143 (-160 to -120) ± 20; last quarter -150"."""
+    if row is None:
+        return "–"
+    text = f"{row['return']:.4g}"
+    if not math.isnan(row["low"]):
+        text += f" ({row['low']:.4g} to {row['high']:.4g})"
+    if not math.isnan(row["std"]):
+        text += f" ± {row['std']:.3g}"
+    return f"{text}; last quarter {row['return_last_quarter']:.4g}"
 
 
 def make_tables(results: Results, records: dict, improvements: dict) -> list[Table]:
@@ -102,6 +116,14 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
         ["", *names.values()],
         [[name, *(percent(*improvements[a, b]) if a != b else "" for b in names)]
          for a, name in names.items() if improvements])
+    returns = Table(
+        "Return",
+        f"Mean of the evaluation after {results.runs[0].budget:,} steps over seeds, of "
+        "environments without a success. In brackets the 95 % interval, a bootstrap over seeds; ± "
+        "is the standard deviation over seeds. Behind it the mean over the evaluations of the last "
+        "quarter.", ["task", *names.values()],
+        [[task, *(number(records.get((method, task))) for method in names)]
+         for task in results.return_tasks])
     made = []
     for method, name in names.items():
         runs = [run for run in results.runs if run.method == method]
@@ -116,7 +138,7 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
         "How they were made",
         "The JSON files beside the CSVs have every run's command, and the versions of packages.",
         ["method", "command of one run", "commits", "VLM", "hardware", "hours a run"], made)
-    return [table for table in (by_task, late, overall, comparison, how) if table.rows]
+    return [table for table in (by_task, late, overall, comparison, returns, how) if table.rows]
 
 
 def short_commit(run: Run) -> str:
@@ -152,20 +174,24 @@ def write_page(output: Path, title: str, runs: list[Run]) -> str:
         {"method": results.names[a], "over": results.names[b], "probability": share,
          "low": low, "high": high} for (a, b), (share, (low, high)) in improvements.items()])
     pictures = {}
-    for name, caption, by_time in (("curves", "Success over environment steps", False),
-                                   ("wall_clock", "Success over wall-clock", True)):
+    measure = "Success" if results.tasks else "Return"
+    if results.tasks and results.return_tasks:
+        measure = "Success and return"
+    for name, caption, by_time in (("curves", f"{measure} over environment steps", False),
+                                   ("wall_clock", f"{measure} over wall-clock", True)):
         figure = plot_curves(results, by_time)
         if figure is not None:
             pictures[name] = caption, save_figure(figure, output / name)
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     about = (f"{len(runs)} runs of {runs[0].budget:,} environment steps; methods: "
-             f"{len(results.names)}, tasks: {len(results.tasks)}, seeds: {seeds}.")
+             f"{len(results.names)}, tasks: {len(results.tasks) + len(results.return_tasks)}, "
+             f"seeds: {seeds}.")
     band = ("Lines: mean over seeds, of each run the mean of its last evaluations (a twentieth of "
             "all); bands: 95 % interval of the mean over seeds, by a bootstrap.")
     text = "\n".join(table.markdown() for table in tables)
     images = "\n".join(f"## {caption}\n![{caption}]({name}.png)\n" for name, (caption, _)
                        in pictures.items())
-    (output / "README.md").write_text(f"# {title}\n{about}\n\n{text}\n{images}\n{band}\n")
+    (output / "README.md").write_text(f"# {markdown(title)}\n{about}\n\n{text}\n{images}\n{band}\n")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         Path(__file__).with_suffix(".html").read_text())
     (output / "index.html").write_text(template.render(

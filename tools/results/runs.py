@@ -1,9 +1,9 @@
 """Finished runs for `tools.results`: read from where they are, checked, written as CSV and JSON."""
 
-import csv
 import dataclasses
 import json
 import re
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from common.cli import MAY_CHANGE, flag_of
+from common.envs.metaworld_tasks import ENV_IDS
 from common.errors import UserError
-from common.logger import read_config
+from common.logger import is_row, read_config
+from common.names import distinct_name, file_name, folder_name
 
 HEADER = "seed,env_steps,success_once,success_at_end"
 EVALUATION = ("eval/success_once", "eval/success_at_end")
+RETURN = "eval/return"
 SPEED = "time/steps_per_second"
 # Flags that do not make a method: which task, which seed, and how the run is kept and watched.
 NO_METHOD = MAY_CHANGE | {"env_id", "seed", "run_dir", "eval_episodes", "vlm_weights"}
@@ -39,6 +42,10 @@ class Run:
         seconds: [n], wall-clock until each of them, whole ones; NaN if its speed was not logged.
         about: command, commit, versions, hardware.
         place: where it was read, for messages.
+        returns: [n], of its evaluations; None if they were not logged.
+
+    Raises:
+        ValueError: a success is no share from 0 to 1, or a return is not finite.
     """
 
     method: str
@@ -54,6 +61,17 @@ class Run:
     seconds: np.ndarray
     about: dict[str, Any]
     place: str
+    returns: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("success_once", "success_at_end"):
+            shares = getattr(self, name)
+            wrong = ~((shares >= 0) & (shares <= 1))  # as with NaN
+            if wrong.any():
+                raise ValueError(f"{name} is {shares[wrong][0]:g} at step "
+                                 f"{self.env_steps[wrong][0]}, not 0 to 1")
+        if self.returns is not None and not np.isfinite(self.returns).all():
+            raise ValueError("a return is not finite")
 
     @property
     def done(self) -> int:
@@ -64,6 +82,8 @@ class Run:
         kept = self.env_steps <= budget
         cut = {name: getattr(self, name)[kept] for name in
                ("env_steps", "success_once", "success_at_end", "seconds")}
+        if self.returns is not None:
+            cut["returns"] = self.returns[kept]
         return dataclasses.replace(self, budget=budget, **cut)
 
 
@@ -113,11 +133,12 @@ def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], lab
     for step, key, value in rows:
         points[key].append((step, value))
     once, at_end = (dict(points[key]) for key in EVALUATION)
+    returns = dict(points[RETURN])
     env_steps = np.array(sorted(once.keys() & at_end.keys()), int)
     args = config["args"]
     about = {key: config[key] for key in ABOUT if key in config}
     # Where a run went is no part of what it was.
-    about["command"] = re.sub(r" --(run-dir|resume)[ =]\S+", "", str(about.get("command")))
+    about["command"] = without_place(str(about.get("command")))
     about["hardware"] = {key: config[key] for key in HARDWARE if key in config}
     return Run(
         method=method or folder_name(label or ""), label=label or "",
@@ -128,15 +149,30 @@ def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], lab
         success_once=np.array([once[step] for step in env_steps]),
         success_at_end=np.array([at_end[step] for step in env_steps]),
         seconds=wall_clock(points[SPEED], env_steps), about=about, place=place,
+        returns=np.array([returns[step] for step in env_steps])
+        if all(step in returns for step in env_steps) else None,
     )
+
+
+def without_place(command: str) -> str:
+    """A command without where its run went."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # of a version that did not quote
+        return re.sub(r" --(run-dir|resume)[ =]\S+", "", command)
+    kept = [word for i, word in enumerate(words) if not re.match(r"--(run-dir|resume)(=|$)", word)
+            and words[i - 1 : i] not in (["--run-dir"], ["--resume"])]
+    return shlex.join(kept)
 
 
 def wall_clock(speeds: list[tuple[int, float]], env_steps: np.ndarray) -> np.ndarray:
     """Seconds until each of `env_steps`, from the rows of `time/steps_per_second`: each is the
-    speed since the row before."""
+    speed since the row before. NaN where a speed is missing or impossible."""
     if not speeds:
         return np.full(len(env_steps), np.nan)
     steps, rates = np.array(sorted(speeds)).T
+    if not (np.isfinite(rates) & (rates > 0)).all():
+        return np.full(len(env_steps), np.nan)
     steps = np.concatenate([[0], steps])
     seconds = np.concatenate([[0], np.cumsum(np.diff(steps) / rates)])
     return np.round(np.interp(env_steps, steps, seconds))
@@ -146,9 +182,14 @@ def read_run(folder: Path, label: str | None = None, method: str | None = None) 
     """A run folder."""
     config = read_config(folder, str(folder))
     try:
-        with open(folder / "metrics.csv", newline="") as file:
-            rows = [(int(row[0]), row[1], float(row[2])) for row in csv.reader(file)
-                    if len(row) == 3 and row[1] in (*EVALUATION, SPEED)]
+        lines = (folder / "metrics.csv").read_text(errors="replace").split("\n")
+        table = [line.rstrip("\r").split(",") for line in lines[1:] if line.strip()]
+        good = [row for row in table if len(row) == 3 and is_row(row)]
+        if len(good) < len(table):
+            note(f"{folder}: {len(table) - len(good)} lines of its metrics.csv cannot be read and "
+                 "are left out")
+        rows = [(int(step), key, float(value)) for step, key, value in good
+                if key in (*EVALUATION, RETURN, SPEED)]
         return make_run(config, rows, label, str(folder), method)
     except FileNotFoundError:
         return make_run(config, [], label, str(folder), method)
@@ -181,13 +222,14 @@ def read_results(folder: Path, _about: dict[str, Any]) -> list[Run]:
         shared = {key: data[key] for key in ("label", "script", "args", "task", "budget")}
         for about in data["runs"]:
             seed = about.pop("seed")
-            _, steps, once, at_end = rows[rows[:, 0] == seed].T
+            _, steps, once, at_end, *returns = rows[rows[:, 0] == seed].T
             seconds = np.array(about.pop("seconds") or np.full(len(steps), np.nan), float)
             if not len(steps) == len(seconds):
                 raise ValueError(f"{path.name} and its CSV differ for seed {seed}")
             runs.append(Run(method=path.parent.name, seed=seed, env_steps=steps.astype(int),
                             success_once=once, success_at_end=at_end, seconds=seconds, about=about,
-                            place=f"{path} (seed {seed})", **shared))
+                            place=f"{path} (seed {seed})",
+                            returns=returns[0] if returns else None, **shared))
     return runs
 
 
@@ -202,8 +244,10 @@ def read_wandb(path: str, label: str | None) -> list[Run]:
             if "exp_name" not in run.config or "env_id" not in args:
                 note(f"{run.name}: not one of these scripts' runs, left out")
                 continue
-            rows = [(int(row["env_steps"]), key, row[key]) for keys in (EVALUATION, (SPEED,))
-                    for row in run.scan_history(keys=["env_steps", *keys]) for key in keys]
+            rows = [(int(row["env_steps"]), key, float(row[key]))
+                    for keys in (EVALUATION, (RETURN,), (SPEED,))
+                    for row in run.scan_history(keys=["env_steps", *keys])
+                    for key in keys if key in row]
             config = {**run.config.get("facts", {}), "script": run.config["exp_name"], "args": args}
             runs.append(make_run(config, rows, label, f"wandb:{path}/{run.id}"))
         return runs
@@ -239,9 +283,21 @@ def flag_text(key: str, value: Any) -> str:
     return f"{flag_of(key)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-def folder_name(label: str) -> str:
-    """`label` as the name of a folder: "FuRL w/o goal-image" is furl_w_o_goal-image."""
-    return re.sub(r"[^a-z0-9.-]+", "_", label.lower()).strip("_.")
+def separate_methods(kept: list[Run], given: list[Run]) -> list[Run]:
+    """`given`, each method in a folder that no other label has, here or in `kept`."""
+    owners = {run.method: run.label for run in kept}
+    return [dataclasses.replace(run, method=distinct_name(run.method, run.label, owners))
+            for run in given]
+
+
+def tasks_of_returns(runs: Iterable[Run]) -> set[str]:
+    """The tasks whose environments know no success, where the return counts: others than
+    Meta-World's, on which no run ever had one."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run.task].append(run)
+    return {task for task, group in groups.items() if task not in ENV_IDS and all(
+        run.returns is not None and not run.success_once.any() for run in group)}
 
 
 def check_runs(runs: list[Run], budget: int | None) -> list[Run]:
@@ -298,15 +354,22 @@ def check_runs(runs: list[Run], budget: int | None) -> list[Run]:
 
 
 def write_runs(output: Path, runs: list[Run]) -> None:
-    """`<method>/<task>.csv`, columns `HEADER`, beside a .json of how each run was made."""
-    groups = defaultdict(list)
+    """`<method>/<task>.csv`, columns `HEADER`, and `return` where that counts, beside a .json of
+    how each run was made."""
+    groups, of_returns = defaultdict(list), tasks_of_returns(runs)
     for run in sorted(runs, key=lambda run: run.seed):
         groups[run.method, run.task].append(run)
     for (method, task), group in groups.items():
         (output / method).mkdir(parents=True, exist_ok=True)
         rows = [f"{run.seed},{step},{once:.8g},{at_end:.8g}" for run in group for step, once, at_end
                 in zip(run.env_steps, run.success_once, run.success_at_end, strict=True)]
-        write_whole(output / method / f"{task}.csv", "\n".join([HEADER, *rows]) + "\n")
+        header = HEADER
+        if task in of_returns:
+            header += ",return"
+            values = np.concatenate([run.returns for run in group])
+            rows = [f"{row},{value:.8g}" for row, value in zip(rows, values, strict=True)]
+        path = output / method / file_name(task)
+        write_whole(path.with_name(f"{path.name}.csv"), "\n".join([header, *rows]) + "\n")
         first = group[0]
         made = [{"seed": run.seed, **run.about, "seconds": [] if np.isnan(run.seconds).any() else
                  [int(second) for second in run.seconds]} for run in group]
@@ -314,7 +377,7 @@ def write_runs(output: Path, runs: list[Run]) -> None:
                 "args": first.args, "runs": made}
         text = json.dumps(data, indent=1)
         text = re.sub(r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()), text)
-        write_whole(output / method / f"{task}.json", text + "\n")
+        write_whole(path.with_name(f"{path.name}.json"), text + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:

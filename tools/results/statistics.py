@@ -78,8 +78,8 @@ def probability_of_improvement(
 
 
 def last_quarter(env_steps: np.ndarray, at_end: np.ndarray, budget: int) -> float:
-    """A run's mean success at the end over the evaluations in the last quarter of its `budget` of
-    steps, or that of the last evaluation where it has none there."""
+    """A run's mean success at the end, or return, over the evaluations in the last quarter of its
+    `budget` of steps, or that of the last evaluation where it has none there."""
     late = at_end[env_steps > 0.75 * budget]
     return float(late.mean() if len(late) else at_end[-1])
 

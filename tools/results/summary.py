@@ -7,7 +7,7 @@ import numpy as np
 
 from common.envs.metaworld_tasks import MT10
 from tools.results.paper_numbers import ORDER, find_column
-from tools.results.runs import Run
+from tools.results.runs import Run, tasks_of_returns
 from tools.results.statistics import (
     Interval,
     interquartile_mean,
@@ -21,6 +21,7 @@ from tools.results.statistics import (
 )
 
 MEASURES = ("success_at_end", "last_quarter", "held", "success_once")
+RETURNS = ("return", "return_last_quarter")
 
 
 class Results:
@@ -30,10 +31,12 @@ class Results:
         runs: ordered by seed.
         names: what readers see of each method, in the paper's order.
         columns: the paper's table and column for those methods that have one.
-        tasks: all, MT10's first, in the paper's order.
-        common: those that every method has; means are over them.
+        tasks: those with a success, MT10's first, in the paper's order.
+        return_tasks: those without, of which the return counts.
+        common: those of `tasks` that every method has; means are over them.
         scores: [runs] by (measure, method, task), of the last evaluation; `last_quarter` and `held`
-            of those in the last quarter of the steps.
+            of those in the last quarter of the steps. Of `return_tasks` `return` and
+            `return_last_quarter`.
     """
 
     def __init__(self, runs: list[Run]):
@@ -44,7 +47,8 @@ class Results:
         self.names = {m: m if labels[m] in twice else labels[m] for m in ordered}
         self.columns = {run.method: found for run in runs
                         if (found := find_column(run.method, str(run.args.get("goal"))))}
-        self.tasks = sorted({run.task for run in runs},
+        self.return_tasks = sorted(tasks_of_returns(runs))
+        self.tasks = sorted({run.task for run in runs} - set(self.return_tasks),
                             key=lambda t: (MT10.index(t) if t in MT10 else len(MT10), t))
         self.groups = defaultdict(list)
         for run in self.runs:
@@ -52,6 +56,12 @@ class Results:
         self.common = [t for t in self.tasks if all((m, t) in self.groups for m in self.names)]
         self.scores = {}
         for (method, task), group in self.groups.items():
+            if task in self.return_tasks:
+                values = ([run.returns[-1] for run in group],
+                          [last_quarter(run.env_steps, run.returns, run.budget) for run in group])
+                for measure, value in zip(RETURNS, values, strict=True):
+                    self.scores[measure, method, task] = np.array(value, float)
+                continue
             shares = [last_quarter(run.env_steps, run.success_at_end, run.budget) for run in group]
             values = ([run.success_at_end[-1] for run in group], shares,
                       [is_held(share) for share in shares],
@@ -95,6 +105,14 @@ class Results:
                         **{m: value.mean() for m, value in zip(MEASURES, scores, strict=True)},
                         "low": low, "high": high, "std": std_of_seeds(scores[0][:, None]),
                         **self.paper(method, [task])}
+            for task in self.return_tasks:
+                if (method, task) in self.groups:
+                    scores = [self.scores[measure, method, task] for measure in RETURNS]
+                    low, high = interval_over_runs(scores[:1], mean_of_tasks)
+                    rows[method, task] = {
+                        "method": self.names[method], "task": task, "runs": len(scores[0]),
+                        **{m: value.mean() for m, value in zip(RETURNS, scores, strict=True)},
+                        "low": low, "high": high, "std": std_of_seeds(scores[0][:, None])}
             if self.common:
                 samples, seeds = self.samples(method), self.complete_seeds(method)
                 ends = [[run.success_at_end[-1] for run in runs] for runs in seeds.values()]
