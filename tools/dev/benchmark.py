@@ -138,7 +138,7 @@ def measure_workers(rounds: int) -> Iterator[Row]:
 
 
 def measure_embeddings(rounds: int) -> Iterator[Row]:
-    """Milliseconds per image, by how many are embedded at once (`--embed-batch`)."""
+    """Milliseconds per image, by how many are embedded at once (`--num-envs`)."""
     for name, label in (("mini", "mini"), ("clip", "RN50 (CLIP's, random weights)"),
                         ("ViT-B-32", "ViT-B-32 (CLIP's, random weights)")):
         vlm = load_vlm(name, pretrained=name == "mini")
