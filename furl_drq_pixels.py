@@ -29,7 +29,7 @@ import optax
 from flax import struct
 
 from common import flags, pixels, replay
-from common.cli import check_alignment, check_args, run_script
+from common.cli import check_alignment, check_args, note_idle, run_script
 from common.convolution import convolve, few_at_a_time
 from common.envs import metaworld
 from common.envs.rendering import Camera
@@ -564,6 +564,7 @@ def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = pixels.check_args(check_args(args, metaworld), metaworld.MAX_EPISODE_STEPS)
     check_alignment(args, args.layout.episode_length)
+    note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
     prompt = metaworld.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm)

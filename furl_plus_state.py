@@ -24,7 +24,7 @@ import optax
 from flax import struct
 
 from common import flags, replay
-from common.cli import check_args, run_script
+from common.cli import check_alignment, check_args, note_idle, run_script
 from common.envs import metaworld
 from common.envs.rendering import Camera
 from common.envs.workers import Step
@@ -503,13 +503,15 @@ def relay_acts(episode: int, time: int, args: Args) -> np.ndarray:
 
 def choose_phase(buffers: Buffers, args: Args) -> Phase:
     """Algorithm 1's branches, from the samples collected so far; waits for the device."""
-    alignment = "none"
-    old_enough = (buffers.positives.data.time >= args.lag).sum()
-    if args.align and args.stage2 and old_enough >= args.stage2_after:
+    alignment, positives = "none", buffers.positives
+    old_enough = (positives.data.time >= args.lag).sum()
+    # A full buffer forgets its oldest, and what has been enough once is enough for good.
+    enough = 1 if positives.total >= positives.capacity else args.stage2_after
+    if args.align and args.stage2 and old_enough >= enough:
         alignment = "success"
     elif args.align and args.goal_image and buffers.negatives.total > 0:
         alignment = "goal-image"
-    searching = int(buffers.positives.total) < args.search_until
+    searching = int(positives.total) < args.search_until
     return Phase(searching, searching and args.relay, alignment)
 
 
@@ -594,11 +596,13 @@ def check_own_flags(args: Args) -> None:
         raise UserError(f"--demos needs --learning-starts {first} or more, a whole episode")
     if args.clip_targets and args.gamma == 1:
         raise UserError("--gamma must be below 1, or there are no bounds for --clip-targets")
+    note_idle(args, "relay", "relay_periods", "relay_noise")
 
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = check_args(args, metaworld, whole_episodes=True)
+    check_alignment(args, EPISODE_LENGTH)
     check_own_flags(args)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm)

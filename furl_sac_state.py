@@ -32,7 +32,7 @@ import optax
 from flax import struct
 
 from common import flags, replay
-from common.cli import check_alignment, check_args, run_script
+from common.cli import check_alignment, check_args, note_idle, run_script
 from common.envs import metaworld
 from common.envs.rendering import Camera
 from common.envs.workers import Step
@@ -480,6 +480,7 @@ def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = check_args(args, metaworld, whole_episodes=True)
     check_alignment(args, metaworld.MAX_EPISODE_STEPS)
+    note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
     prompt = metaworld.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm)

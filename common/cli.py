@@ -175,7 +175,7 @@ def check_episodes_fit(args: Any, episode_length: int) -> None:
 
 
 def check_alignment(args: Any, episode_length: int) -> None:
-    """For scripts with FuRL's flags: whether the alignment can begin, and which flags are idle.
+    """For scripts with FuRL's alignment: whether the alignment can begin, and which flags are idle.
 
     Args:
         args: with the fields that are named here.
@@ -184,7 +184,6 @@ def check_alignment(args: Any, episode_length: int) -> None:
     Raises:
         UserError: Eq. 4 could never take its turn.
     """
-    note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
     note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
               "l2_margin")
     if not args.align:
