@@ -93,6 +93,11 @@ def init_ring(example_row: Rows, capacity: int) -> Ring:
         ) from error
 
 
+def row_bytes(ring: Ring) -> int:
+    """Bytes that one row takes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(ring.data)) // ring.capacity
+
+
 def add(ring: Ring, rows: Rows, num_valid: jax.Array | int | None = None) -> Ring:
     """Write `rows` (leaves [n, ...], n <= capacity) behind the newest row, over the oldest ones.
 
