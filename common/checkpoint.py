@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.errors import UserError
+from common.errors import ShortageError, UserError
 from common.replay import Ring, add_rows, read_rows, row_bytes
 
 KEEP = 2  # checkpoints kept: the newest, and the one before in case the newest is damaged
@@ -202,14 +202,14 @@ def check_space(run_dir: Path, rings: dict[str, Ring], total_timesteps: int) -> 
     """Make sure that the disk can hold the run's last checkpoint.
 
     Raises:
-        UserError: it cannot.
+        ShortageError: it cannot.
     """
     need = space_needed(rings, total_timesteps)
     free = free_space(run_dir)
     if free < need:
-        raise UserError(f"the run's checkpoints need up to {need / 2**30:.1f} GiB in {run_dir}, "
-                        f"where {free / 2**30:.1f} GiB are free: choose another --run-dir, or a "
-                        "smaller --buffer-size")
+        raise ShortageError(f"the checkpoints of this run need up to {need / 2**30:.1f} GiB in "
+                            f"{run_dir}, where {free / 2**30:.1f} GiB are free: choose another "
+                            "--run-dir, or a smaller --buffer-size")
 
 
 def _folders(root: Path) -> list[Path]:
