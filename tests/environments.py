@@ -1,9 +1,11 @@
 """A user's own environments, `environments:...`, as tests of the Gymnasium suite need them."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 
 
 class Line(gymnasium.Env):
@@ -62,7 +64,19 @@ class Unbounded(Line):
         self.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
 
-def register(env_id: str, entry_point: type, **options: Any) -> None:
+class OneSize(ReacherEnv):
+    """MuJoCo's, whose pictures have a size of their own."""
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__(render_mode=render_mode)
+
+
+def make_line(*, end: int, render_mode: str | None = None) -> gymnasium.Env:
+    """A function in place of a class; it cannot be called without what it is registered with."""
+    return Line(render_mode, end=end)
+
+
+def register(env_id: str, entry_point: Callable[..., gymnasium.Env], **options: Any) -> None:
     gymnasium.register(env_id, entry_point, **options)
 
 
@@ -71,3 +85,5 @@ register("ContinuousLine-v0", Line, max_episode_steps=5, kwargs={"discrete": Fal
 register("Blind-v0", Blind)
 register("Undrawable-v0", Undrawable)
 register("Unbounded-v0", Unbounded)
+register("OneSize-v0", OneSize)
+register("FunctionLine-v0", make_line, kwargs={"end": 2})

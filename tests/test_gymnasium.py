@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import jax
@@ -114,6 +115,16 @@ def test_a_users_own_environment(own_environments, close):
     shades = np.array([s.frames[:, 0, 0, 0] for s in steps])
     np.testing.assert_array_equal(shades, np.clip(positions, 0, 3) * 80)
     assert steps[2].frames.shape == (2, 20, 20, 3) and not steps[2].reset_frames[0].any()
+
+
+@pytest.mark.parametrize("env_id", ["environments:OneSize-v0", "environments:FunctionLine-v0"])
+def test_environments_that_are_valid_are_drawn(env_id, own_environments):
+    """A class of MuJoCo's that takes no width, a function that needs what it is registered with."""
+    env = suite.make_env(env_id, seed=0, index=0, frame_size=32)
+    env.reset()
+    picture = suite.make_draw(env, Camera(32, 0, "fast"))(env)
+    assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
+    env.close()
 
 
 @pytest.mark.parametrize(("env_id", "camera"), [
@@ -380,6 +391,23 @@ def test_dqn_runs_and_is_resumed(tmp_path):
     dqn.main(replace(args, total_timesteps=600, run_dir=str(tmp_path / "half")))
     dqn.main(replace(args, resume=str(tmp_path / "half")))
     assert metrics_of(tmp_path / "half") == rows
+
+
+def test_an_evaluation_without_a_video(own_environments, tmp_path, capsys):
+    """An environment that draws nothing: the figures are kept, and a line says what is missing.
+
+    They are in the run's own folder, and the same evaluation again replaces them.
+    """
+    trained = SimpleNamespace(
+        args=SimpleNamespace(env_id="environments:Blind-v0", seed=0), env_steps=5, config={},
+        folder=tmp_path / "0", policy=lambda obs: np.ones(len(obs), int))
+    args = evaluate_tool.Args(trained.folder, episodes=2)
+    for _ in range(2):
+        results = evaluate_tool.evaluate_returns(trained, args)
+        assert results["return"]["each"] == [1, 1] and results["length"] == 3
+        assert "note: without a video: environments:Blind-v0 draws" in capsys.readouterr().out
+    [folder] = (tmp_path / "0/evaluations").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["evaluation.json"]
 
 
 def test_frames_are_embedded_in_batches(tmp_path, monkeypatch):
