@@ -424,7 +424,8 @@ def init_buffers(sizes: Sizes, args: Args) -> Buffers:
     # Embeddings of a network with random weights differ by less than float16 can tell.
     exact = not args.pretrained
     step, frame = pixels.example_step(sizes, exact), replay.example_frame(sizes, exact)
-    positives, negatives = (replay.init_ring(frame, args.embedding_buffer_size) for _ in range(2))
+    capacity, flag = args.embedding_buffer_size, "--embedding-buffer-size"
+    positives, negatives = (replay.init_ring(frame, capacity, flag) for _ in range(2))
     return Buffers(replay.init_ring(step, args.buffer_size), positives, negatives)
 
 

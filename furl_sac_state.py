@@ -347,7 +347,8 @@ def init_buffers(sizes: Sizes, args: Args) -> Buffers:
     # Embeddings of a network with random weights differ by less than float16 can tell.
     exact = not args.pretrained
     transition, frame = replay.example_transition(sizes, exact), replay.example_frame(sizes, exact)
-    positives, negatives = (replay.init_ring(frame, args.embedding_buffer_size) for _ in range(2))
+    capacity, flag = args.embedding_buffer_size, "--embedding-buffer-size"
+    positives, negatives = (replay.init_ring(frame, capacity, flag) for _ in range(2))
     return Buffers(replay.init_ring(transition, args.buffer_size), positives, negatives)
 
 

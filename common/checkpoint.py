@@ -5,9 +5,10 @@
       step_0000010000/state.npz           networks, optimizers, environments, counts
       step_0000010000/manifest.json       the sha256 of state.npz and of each ring file it needs
 
-A replay only grows, so each checkpoint writes the rows that are new since the one before. A step
-folder is written under a temporary name and renamed: it is whole, or it is not there. No pickle:
-arrays in .npz, the rest in JSON.
+A replay only grows, so each checkpoint writes the rows that are new since the one before, in files
+of `FILE_BYTES` at most: neither saving nor loading holds more of a ring in memory than the ring
+itself and one such file. A step folder is written under a temporary name and renamed: it is whole,
+or it is not there. No pickle: arrays in .npz, the rest in JSON.
 """
 
 import hashlib
@@ -24,11 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.errors import UserError
-from common.replay import Ring, read_rows
+from common.errors import ShortageError, UserError
+from common.replay import Ring, add_rows, read_rows, row_bytes
 
 KEEP = 2  # checkpoints kept: the newest, and the one before in case the newest is damaged
 FORMAT = 5  # raised when what the scripts save changes: they would misread an older one
+FILE_BYTES = 16 * 2**20  # of a ring's rows in one file, at most
 
 
 class CheckpointError(RuntimeError):
@@ -65,9 +67,11 @@ def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host:
             if oldest < stop <= total:
                 files[file] = digest
                 start = max(start, stop)
-        if start < total:
-            file = f"rings/{name}-{start:010d}-{total:010d}.npz"
-            leaves = jax.tree.leaves(read_rows(ring, start, total))
+        rows_per_file = max(1, FILE_BYTES // row_bytes(ring))
+        for first in range(start, total, rows_per_file):
+            stop = min(first + rows_per_file, total)
+            file = f"rings/{name}-{first:010d}-{stop:010d}.npz"
+            leaves = jax.tree.leaves(read_rows(ring, first, stop))
             files[file] = _write_npz(root / file, {str(i): x for i, x in enumerate(leaves)})
     arrays: dict[str, np.ndarray] = {}
     structure = {"tree": [np.asarray(x) for x in jax.tree.leaves(tree)], "host": host}
@@ -96,7 +100,9 @@ def load_newest(
 
     Args:
         run_dir: the run folder.
-        tree, rings: freshly initialised, as templates of structure, shape and dtype.
+        tree: freshly initialised, as a template of structure, shape and dtype.
+        rings: freshly initialised and empty. What was saved is written into their memory (they are
+            donated), so that loading takes no more of it than training.
         say: where warnings go.
 
     Returns:
@@ -196,14 +202,14 @@ def check_space(run_dir: Path, rings: dict[str, Ring], total_timesteps: int) -> 
     """Make sure that the disk can hold the run's last checkpoint.
 
     Raises:
-        UserError: it cannot.
+        ShortageError: it cannot.
     """
     need = space_needed(rings, total_timesteps)
     free = free_space(run_dir)
     if free < need:
-        raise UserError(f"the run's checkpoints need up to {need / 2**30:.1f} GiB in {run_dir}, "
-                        f"where {free / 2**30:.1f} GiB are free: choose another --run-dir, or a "
-                        "smaller --buffer-size")
+        raise ShortageError(f"the checkpoints of this run need up to {need / 2**30:.1f} GiB in "
+                            f"{run_dir}, where {free / 2**30:.1f} GiB are free: choose another "
+                            "--run-dir, or a smaller --buffer-size")
 
 
 def _folders(root: Path) -> list[Path]:
@@ -231,24 +237,37 @@ def _read_state(folder: Path) -> tuple[dict, dict]:
 
 
 def _load(root: Path, folder: Path, tree: Any, rings: dict[str, Ring]):
+    """What `load_newest` returns, of one folder; the entries of `rings` are donated."""
     manifest, structure = _read_state(folder)
     restored_tree = unflatten(structure["tree"], tree)
-    restored_rings = {}
-    for name, ring in rings.items():
-        data = [np.array(x) for x in jax.tree.leaves(ring.data)]
-        for file, digest in manifest["files"].items():
-            if file.startswith(f"rings/{name}-"):
-                rows = _read_npz(root / file, digest)
-                start, stop = _row_range(file)
-                keep = max(start, manifest["totals"][name] - ring.capacity) - start
-                slots = np.arange(start + keep, stop) % ring.capacity
-                for i, store in enumerate(data):
-                    store[slots] = rows[str(i)][keep:]
-        restored_rings[name] = Ring(
-            jax.tree.unflatten(jax.tree.structure(ring.data), [jnp.asarray(x) for x in data]),
-            jnp.asarray(manifest["totals"][name], jnp.int32),
-        )
+    # All files are checked before a row is written: of a damaged checkpoint nothing must be left
+    # in the rings when they are filled from the one before.
+    for file, digest in manifest["files"].items():
+        _check_digest(root / file, digest)
+    restored_rings = {name: _fill(ring, root, [
+        file for file in manifest["files"] if file.startswith(f"rings/{name}-")
+    ], manifest["totals"][name]) for name, ring in rings.items()}
     return manifest["env_steps"], restored_tree, restored_rings, structure["host"]
+
+
+def _fill(ring: Ring, root: Path, files: list[str], total: int) -> Ring:
+    """The empty `ring` with the newest rows of `files` up to row number `total`; it is donated."""
+    if any(x.is_deleted() for x in jax.tree.leaves(ring.data)):  # by a checkpoint that failed late
+        ring = Ring(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ring.data), ring.total)
+    for file in files:
+        start, stop = _row_range(file)
+        first = max(start, total - ring.capacity)
+        with np.load(root / file, allow_pickle=False) as stored:
+            leaves = [stored[str(i)][first - start:] for i in range(len(stored.files))]
+        templates = jax.tree.leaves(ring.data)
+        if len(leaves) != len(templates) or any(
+            x.shape != (stop - first, *store.shape[1:])
+            for x, store in zip(leaves, templates, strict=True)
+        ):
+            raise CheckpointError("its rows have other shapes than this script's")
+        ring = add_rows(Ring(ring.data, jnp.asarray(first, jnp.int32)),
+                        jax.tree.unflatten(jax.tree.structure(ring.data), leaves))
+    return Ring(ring.data, jnp.asarray(total, jnp.int32))
 
 
 def _newest_manifest(root: Path) -> dict | None:
@@ -320,6 +339,12 @@ def _write_bytes(path: Path, data: bytes | memoryview) -> str:
         temporary.unlink(missing_ok=True)
         raise
     return hashlib.sha256(data).hexdigest()
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise CheckpointError(f"{path.name} does not match its checksum")
 
 
 def _read_npz(path: Path, digest: str) -> dict[str, np.ndarray]:

@@ -257,7 +257,7 @@ def run_script(main: Callable[[ArgsT], object], args_type: type[ArgsT]) -> None:
         keep_compiled_programs()
         main(parse_args(args_type, sys.argv[1:]))
     except UserError as error:
-        message = str(error)
+        message, status = str(error), error.status
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

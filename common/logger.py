@@ -154,10 +154,21 @@ def write_config(run_dir: Path, args: Any, **facts: Any) -> dict[str, Any]:
         "num_cores": num_cores(),
         **facts,
     }
-    temporary = run_dir / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=2, default=str) + "\n")
-    temporary.replace(run_dir / "config.json")
+    _write_json(run_dir / "config.json", config)
     return config
+
+
+def store_total(run_dir: Path, config: dict[str, Any], total_timesteps: int) -> None:
+    """Note in `config`, and in `config.json`, that a run is continued up to so many steps."""
+    if config["args"].get("total_timesteps") != total_timesteps:
+        config["args"]["total_timesteps"] = total_timesteps
+        _write_json(run_dir / "config.json", config)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    temporary.replace(path)
 
 
 def read_config(run_dir: Path, name: str | None = None) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.errors import UserError
+from common.errors import ShortageError
+from common.memory import check_memory
 
 Rows = Any  # a pytree whose leaves share their leading axis
 
@@ -79,21 +80,33 @@ def example_frame(sizes: Sizes, exact: bool = False) -> EmbeddedFrame:
     return EmbeddedFrame(embedding, np.int32(0), np.bool_(False), np.int32(0))
 
 
-def init_ring(example_row: Rows, capacity: int) -> Ring:
+def init_ring(example_row: Rows, capacity: int, flag: str = "--buffer-size") -> Ring:
     """An empty ring for rows like `example_row` (leaves without the leading axis).
 
+    Args:
+        flag: what a user has set `capacity` with.
+
     Raises:
-        UserError: the buffer does not fit into memory.
+        UserError: the buffer does not fit into memory; a ShortageError if it does not for now.
     """
+    need = capacity * sum(np.asarray(x).nbytes for x in jax.tree.leaves(example_row))
+    check_memory(need, f"a buffer of {capacity:,} rows", f"choose a smaller {flag}")
     try:
-        data = jax.tree.map(lambda x: jnp.zeros((capacity, *np.shape(x)), x.dtype), example_row)
-        return jax.block_until_ready(Ring(data, jnp.zeros((), jnp.int32)))
+        return jax.block_until_ready(empty_ring(example_row, capacity))
     except (MemoryError, RuntimeError) as error:  # XLA raises a RuntimeError when out of memory
-        row_bytes = sum(np.asarray(x).nbytes for x in jax.tree.leaves(example_row))
-        raise UserError(
-            f"a buffer of {capacity:,} rows needs {capacity * row_bytes / 2**30:.1f} GiB, which "
-            "this device does not have: choose a smaller --buffer-size"
-        ) from error
+        raise ShortageError(f"a buffer of {capacity:,} rows needs {need / 2**30:.1f} GiB, which "
+                            f"this device does not have: choose a smaller {flag}") from error
+
+
+def empty_ring(example_row: Rows, capacity: int) -> Ring:
+    """`init_ring` without its checks."""
+    data = jax.tree.map(lambda x: jnp.zeros((capacity, *np.shape(x)), x.dtype), example_row)
+    return Ring(data, jnp.zeros((), jnp.int32))
+
+
+def row_bytes(ring: Ring) -> int:
+    """Bytes that one row takes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(ring.data)) // ring.capacity
 
 
 def add(ring: Ring, rows: Rows, num_valid: jax.Array | int | None = None) -> Ring:

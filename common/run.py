@@ -30,6 +30,7 @@ from common.logger import (
     lock_run_dir,
     read_config,
     show,
+    store_total,
     unlock_run_dir,
     write_config,
 )
@@ -344,6 +345,7 @@ def start_run(
     if args.resume:
         run_dir = Path(args.resume)
         run = Run(args, run_dir, read_config(run_dir), envs, evaluate)
+        store_total(run_dir, run.config, args.total_timesteps)  # which the grid and tools go by
         kept = source and run_dir / source.name
         if kept and kept.exists() and kept.read_bytes() != source.read_bytes():
             show(f"note: {source.name} has changed since this run began; {kept} is what it was")

@@ -1,5 +1,7 @@
 """Tests run from any folder, two files at a time, and keep caches out of the home folder's way."""
 
+import contextlib
+import gc
 import os
 import re
 import sys
@@ -28,6 +30,15 @@ HEED_SIGNALS = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
+
+
+def pytest_sessionfinish() -> None:
+    """Free the GL contexts of what no test has closed: destructors at the interpreter's end, when
+    MuJoCo has ended EGL, would print tracebacks above pytest's last lines."""
+    if egl := sys.modules.get("mujoco.egl"):
+        for context in [x for x in gc.get_objects() if type(x) is egl.GLContext]:
+            with contextlib.suppress(Exception):
+                context.free()
 
 
 def paper_scripts() -> list[str]:

@@ -1,10 +1,12 @@
 """A user's own environments, `environments:...`, as tests of the Gymnasium suite need them."""
 
 import random
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 
 
 class Line(gymnasium.Env):
@@ -112,7 +114,19 @@ class Global(Broken):
         return obs, 0.0, False, False, {}
 
 
-def register(env_id: str, entry_point: type, **options: Any) -> None:
+class OneSize(ReacherEnv):
+    """MuJoCo's, whose pictures have a size of their own."""
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__(render_mode=render_mode)
+
+
+def make_line(*, end: int, render_mode: str | None = None) -> gymnasium.Env:
+    """A function in place of a class; it cannot be called without what it is registered with."""
+    return Line(render_mode, end=end)
+
+
+def register(env_id: str, entry_point: Callable[..., gymnasium.Env], **options: Any) -> None:
     gymnasium.register(env_id, entry_point, **options)
 
 
@@ -149,3 +163,5 @@ for name, fault in {
     "Graph": {"observation_space": gymnasium.spaces.Sequence(gymnasium.spaces.Discrete(2))},
 }.items():
     register(f"{name}-v0", Broken, max_episode_steps=60, kwargs=fault)
+register("OneSize-v0", OneSize)
+register("FunctionLine-v0", make_line, kwargs={"end": 2})

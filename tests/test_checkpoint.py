@@ -1,8 +1,13 @@
 """Checkpoints come back as they were, and a damaged or half-written one costs only itself."""
 
+import contextlib
+import ctypes
 import errno
+import gc
+import importlib
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import paper_scripts
 
 import sac_baseline as sac
 from common import checkpoint, replay
@@ -132,7 +138,7 @@ def test_tree_and_ring_come_back_as_they_were(tmp_path):
 def test_an_empty_ring_and_several_rings(tmp_path):
     rings = {"positives": empty(), "positives2": ring_of(13), "negatives": ring_of(4)}
     checkpoint.save(tmp_path, 1, (), rings, {})
-    restored = checkpoint.load_newest(tmp_path, (), dict.fromkeys(rings, empty()))[2]
+    restored = checkpoint.load_newest(tmp_path, (), {name: empty() for name in rings})[2]
     for name, ring in rings.items():
         jax.tree.map(np.testing.assert_array_equal, restored[name], ring)
 
@@ -380,6 +386,98 @@ def test_a_run_killed_while_writing(tmp_path):
     assert not [f for f in root.rglob("*") if f.suffix == ".tmp" or f.name.startswith(".writing")]
 
 
+# ------------------------------------------------------------------------------ memory
+
+
+def megabytes_resident(which: str) -> float:
+    """VmRSS, this process's memory now, or VmHWM, its peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{which}:\s*(\d+) kB$", status, re.M)[1]) / 1024
+
+
+@contextlib.contextmanager
+def peak_megabytes():
+    """A list that gets the peak of this process's memory above what it has now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is free already is given back, not used again
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, found = megabytes_resident("VmRSS"), []
+    yield found
+    found.append(megabytes_resident("VmHWM") - before)
+
+
+def fill_and_save(script, args) -> None:
+    """A run whose replay is full when it is saved; its first row is of ones, the rest of zeros."""
+    buffers = script.init_buffers(Sizes(39, 4, 64), args)
+    run = start_run(args, buffers, Sizes(39, 4, 64), NoEnvs(), NO_EVALUATION)
+    state, buffers, _ = run.begin({"w": jnp.zeros(2)}, buffers, NoEnvs())
+    ones = jax.tree.map(lambda x: np.ones((1, *x.shape[1:]), x.dtype), buffers[0].data)
+    data = replay.add_rows(buffers[0], ones).data
+    full = replay.Ring(data, jnp.asarray(args.buffer_size, jnp.int32))
+    run.env_steps = 4
+    run.save(state, type(buffers)(full, *buffers[1:]), NoEnvs())
+    run.close(finished=False)
+
+
+def resume_and_check(script, args) -> None:
+    args = replace(args, resume=args.run_dir)
+    buffers = script.init_buffers(Sizes(39, 4, 64), args)
+    run = start_run(args, buffers, Sizes(39, 4, 64), NoEnvs(), NO_EVALUATION)
+    _, buffers, _ = run.begin({"w": jnp.zeros(2)}, buffers, NoEnvs())
+    run.close(finished=False)
+    assert int(buffers[0].total) == args.buffer_size
+    for x in jax.tree.leaves(buffers[0].data):
+        assert (np.asarray(x[0]) == 1).all() and not np.asarray(x[-1]).any()
+
+
+@pytest.mark.parametrize("name", [*paper_scripts(), "vlm_rm_dqn"])
+def test_resuming_takes_no_more_memory_than_training(tmp_path, name):
+    """A full replay of 64 MiB, saved by one checkpoint and loaded, for the buffers of each script.
+
+    Counted is what is taken from the making of the buffers on; the rest is the same in both.
+    """
+    script = importlib.import_module(name)
+    args = script.Args(run_dir=str(tmp_path / "small"), num_envs=2, total_timesteps=8,
+                       buffer_size=8)
+    fill_and_save(script, args)  # what is imported and compiled once is not counted
+    resume_and_check(script, args)
+    row_bytes = replay.row_bytes(script.init_buffers(Sizes(39, 4, 64), args)[0])
+    args = replace(args, run_dir=str(tmp_path / "large"), buffer_size=64 * 2**20 // row_bytes)
+    with peak_megabytes() as training:
+        fill_and_save(script, args)
+    with peak_megabytes() as resuming:
+        resume_and_check(script, args)
+    assert 60 < resuming[0] < 1.1 * training[0], (training, resuming)
+
+
+def test_a_checkpoint_that_fails_late_leaves_nothing_in_the_rings(tmp_path, monkeypatch):
+    """Its files were whole when they were checked; the rings have been written to already."""
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+    read = np.load
+
+    def fail(path, **options):
+        if "0000000009" in str(path):
+            raise ValueError("the disk has changed its mind")
+        return read(path, **options)
+
+    monkeypatch.setattr(np, "load", fail)
+    [warning] = assert_checkpoint(tmp_path, 4)
+    assert "changed its mind" in warning
+
+
+def test_rings_are_saved_in_small_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 3 * 8)  # a row of these tests takes 8
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+    assert [name[len("replay-"):-len(".npz")] for name in ring_files(tmp_path)] == [
+        "0000000000-0000000003", "0000000003-0000000004", "0000000004-0000000007",
+        "0000000007-0000000009"]
+    assert assert_checkpoint(tmp_path, 9) == []
+    save(tmp_path, 21)  # the ring has gone round
+    assert assert_checkpoint(tmp_path, 21) == []
+
+
 # ------------------------------------------------------------------------------- space
 
 
@@ -487,12 +585,14 @@ class NoEnvs:
         pass
 
 
+NO_EVALUATION = SimpleNamespace(settings={}, close=lambda: None)
+
+
 def begin_run(args: sac.Args) -> tuple[Run, tuple]:
     """A run with tiny networks and no environments: (run, what its `begin` returns)."""
     sizes = Sizes(39, 4)
     buffers = sac.init_buffers(sizes, args)
-    evaluate = SimpleNamespace(settings={}, close=lambda: None)
-    run = start_run(args, buffers, sizes, NoEnvs(), evaluate)
+    run = start_run(args, buffers, sizes, NoEnvs(), NO_EVALUATION)
     try:
         return run, run.begin(sac.init_state(jax.random.key(0), sizes, args), buffers, NoEnvs())
     except UserError:

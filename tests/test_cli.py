@@ -807,6 +807,18 @@ def test_a_run_closes_its_environments(finished, tmp_path):
     assert envs.closed
 
 
+def test_a_run_that_is_continued_further_says_so(tmp_path):
+    """In its config.json, by which grids and `tools.results` tell whether it has ended."""
+    run = start(tmp_path, total_timesteps=400)
+    begin(run)
+    run.close()
+    stored = logger.read_config(run.dir)
+    args = cli.parse_args(Args, ["--resume", str(run.dir), "--total-timesteps", "800"])
+    start_with(args).close()
+    stored["args"]["total_timesteps"] = 800
+    assert logger.read_config(run.dir) == stored
+
+
 def test_the_script_is_the_file_that_defines_args(tmp_path, monkeypatch, capsys):
     """A user's copy gives its runs its own name, and a run says if it has changed since."""
     (tmp_path / "scripts").mkdir()

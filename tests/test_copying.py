@@ -104,7 +104,7 @@ def test_a_copy_with_a_new_loss_is_as_good_as_the_script(checkout):
 
     # The tools know it like any other script.
     out = run(checkout, "-m", "tools.evaluate", "runs/new")
-    assert "success_at_end" in out and list(checkout.glob("evaluations/new__*/*.mp4"))
+    assert "success_at_end" in out and list(checkout.glob("runs/new/evaluations/*/*.mp4"))
     run(checkout, "-m", "tools.reward_report", "--env-id", "drawer-close-v3", "--episodes", "2",
         "--steps", "60", "--every", "10", "--checkpoints", "runs/new", "--output", "report")
     assert "new" in json.loads((checkout / "report/report.json").read_text())["rewards"]

@@ -23,6 +23,7 @@ from common import checkpoint, pixels
 from common.envs.metaworld import VecMetaWorld
 from common.envs.metaworld_tasks import expert_action, expert_policy
 from common.envs.rendering import Camera
+from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.replay import Sizes
@@ -338,6 +339,40 @@ def test_a_fixed_goal_is_played_once_as_the_script_evaluates_it(trained, tmp_pat
     assert len(frames) == 25 and frames[0].shape[1] == evaluate.VIDEO_SIZE
     with pytest.raises(UserError, match="exists: choose another --output"):
         evaluate.main(evaluate.Args(folder, output=tmp_path / "out"))
+
+
+def fake_episodes(trained, num_episodes, **where) -> evaluate.Episodes:
+    return evaluate.Episodes(np.ones((5, num_episodes), bool), np.zeros((5, num_episodes, 4)),
+                             np.zeros((6, num_episodes, 39)))
+
+
+def test_evaluations_are_in_the_runs_own_folder(trained, tmp_path, monkeypatch, capsys):
+    """So a grid's cells, which have numbers for names, do not collide; the same is replaced."""
+    monkeypatch.setattr(evaluate, "play", fake_episodes)
+    for method in "ab":
+        shutil.copytree(trained("furl")[0], tmp_path / method / "0")
+    for goal in ("fixed", "random", "random"):
+        for method in "ab":
+            evaluate.main(evaluate.Args(tmp_path / method / "0", goal=goal, episodes=7, videos=0))
+    for method in "ab":
+        folders = sorted((tmp_path / method / "0/evaluations").iterdir())
+        assert [folder.name.split("__")[2] for folder in folders] == ["fixed", "random"]
+        assert [len(list(folder.iterdir())) for folder in folders] == [1, 1]
+        found = json.loads((folders[1] / "evaluation.json").read_text())
+        assert found["success_at_end"]["successes"] == 7
+
+
+def test_a_video_that_cannot_be_made_costs_only_itself(trained, tmp_path, monkeypatch, capsys):
+    def fail(trained, episodes, count, folder, **where):
+        (folder / "episode_0.mp4").write_bytes(b"half of it")
+        raise WorkerError("no EGL here")
+
+    monkeypatch.setattr(evaluate, "play", fake_episodes)
+    monkeypatch.setattr(evaluate, "film", fail)
+    results = evaluate.main(evaluate.Args(trained("furl")[0], output=tmp_path / "out"))
+    assert "note: without a video: no EGL here" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["evaluation.json"]
+    assert results["success_once"]["rate"] == 1 and "videos" not in results
 
 
 def test_random_goals_are_new_and_the_same_each_time(trained, tmp_path):

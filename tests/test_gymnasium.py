@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import jax
@@ -127,6 +128,16 @@ def test_state_in_wrappers_is_not_known(own_environments, close):
     begun = envs.set_state(envs.get_state())
     np.testing.assert_array_equal(begun[0, :3], begun[0, 6:])  # a first observation, repeated
     assert (begun != last).any()
+
+
+@pytest.mark.parametrize("env_id", ["environments:OneSize-v0", "environments:FunctionLine-v0"])
+def test_environments_that_are_valid_are_drawn(env_id, own_environments):
+    """A class of MuJoCo's that takes no width, a function that needs what it is registered with."""
+    env = suite.make_env(env_id, seed=0, index=0, frame_size=32)
+    env.reset()
+    picture = suite.make_draw(env, Camera(32, 0, "fast"))(env)
+    assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
+    env.close()
 
 
 @pytest.mark.parametrize(("env_id", "camera"), [
@@ -482,6 +493,23 @@ def test_dqn_runs_and_is_resumed(tmp_path):
     dqn.main(replace(args, total_timesteps=600, run_dir=str(tmp_path / "half")))
     dqn.main(replace(args, resume=str(tmp_path / "half")))
     assert metrics_of(tmp_path / "half") == rows
+
+
+def test_an_evaluation_without_a_video(own_environments, tmp_path, capsys):
+    """An environment that draws nothing: the figures are kept, and a line says what is missing.
+
+    They are in the run's own folder, and the same evaluation again replaces them.
+    """
+    trained = SimpleNamespace(
+        args=SimpleNamespace(env_id="environments:Blind-v0", seed=0), env_steps=5, config={},
+        folder=tmp_path / "0", policy=lambda obs: np.ones(len(obs), int))
+    args = evaluate_tool.Args(trained.folder, episodes=2)
+    for _ in range(2):
+        results = evaluate_tool.evaluate_returns(trained, args)
+        assert results["return"]["each"] == [1, 1] and results["length"] == 3
+        assert "note: without a video: environments:Blind-v0 draws" in capsys.readouterr().out
+    [folder] = (tmp_path / "0/evaluations").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["evaluation.json"]
 
 
 def test_frames_are_drawn_and_embedded_every_k_th_step(tmp_path, monkeypatch):

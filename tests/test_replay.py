@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import replay
-from common.errors import UserError
+from common import memory, replay
+from common.errors import ShortageError, UserError
 from common.replay import EmbeddedFrame, Transition, lagged_slots, sort_episodes
 from relay_baseline import count_positives
 
@@ -110,6 +110,33 @@ def test_read_rows_counts_from_the_first_row_ever_written():
 def test_a_buffer_beyond_the_memory_is_a_user_error():
     with pytest.raises(UserError, match="--buffer-size"):
         empty_transitions(2**50)
+
+
+@pytest.mark.parametrize(("free", "total", "error"), [
+    (300, 300, UserError), (300, 400, ShortageError), (356, 356, None)])
+def test_a_buffer_beyond_what_is_free_is_refused_before_it_is_allocated(
+        monkeypatch, free, total, error):
+    """100 MiB of rows, beside what a run needs itself (256 MiB)."""
+    found = memory.Memory(free * 2**20, total * 2**20)
+    monkeypatch.setattr(memory, "host_memory", lambda: found)
+    monkeypatch.setattr(replay, "empty_ring", lambda row, capacity: capacity)
+    if error is None:
+        assert replay.init_ring(np.zeros(25, np.float32), 2**20) == 2**20
+        return
+    with pytest.raises(UserError) as caught:
+        replay.init_ring(np.zeros(25, np.float32), 2**20, "--embedding-buffer-size")
+    assert type(caught.value) is error
+    assert str(caught.value) == (
+        "a buffer of 1,048,576 rows needs 0.1 GiB and a run 0.25 GiB beside it, but of "
+        f"{total / 1024:.1f} GiB of memory 0.3 are free: choose a smaller --embedding-buffer-size")
+
+
+def test_a_buffer_where_the_system_does_not_tell_its_memory(monkeypatch):
+    def unknown():
+        raise UserError("no /proc here")
+
+    monkeypatch.setattr(memory, "host_memory", unknown)
+    assert empty_transitions(4).capacity == 4
 
 
 # ------------------------------------------------------------------------ trajectories

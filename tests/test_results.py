@@ -216,6 +216,37 @@ def test_from_run_folders_to_a_table_and_back(tmp_path, capsys):
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_that_was_continued_further(tmp_path):
+    """Its evaluations go beyond the steps that its config.json has, as older runs' do."""
+    write_run(tmp_path / "a", "reach-v3", 0, [0, 1], steps=100)
+    [run] = run_tool(tmp_path / "a", output=tmp_path / "out", label="FuRL")
+    assert run.budget == 200
+    assert json.loads((tmp_path / "out/furl/reach-v3.json").read_text())["budget"] == 200
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_run(tmp_path / "a", "reach-v3", 0, [0, 1])
+    write_run(tmp_path / "b", "push-v3", 0, [0, 1])
+    out = tmp_path / "out"
+
+    def fail(*_):
+        raise TypeError("a bug")
+
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(results, "write_page", fail)
+        run_tool(tmp_path / "a", output=out, label="FuRL")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    run_tool(tmp_path / "a", output=out, label="FuRL")
+    (out / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(results, "write_page", fail)
+        run_tool(tmp_path / "b", output=out, label="FuRL")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    run_tool(tmp_path / "b", output=out, label="FuRL")
+    assert (out / "notes.txt").exists() and (out / "furl/push-v3.csv").exists()
+
+
 def test_a_grid_gives_names_and_where_to_write(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed in (0, 1):
@@ -228,7 +259,8 @@ def test_a_grid_gives_names_and_where_to_write(tmp_path, monkeypatch, capsys):
     runs = run_tool("grid")
     assert [(run.method, run.label, run.seed) for run in runs] == [
         ("furl-random", "FuRL", 0), ("furl-random", "FuRL", 1)]
-    text = (tmp_path / "results/laptop/README.md").read_text()
+    assert not (tmp_path / "results").exists(), "published tables are there, of other runs"
+    text = (tmp_path / "grid/results/README.md").read_text()
     assert text.startswith("# table2, preset laptop\n") and "| 40 (40 to 40) ± 0 | 6 ± 8 |" in text
     assert "no run yet in 1 of 3 cells" in capsys.readouterr().err
 

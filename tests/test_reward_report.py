@@ -278,3 +278,15 @@ def test_bad_input_ends_with_one_line_and_status_2(
     flags = [str(runs[0]) if f == "RUN" else f for f in flags]
     refused(report, flags, message)
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_one_name_are_told_apart():
+    """The cells of a grid are called by their seeds."""
+    def names(*paths: str) -> list[str]:
+        return report.distinct_names([Path(path) for path in paths])
+
+    assert names() == [] and names("/a/b/0", "/a/c/1") == ["0", "1"]
+    assert names("/furl/reach/0", "/sac/reach/0", "/sac/push/0") == [
+        "furl/reach/0", "sac/reach/0", "sac/push/0"]
+    with pytest.raises(UserError, match="a folder twice"):
+        names("/a/0", "/b/0", "/a/0")

@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 from common.cores import num_cores, share_cores
 from common.errors import UserError
+from common.memory import memory_available
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -346,36 +347,6 @@ def check_devices(_args: Args) -> Finding:
 # ------------------------------------------------------------------------------- space
 
 
-def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of memory that this process and its children can still take, control groups heeded."""
-    line = re.search(r"^MemAvailable:\s+(\d+) kB", (proc / "meminfo").read_text(), re.M)
-    if line is None:
-        raise UserError(f"{proc / 'meminfo'} has no line MemAvailable")
-    available = int(line[1]) * 1024
-    names = {"": ("memory.max", "memory.current", "inactive_file"),  # version 2, then version 1
-             "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
-    try:
-        groups = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return available
-    for _, controllers, path in (group.split(":", 2) for group in groups):
-        if controllers not in names:
-            continue
-        limit, used, cached = names[controllers]
-        # In a container the path may be the host's: what exists of it holds, and the mount itself.
-        folder = Path(path)
-        for part in (folder, *folder.parents):
-            here = cgroups / controllers / part.relative_to("/")
-            try:
-                free = int((here / limit).read_text()) - int((here / used).read_text())
-                lines = (here / "memory.stat").read_text().splitlines()
-            except (OSError, ValueError):  # no such group, or "max": no limit
-                continue
-            reclaimable = sum(int(x.split()[1]) for x in lines if x.split()[0] == cached)
-            available = min(available, free + reclaimable)
-    return available
-
-
 def embed_dim(args: Args) -> int:
     """D of the VLM; of the paper's RN50 if it does not load, which is for its own line to say."""
     try:
@@ -392,13 +363,13 @@ def replay_shapes(embed_dim: int) -> dict[str, Any]:
     import jax
 
     from common.envs.metaworld import ACTION_DIM, OBS_DIM
-    from common.replay import Sizes, example_frame, example_transition, init_ring
+    from common.replay import Sizes, empty_ring, example_frame, example_transition
 
     sizes = Sizes(OBS_DIM, ACTION_DIM, embed_dim)
     step, frame = example_transition(sizes), example_frame(sizes)
     rows = {"transitions": (step, STEPS), "positives": (frame, FRAMES),
             "negatives": (frame, FRAMES)}
-    return {name: jax.eval_shape(partial(init_ring, row, capacity))
+    return {name: jax.eval_shape(partial(empty_ring, row, capacity))
             for name, (row, capacity) in rows.items()}
 
 

@@ -5,12 +5,15 @@
     python -m tools.evaluate runs/<folder> --env-id drawer-open-v3 --goal random --seed 7
 
 The mean action is played. Random goals come from a seed that neither training nor the scripts' own
-evaluations use; with a fixed goal all episodes are the same, so that one is played. The run folder
-is only read. The video shows the reward as it unfolds: the run's VLM reward, or the sparse one.
+evaluations use; with a fixed goal all episodes are the same, so that one is played. What it writes
+is in evaluations/ in the run folder; nothing else there is changed. The video shows the reward as
+it unfolds: the run's VLM reward, or the sparse one.
 """
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -24,13 +27,15 @@ from common.envs.metaworld import VecMetaWorld
 from common.envs.metaworld_tasks import prompt_for, resolve_env_id
 from common.envs.rendering import Camera
 from common.envs.suites import suite_for
+from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, Evaluator, write_video
 from common.flags import NotNegativeInt
 from common.logger import git_commit, versions
 from common.names import file_name
+from tools.folders import new_folder, writable_folder, written_whole
 from tools.measures import standard_error, wilson_interval, without_nan
-from tools.trained import Trained, new_folder, open_run
+from tools.trained import Trained, open_run
 
 BATCH = 20  # environments side by side; not the number of cores: it decides which goals are drawn
 MAX_VIDEOS = 4  # their frames are all in memory: 0.2 GB each
@@ -59,7 +64,8 @@ class Args:
     run_code: bool = False
     """execute the copy of the script that the run folder keeps; only for folders that you trust"""
     output: Path | None = None
-    """new folder for results; default: evaluations/<run>__<step>__<task>__<goal>__<seed>"""
+    """new folder for results; default: in the run folder, evaluations/<what is evaluated>, where
+    the same evaluation as before replaces it"""
 
 
 class Episodes(NamedTuple):
@@ -258,6 +264,17 @@ def film(
     return names, label
 
 
+@contextmanager
+def or_without_videos(folder: Path) -> Iterator[None]:
+    """What keeps videos from being made costs only them, and a line: the figures are there."""
+    try:
+        yield
+    except (UserError, WorkerError, ImportError) as error:
+        for path in folder.glob("*.mp4"):
+            path.unlink()
+        print(f"note: without a video: {error}")
+
+
 # -------------------------------------------------------------------------- returns
 
 
@@ -275,21 +292,40 @@ def evaluate_returns(trained: Trained, args: Args) -> dict[str, Any]:
                         f"{trained.args.env_id}")
     seed = trained.args.seed + 2 * EVAL_SEED_OFFSET if args.seed is None else args.seed
     env_id = suite_for(trained.args.env_id).evaluated_on(trained.args.env_id)
-    output = args.output or Path("evaluations") / "__".join(
-        [trained.name, f"step_{trained.env_steps}", file_name(env_id), str(seed)])
-    new_folder(output)
+    output = output_folder(args, trained, env_id, seed, args.episodes)
     same = {"seed": seed, "goal": "fixed", "seed_offset": 0}
-    evaluate = Evaluator(trained.args.env_id, num_episodes=args.episodes, **same)
-    means = evaluate(trained.policy)
-    evaluate.close()
-    output.mkdir(parents=True)
-    if args.videos:  # apart, so that not all episodes are drawn
-        film = Evaluator(trained.args.env_id, num_episodes=1, capture_video=True, **same)
-        film(trained.policy, output / "episode_0.mp4")
-        film.close()
+    with written_whole(output) as folder:
+        evaluate = Evaluator(trained.args.env_id, num_episodes=args.episodes, **same)
+        means = evaluate(trained.policy)
+        evaluate.close()
+        if args.videos:  # apart, so that not all episodes are drawn
+            with or_without_videos(folder), closing(Evaluator(
+                trained.args.env_id, num_episodes=1, capture_video=True, **same
+            )) as film:
+                film(trained.policy, folder / "episode_0.mp4")
+        results = returns_of(trained, evaluate, means, args, env_id, seed)
+        (folder / "evaluation.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
+    mean, success = results["return"], results["success_at_end"]
+    error = mean["standard_error"]
+    interval = "" if error is None else f" (standard error {error:.1f})"
+    low, high = success["wilson_95"]
+    text = (f"{trained.folder}: {args.episodes} episodes of {env_id}: mean return "
+            f"{mean['mean']:.1f}{interval}, mean length {results['length']:.1f}")
+    if results["success_once"]:  # else the environment may know none
+        text += f", success at the end {success['mean']:.0%} ({low:.0%} to {high:.0%})"
+    print(text)
+    print(f"written: {output}")
+    return results
+
+
+def returns_of(
+    trained: Trained, evaluate: Evaluator, means: dict[str, float], args: Args, env_id: str,
+    seed: int,
+) -> dict[str, Any]:
+    """What the JSON holds of an evaluation that has been played, whose means are `means`."""
     error = standard_error(evaluate.returns) if args.episodes > 1 else None
     low, high = wilson_interval(round(means["eval/success_at_end"] * args.episodes), args.episodes)
-    results = {
+    return {
         "env_id": env_id, "seed": seed, "env_steps": trained.env_steps, "episodes": args.episodes,
         "return": {"mean": means["eval/return"], "standard_error": error,
                    "each": evaluate.returns.tolist()},
@@ -298,19 +334,23 @@ def evaluate_returns(trained: Trained, args: Args) -> dict[str, Any]:
         "run": {key: trained.config.get(key) for key in RUN_FACTS},
         "commit": git_commit(), "versions": versions(),
     }
-    (output / "evaluation.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
-    interval = "" if error is None else f" (standard error {error:.1f})"
-    text = (f"{trained.name}: {args.episodes} episodes of {env_id}: mean return "
-            f"{means['eval/return']:.1f}{interval}, mean length {means['eval/length']:.1f}")
-    if means["eval/success_once"]:  # else the environment may know none
-        text += (f", success at the end {means['eval/success_at_end']:.0%} ({low:.0%} to "
-                 f"{high:.0%})")
-    print(text)
-    print(f"written: {output}")
-    return results
-
 
 # ------------------------------------------------------------------------------- main
+
+
+def output_folder(args: Args, trained: Trained, env_id: str, *what: Any) -> Path:
+    """Where the results go: --output, which must be new, or by default a folder in the run's own
+    that is named by `what` is evaluated.
+
+    Raises:
+        UserError: it is there already, or cannot be written.
+    """
+    if args.output is not None:
+        return new_folder(args.output)
+    *what, num_episodes = what
+    name = "__".join([f"step_{trained.env_steps}", file_name(env_id), *map(str, what),
+                      f"{num_episodes}_episodes"])
+    return writable_folder(trained.folder / "evaluations" / name)
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -327,12 +367,10 @@ def main(args: Args) -> dict[str, Any]:
     # Training takes the run's seed, its own evaluations that plus the offset.
     seed = trained.args.seed + (0 if goal == "fixed" else 2 * EVAL_SEED_OFFSET)
     seed = seed if args.seed is None else args.seed
-    output = args.output or Path("evaluations") / "__".join(
-        [trained.name, f"step_{trained.env_steps}", env_id, goal, str(seed)])
-    new_folder(output)
     num_episodes = 1 if goal == "fixed" else args.episodes
-    print(f"{trained.name}: {trained.config['script']}.py, {trained.env_steps:,} steps of training "
-          f"on {trained.args.env_id} (goal {trained.args.goal}, seed {trained.args.seed})")
+    output = output_folder(args, trained, env_id, goal, seed, num_episodes)
+    print(f"{trained.folder}: {trained.config['script']}.py, {trained.env_steps:,} steps of "
+          f"training on {trained.args.env_id} (goal {trained.args.goal}, seed {trained.args.seed})")
     print(f"played: {num_episodes} episode{'s' * (num_episodes > 1)} of {env_id}, goal {goal}, "
           f"seed {seed}")
     notes = []
@@ -359,11 +397,13 @@ def main(args: Args) -> dict[str, Any]:
         },
         "run": {key: trained.config.get(key) for key in RUN_FACTS},
     }
-    output.mkdir(parents=True)
-    if args.videos:
-        count = min(args.videos, num_episodes)
-        results["videos"], results["video_curve"] = film(trained, episodes, count, output, **where)
-    (output / "evaluation.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
+    with written_whole(output) as folder:
+        if args.videos:
+            count = min(args.videos, num_episodes)
+            with or_without_videos(folder):
+                results["videos"], results["video_curve"] = film(
+                    trained, episodes, count, folder, **where)
+        (folder / "evaluation.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
     print(f"written: {output}")
     return results
 

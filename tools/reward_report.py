@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ from tools.episodes import (
     Scene,
     draw_episodes,
 )
+from tools.folders import new_folder, written_whole
 from tools.measures import (
     auc,
     check_finite,
@@ -72,7 +73,7 @@ from tools.report_page import (
     plot_paths,
     table_rows,
 )
-from tools.trained import Trained, new_folder, open_run
+from tools.trained import Trained, open_run
 
 ALPHAS = np.linspace(0, 1, 11).round(1)  # strengths of goal-baseline regularisation
 
@@ -291,6 +292,21 @@ def check(args: Args) -> None:
                         f"{MAX_EPISODE_STEPS}, not {args.steps}")
 
 
+def distinct_names(folders: list[Path]) -> list[str]:
+    """The folders' last names; where two have the same one, as cells of a grid, their parents' too.
+
+    Raises:
+        UserError: a folder is there twice.
+    """
+    if len(set(folders)) < len(folders):
+        raise UserError("--checkpoints holds a folder twice")
+    for count in range(1, max((len(folder.parts) for folder in folders), default=1) + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
 def open_checkpoints(args: Args, env_id: str) -> list[Trained]:
     """The runs of --checkpoints.
 
@@ -298,8 +314,8 @@ def open_checkpoints(args: Args, env_id: str) -> list[Trained]:
         UserError: one is no run, or of another task, VLM, camera or quality.
     """
     runs = [open_run(folder, run_code=args.run_code) for folder in args.checkpoints]
-    if len({run.name for run in runs}) < len(runs):
-        raise UserError("--checkpoints holds two folders of one name")
+    names = distinct_names([run.folder.resolve() for run in runs])
+    runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
     for run in runs:
         if run.args.env_id != env_id:
             raise UserError(f"{run.folder} was trained on {run.args.env_id}, not on {env_id}")
@@ -449,7 +465,8 @@ def main(args: Args) -> dict[str, Any]:
         drawn["epic"] = lambda: plot_epic(ALPHAS, epic)
     if ways:
         drawn["paths"] = lambda: plot_paths(ways)
-    write(output, results, drawn)
+    with written_whole(output) as folder:
+        write(folder, results, drawn)
     print_report(results)
     print(f"written in {time.monotonic() - start:.0f} s: {output / 'report.html'}")
     return results
@@ -458,7 +475,6 @@ def main(args: Args) -> dict[str, Any]:
 def write(output: Path, results: dict[str, Any], drawn: dict[str, Callable[[], Any]]) -> None:
     import matplotlib.pyplot as plt
 
-    output.mkdir(parents=True)
     pictures = {}
     for name, draw in drawn.items():
         figure = draw()

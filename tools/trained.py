@@ -6,7 +6,6 @@ replay is allocated. Any script will do that has what `Script` asks for.
 
 import importlib.util
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -61,6 +60,7 @@ class Trained:
         script, args: the module that trained it, and its arguments.
         env_steps: of the checkpoint.
         state: the script's networks.
+        name: what a report calls the run: its folder's name, or more of the path.
     """
 
     folder: Path
@@ -69,10 +69,7 @@ class Trained:
     args: Any
     env_steps: int
     state: Any
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
+    name: str
 
     @property
     def has_vlm(self) -> bool:
@@ -170,7 +167,7 @@ def open_run(folder: Path, env_steps: int | None = None, run_code: bool = False)
         if kept.exists() and not run_code:
             help_ = f"; with --run-code the folder's own {kept.name} is executed"
         raise UserError(f"{folder}: {path.name} does not fit this run ({reason}){help_}") from None
-    return Trained(folder, config, script, args, env_steps, state)
+    return Trained(folder, config, script, args, env_steps, state, folder.resolve().name)
 
 
 def load_script(path: Path) -> ModuleType:
@@ -191,23 +188,6 @@ def load_script(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def new_folder(path: Path) -> Path:
-    """`path`, if a folder can be made there; it is not made yet.
-
-    Raises:
-        UserError: something is there already, or it cannot be written.
-    """
-    if path.exists():
-        raise UserError(f"{path} exists: choose another --output")
-    parent = next(p for p in path.absolute().parents if p.exists())
-    try:  # now, not after minutes of work
-        tempfile.TemporaryDirectory(dir=parent).cleanup()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another "
-                        "--output") from None
-    return path
 
 
 def without_precision(vlm_id: str) -> str:

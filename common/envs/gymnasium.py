@@ -213,9 +213,16 @@ def _build(env_id: str, frame_size: int) -> gymnasium.Env:
                 raise UserError(f"{env_id} draws no frames (no render mode rgb_array), which are "
                                 "needed here")
             options["render_mode"] = "rgb_array"
-            if issubclass(cls, MujocoEnv):  # else it draws 480 px
+            if issubclass(cls, MujocoEnv):  # else it draws 480 px, which takes longer
                 options |= {"width": frame_size, "height": frame_size}
-        env = gymnasium.make(env_id, disable_env_checker=True, **options)
+        options["disable_env_checker"] = True
+        try:
+            env = gymnasium.make(env_id, **options)
+        except TypeError:  # a class or function of one's own, which need not take a size
+            if options.pop("width", None) is None:
+                raise
+            del options["height"]
+            env = gymnasium.make(env_id, **options)
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         raise UserError(f"{env_id} cannot be made here: {str(error).splitlines()[0]}") from error
     for name in ("action_space", "observation_space"):
@@ -282,12 +289,13 @@ def _note(text: str) -> None:
 
 
 def _class_of(env_id: str) -> type[gymnasium.Env]:
-    creator = _spec(env_id).entry_point
+    spec = _spec(env_id)
+    creator = spec.entry_point
     if isinstance(creator, str):
         creator = gymnasium.envs.registration.load_env_creator(creator)
     if isinstance(creator, type):
         return creator
-    env = creator()  # a function: nothing but an environment tells
+    env = creator(**spec.kwargs)  # a function: nothing but an environment tells
     env.close()
     return type(env.unwrapped)
 

@@ -22,6 +22,7 @@ from common.cli import run_script
 from common.errors import UserError
 from common.flags import PositiveInt, check_range
 from common.logger import show
+from tools.folders import written_whole
 from tools.results.page import write_page
 from tools.results.runs import (
     Run,
@@ -39,8 +40,8 @@ class Args:
     """run folders, a grid's, a folder of run folders, a results folder, or wandb:<entity>/<project>
     """
     output: Path | None = None
-    """where to write; default: results/<a grid's preset>, or the results folder that is given; what
-    it holds already is kept"""
+    """where to write; default: results/ in the grid's folder, or the results folder that is given;
+    what it holds already is kept"""
     label: str | None = None
     """the method of the run folders that are given; default: the script, and the flags that differ
     """
@@ -57,8 +58,7 @@ def main(args: Args) -> list[Run]:
     for source in args.runs:
         found, about = find_runs(source, args.label)
         if "preset" in about and output is None:
-            preset = about["preset"]
-            output = Path("results") / (about["name"] if preset == "none" else preset)
+            output = Path(source) / "results"
         if "title" in about and output is None:
             output = Path(source)
         if title is None and about:
@@ -69,10 +69,11 @@ def main(args: Args) -> list[Run]:
     kept = kept_runs(output, args)
     runs = check_runs(merge(kept, separate_methods(kept, name_methods(runs))), args.budget)
     title = kept_title(output) or title or output.name
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps({"title": title}) + "\n")
-    write_runs(output, runs)
-    show(write_page(output, title, runs))
+    with written_whole(output, keep=True) as folder:
+        (folder / "results.json").write_text(json.dumps({"title": title}) + "\n")
+        write_runs(folder, runs)
+        text = write_page(folder, title, runs)
+    show(text)
     show(f"written: {output}/README.md, table.csv, curves.png, index.html and the rest")
     return runs
 

@@ -145,7 +145,7 @@ def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], lab
         script=str(config.get("script")),
         args={key: value for key, value in args.items() if key not in NO_METHOD},
         task=args["env_id"], seed=args["seed"],
-        budget=max(args["total_timesteps"], *env_steps[-1:], 1), env_steps=env_steps,
+        budget=max(args["total_timesteps"], *map(int, env_steps[-1:]), 1), env_steps=env_steps,
         success_once=np.array([once[step] for step in env_steps]),
         success_at_end=np.array([at_end[step] for step in env_steps]),
         seconds=wall_clock(points[SPEED], env_steps), about=about, place=place,
