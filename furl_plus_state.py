@@ -92,6 +92,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     relay: bool = True  # --no-relay: the VLM agent searches alone
     relay_periods: flags.PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
     relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
+    relay_bonus: flags.NotNegativeFloat = 1.0  # weight of displaced objects in its reward
 
 
 # ------------------------------------------------------------------------------ state
@@ -321,16 +322,22 @@ def discounted_sum(rewards: jax.Array, exists: jax.Array, gamma: float) -> jax.A
     return (gamma ** jnp.arange(len(exists))[:, None] * exists * rewards).sum(0)
 
 
-def value_bounds(guided: bool, args: Args) -> tuple[float, float]:
-    """What a value can be whose rewards are -1 to 0 and, if `guided`, rho r_VLM beside it.
+def displacement(obs: jax.Array, first_obs: jax.Array) -> jax.Array:
+    """How far the object is from where the episode began, d / (d + 0.1 m), obs [..., 39]."""
+    distance = jnp.linalg.norm((obs - first_obs)[..., metaworld.OBJECT], axis=-1)
+    return distance / (distance + 0.1)
 
-    From below looser, by kappa: before the first success every policy has the least value, and a
-    tight bound would at once undo what the potential guides with.
+
+def value_bounds(bonus: float, args: Args) -> tuple[float, float]:
+    """What a value can be whose rewards are -1 to 0, and up to `bonus` beside it.
+
+    From below looser, by rho and kappa: before the first success every policy has the least value,
+    and a tight bound would at once undo what the potential guides with.
     """
     if not args.clip_targets:
         return -jnp.inf, jnp.inf
     horizon = 1 / (1 - args.gamma)  # sum of all gamma^k
-    return -(1 + args.rho) * horizon - args.kappa, args.rho * horizon if guided else 0.0
+    return -(1 + args.rho) * horizon - args.kappa, bonus * horizon
 
 
 def make_batches(
@@ -342,6 +349,7 @@ def make_batches(
     With the VLM's reward phi (Eq. 3) as a potential, kappa (gamma^m phi(s_m) - phi(s_0)) is added
     to the return of m steps (Ng et al., 1999). The value is V - kappa phi(s_0) then, and so are its
     bounds. During the search rho r_VLM (Eq. 1) guides as well, which a potential cannot replace.
+    The relay agent, whose rewards are all the same before a success, is drawn to moving things.
     """
     rows: Transition = buffers.transitions.data
     steps = replay.following_steps(
@@ -350,20 +358,24 @@ def make_batches(
     discount = args.gamma ** steps.exists.sum(0) * (1 - rows.terminated[steps.last])
     task_return = discounted_sum(rows.reward[steps.slots] - 1, steps.exists, args.gamma)  # B.2
     entropy = float(args.entropy == "always" or (args.entropy == "search" and phase.searching))
-    relay = Batch(rows.obs[slots], rows.action[slots], rows.next_obs[steps.last], task_return,
-                  discount, *value_bounds(False, args), entropy)
+    moved = displacement(rows.next_obs[steps.slots], rows.obs[steps.first])
+    bonus = args.relay_bonus * discounted_sum(moved, steps.exists, args.gamma)
+    relay = Batch(rows.obs[slots], rows.action[slots], rows.next_obs[steps.last],
+                  task_return + bonus, discount, *value_bounds(args.relay_bonus, args), entropy)
 
     starts = buffers.starts.data[steps.episode % buffers.starts.capacity]
-    first = jnp.where(steps.is_first[:, None], starts, rows.embedding[steps.before])
+    first = jnp.where((steps.time == 0)[:, None], starts, rows.embedding[steps.before])
     first, last = (vlm_reward(projection_params, embeddings, vlm, args)
                    for embeddings in (first, rows.embedding[steps.last]))
     reward = task_return + args.kappa * (discount * last - first)
     guided = args.rho > 0 and (phase.searching or args.rho_always)
     if guided:  # r_VLM changes little in n steps: the mean of both ends stands for all
         reward += args.rho * discounted_sum((first + last) / 2, steps.exists, args.gamma)
-    lowest, highest = (bound - args.kappa * first for bound in value_bounds(guided, args))
+    bounds = value_bounds(args.rho * guided, args)
+    lowest, highest = (bound - args.kappa * first for bound in bounds)
     furl = relay._replace(reward=reward, lowest=lowest, highest=highest)
-    return furl, relay, {"reward/vlm_mean": last.mean(), "reward/vlm_std": last.std()}
+    metrics = {"vlm_mean": last.mean(), "vlm_std": last.std(), "displacement": moved[0].mean()}
+    return furl, relay, {f"reward/{name}": value for name, value in metrics.items()}
 
 
 # ---------------------------------------------------------------------------- updates

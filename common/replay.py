@@ -251,7 +251,8 @@ class FollowingSteps(NamedTuple):
     exists: jax.Array  # [n, batch] bool: of the same episode, and not behind the newest row
     last: jax.Array  # [batch] int32, slot of the last one that exists
     before: jax.Array  # [batch] int32, slot of the step before the sampled one
-    is_first: jax.Array  # [batch] bool, the sampled step is the first of its episode
+    first: jax.Array  # [batch] int32, slot of the first step of its episode
+    time: jax.Array  # [batch] int32, of the sampled step in its episode
     episode: jax.Array  # [batch] int32, number of its episode, counted over all environments
 
 
@@ -275,6 +276,11 @@ def following_steps(
     terminated = steps.data.terminated[following] * exists
     exists &= jnp.cumsum(terminated, 0) - terminated == 0
     last = jnp.take_along_axis(following, exists.sum(0)[None] - 1, 0)[0]
-    # The oldest rows' step before has been overwritten: they stand for it themselves.
-    before = jnp.where(age + num_envs < steps.size, slots - num_envs, slots) % steps.capacity
-    return FollowingSteps(following, exists, last, before, time == 0, episode * num_envs + env)
+
+    def earlier(num_steps: jax.Array | int) -> jax.Array:
+        """Where that has been overwritten, the sampled step stands for it itself."""
+        back = num_envs * num_steps
+        return jnp.where(age + back < steps.size, slots - back, slots) % steps.capacity
+
+    number = episode * num_envs + env
+    return FollowingSteps(following, exists, last, earlier(1), earlier(time), time, number)

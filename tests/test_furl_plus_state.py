@@ -20,7 +20,7 @@ from furl_plus_state import Args, Batch, Phase, VLMInputs
 SMALL = Args(
     num_envs=2, batch_size=4, buffer_size=40, embedding_buffer_size=20, hidden_features=(16,),
     projection_features=(8, 4), lag=2, n_step=3, gamma=0.5, success_share=0.0, init_q=0.0,
-    layer_norm=False,
+    layer_norm=False, relay_bonus=0.0,
 )
 RAW = replace(SMALL, align=False)  # phi is the cosine similarity: targets can be done by hand
 SIZES = Sizes(39, 4, 2)
@@ -45,14 +45,35 @@ def test_discounted_sum():
     assert_close(script.discounted_sum(rewards, exists, 0.5), [-1.5, -1.0])
 
 
-@pytest.mark.parametrize(("guided", "changes", "low", "high"), [
+@pytest.mark.parametrize(("bonus", "changes", "low", "high"), [
     # The sum of 0.99^k is 100: rewards of -1, and 0.05 r_VLM with r_VLM from -1 to 1; kappa 5.
-    (False, {}, -110, 0), (True, {}, -110, 5), (False, {"kappa": 0.0}, -105, 0),
-    (True, {"rho": 0.2}, -125, 20), (True, {"gamma": 0.9}, -15.5, 0.5),
-    (True, {"clip_targets": False}, -np.inf, np.inf),
+    (0, {}, -110, 0), (0.05, {}, -110, 5), (0, {"kappa": 0.0}, -105, 0),
+    (0.2, {"rho": 0.2}, -125, 20), (0.05, {"gamma": 0.9}, -15.5, 0.5),
+    (0.05, {"clip_targets": False}, -np.inf, np.inf), (1.0, {}, -110, 100),
 ])
-def test_bounds_follow_from_the_flags(guided, changes, low, high):
-    assert_close(script.value_bounds(guided, replace(Args(), **changes)), (low, high))
+def test_bounds_follow_from_the_flags(bonus, changes, low, high):
+    assert_close(script.value_bounds(bonus, replace(Args(), **changes)), (low, high))
+
+
+def test_displacement():
+    """Of the object alone, numbers 4 to 6: 0.3 m and 0.1 m."""
+    obs, first = np.zeros((2, 3, 39)), np.zeros((3, 39))
+    obs[:, :, 0], obs[0, :, 4], obs[1, :, 6], first[2] = 9, 0.3, -0.1, 1
+    obs[:, 2] += 1
+    assert_close(script.displacement(obs, first), [[0.75] * 3, [0.5] * 3])
+
+
+def test_the_relay_agent_is_drawn_to_moving_things():
+    """Observations are the numbers of rows: the object is 2 m sqrt(3) further in every step."""
+    _, without, _ = batches()
+    furl, relay, metrics = batches(replace(RAW, relay_bonus=2.0))
+    where = (np.array([[0, 1, 2], [1, 2, 3], [3, 4, np.nan], [4, np.nan, np.nan]]) * 2 + 0.5)
+    moved = where * np.sqrt(3) / (where * np.sqrt(3) + 0.1)
+    bonus = np.nansum(moved * [1, 0.5, 0.25], 1)
+    assert_close(relay.reward - without.reward, 2 * bonus)
+    assert_close(furl.reward, batches()[0].reward)
+    assert (relay.highest, without.highest) == pytest.approx((4, 0))
+    assert_close(metrics["reward/displacement"], moved[:, 0].mean())
 
 
 def at_angles(cosines) -> np.ndarray:

@@ -392,10 +392,11 @@ def test_following_steps_are_of_the_same_episode(num_iterations, n):
         assert exists.sum() == len(expected) and exists[: len(expected)].all()
         np.testing.assert_array_equal(steps.slots[: len(expected), slot], expected)
         assert steps.last[slot] == expected[-1]
-        assert steps.episode[slot] == episode[slot] and steps.is_first[slot] == (time[slot] == 0)
-        if time[slot] > 0:  # the oldest rows' predecessors have been overwritten
-            before = np.flatnonzero(row[:size] == row[slot] - 3)
-            assert steps.before[slot] == (before[0] if len(before) else slot)
+        assert steps.episode[slot] == episode[slot] and steps.time[slot] == time[slot]
+        for back, found in ((1, steps.before[slot]), (time[slot], steps.first[slot])):
+            if back <= time[slot]:  # what came before the oldest rows has been overwritten
+                before = np.flatnonzero(row[:size] == row[slot] - 3 * back)
+                assert found == (before[0] if len(before) else slot)
 
 
 def test_nothing_follows_a_terminated_step():

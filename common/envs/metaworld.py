@@ -17,7 +17,8 @@ from common.envs.workers import VecEnv
 from common.errors import UserError
 
 OBS_DIM, ACTION_DIM = 39, 4
-GOAL = slice(36, 39)  # of an observation; zeros where the goal is hidden
+OBJECT = slice(4, 7)  # of an observation: where the object is, or its part that moves, meters
+GOAL = slice(36, 39)  # zeros where the goal is hidden
 EPISODES_DIFFER = False  # with a fixed goal: all start in the same state and last as long
 SPARSE_REWARD = True  # 1 on success, else 0; Meta-World's own reward is not used
 REWARD_SHIFT = -1.0  # what is added to it (B.2 of the FuRL paper)
