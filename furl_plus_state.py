@@ -587,7 +587,7 @@ def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array],
 # ------------------------------------------------------------------------------- main
 
 
-def embed_task(vlm: VLM, view: View, camera: Camera, args: Args) -> VLMInputs:
+def embed_goal(vlm: VLM, view: View, camera: Camera, args: Args) -> VLMInputs:
     """The instruction, and the goal picture, which only Eq. 5 looks at."""
     text = vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0]
     goal = np.zeros_like(text)
@@ -619,7 +619,7 @@ def main(args: Args) -> dict[str, float]:
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm)
     camera = Camera(view.size, args.camera_id, args.quality)
-    vlm_inputs = embed_task(vlm, view, camera, args)
+    vlm_inputs = embed_goal(vlm, view, camera, args)
     experts = metaworld.Experts(args.env_id, args.demos, seed=args.seed, goal=args.goal)
     envs = metaworld.VecMetaWorld(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,

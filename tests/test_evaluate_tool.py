@@ -435,7 +435,7 @@ def test_pictures_of_the_video():
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["RUN", "--episodes", "0"], "--episodes must be 1 or more"),
-    (["RUN", "--seed", "-1"], "--seed must not be negative"),
+    (["RUN", "--seed", "-1"], "--seed must be 0 or more, not -1"),
     (["RUN", "--env-id", "drawer-opn-v3"], "did you mean drawer-open-v3"),
     (["RUN", "--output", "/proc/evaluation"], "/proc/evaluation cannot be written"),
     (["RUN", "--step", "7"], "kept are: 12, 16"),

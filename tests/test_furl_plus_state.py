@@ -274,6 +274,7 @@ TINY = Args(
     env_id="drawer-close-v3", num_envs=2, total_timesteps=2400, learning_starts=1000, batch_size=8,
     utd=0.5, hidden_features=(16,), projection_features=(16, 8), buffer_size=1500,
     embedding_buffer_size=600, eval_every=600, log_every=200, checkpoint_every=700, demos=1,
+    stage2_after=100,
 )
 
 

@@ -21,38 +21,47 @@ SCRIPTS = paper_scripts()
 
 # Definitions that are not the same in all scripts that have them: in how many versions, and why.
 DEFINITIONS = {
-    "Args": (6, "each script has flags of its own; shared ones are compared below"),
+    "Args": (7, "each script has flags of its own; shared ones are compared below"),
     "AgentState": (2, "on pixels the encoder is part of it, and has a target too"),
-    "Buffers": (4, "FuRL keeps positives and negatives as well, on pixels pictures"),
+    "Buffers": (5, "FuRL keeps positives and negatives too, on pixels pictures, plus first ones"),
     "VLMInputs": (2, "FuRL compares with a goal image, VLM-RM with a baseline prompt"),
     "Actor": (2, "on pixels there is a neck between the encoder's features and the MLP"),
     "CriticPair": (2, "as Actor"),
-    "critic_loss": (2, "on pixels there are features, and the gradient of the encoder"),
-    "actor_loss": (2, "on pixels it is given features"),
-    "sac_loss": (2, "VLM-RM's temperature can be kept as it is"),
+    "critic_loss": (3, "on pixels features, and the encoder's gradient; FuRL plus: n steps"),
+    "actor_loss": (3, "on pixels it is given features; FuRL plus: n steps"),
+    "sac_loss": (3, "VLM-RM's temperature can be kept as it is; FuRL plus: n steps"),
+    "FuRLState": (2, "what FuRL plus's agent learns from"),
+    "Phase": (2, "FuRL plus searches also without a relay"),
+    "choose_phase": (2, "as Phase"),
     "vlm_reward": (2, "Eq. 3 of FuRL; the rewards of VLM-RM"),
     "init_agent": (3, "on pixels with the encoder; VLM-RM has --init-q beside a task reward only"),
-    "update_agent": (2, "on pixels with the encoder"),
+    "update_agent": (3, "on pixels with the encoder; FuRL plus: n steps"),
     "init_state": (3, "two agents and heads, two agents, one agent"),
-    "init_buffers": (5, "as Buffers, and SAC and DrQ store no embeddings"),
-    "update_once": (6, "the method"),
+    "init_buffers": (6, "as Buffers, and SAC and DrQ store no embeddings"),
+    "update_once": (7, "the method"),
     "update": (4, "it hands on what update_once needs"),
-    "act": (5, "one agent or two that relay, whose state has its own type; on pixels stacks"),
+    "act": (6, "one agent or two that relay, on pixels stacks; FuRL plus: held noise"),
     "policy": (5, "as act"),
     "load_reward": (3, "learned heads, Eq. 2, or the rewards of VLM-RM"),
-    "main": (6, "the method"),
+    "main": (7, "the method"),
 }
 # The same for the lines and properties of Args.
 FIELDS = {
     "camera_id": (3, "on pixels the policy sees the frames as well; VLM-RM has other suites"),
-    "init_q": (2, "as init_agent"),
+    "init_q": (3, "as init_agent; FuRL plus its own"),
     "vlm": (2, "VLM-RM has other suites, with an embedded VLM of their own"),
     "prompt": (2, "as vlm"),
     "buffer_size": (2, "on pixels 2e5 pictures, Table 5"),
-    "batch_size": (2, "FuRL's ranking losses sample as many"),
+    "batch_size": (3, "FuRL's ranking losses sample as many; FuRL plus its own"),
     "hidden_features": (2, "on pixels three layers, Table 5"),
-    "rho": (2, "VLM-RM has no task reward beside it by default"),
+    "rho": (3, "VLM-RM has no task reward beside it by default; FuRL plus its own"),
     "lag": (2, "on pixels an action is repeated"),
+    "learning_rate": (2, "FuRL plus has defaults of its own, as in what follows"),
+    "init_temperature": (2, ""),
+    "layer_norm": (2, ""),
+    "stage2_after": (2, ""),
+    "draw_every": (2, ""),
+    "relay": (2, "FuRL plus searches also without a relay"),
 }
 # What every script has, by whatever method it learns: the agent, and what tools look for.
 EVERYWHERE = {
@@ -130,11 +139,14 @@ def test_an_update_leaves_the_types_as_they_were(script):
     if hasattr(args, "frame_stack"):
         size = PICTURE_SIZE
         obs = jnp.zeros((2, size, size, 3 * args.frame_stack), jnp.uint8)
-    batch = Transition(obs, jnp.zeros((2, sizes.action)), obs, jnp.zeros(2), jnp.zeros(2))
+    action, zeros = jnp.zeros((2, sizes.action)), jnp.zeros(2)
+    batch = (Transition(obs, action, obs, zeros, zeros), zeros)
+    if hasattr(module, "Batch"):  # which has the reward as well
+        batch = (module.Batch(obs, action, obs, zeros, zeros, zeros, zeros, 1.0),)
 
     def before_and_after(key):
         agent = module.init_agent(key, sizes, args)
-        return agent, module.update_agent(agent, batch, batch.reward, key, args)[0]
+        return agent, module.update_agent(agent, *batch, key, args)[0]
 
     before, after = jax.eval_shape(before_and_after, jax.random.key(0))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(before)]
