@@ -1,8 +1,9 @@
 """FuRL plus: FuRL that keeps what it finds, on state observations.
 
-FuRL as in furl_sac_state.py (Fu et al., ICML 2024, arXiv 2406.00645), with six parts beside it:
+FuRL as in furl_sac_state.py (Fu et al., ICML 2024, arXiv 2406.00645), with parts of its own:
 n-step returns, a share of each batch from successes, targets within what values can be, the VLM's
-reward as a potential, exploration noise that is held, and demonstrations, which are off by default.
+reward as a potential, noise that is held, a relay agent that is drawn to moving things, and
+demonstrations, which are off by default.
 
     python furl_plus_state.py --env-id drawer-open-v3
     python furl_plus_state.py --env-id pick-place-v3 --demos 3
@@ -551,8 +552,7 @@ def act(
 ) -> jax.Array:
     """Both agents sample for all obs [num_envs, obs_dim], a mask [num_envs] selects.
 
-    In the quiet environments the FuRL agent acts by its mean, as when it is evaluated, so that the
-    replay sees where that leads.
+    In the quiet environments the FuRL agent acts by its mean: the replay sees where that leads.
     """
     draw = partial(jax.random.normal, shape=(state.furl.actor.action_dim,))
     furl_noise, relay_noise, more_noise = (
@@ -598,9 +598,7 @@ def embed_goal(vlm: VLM, view: View, camera: Camera, args: Args) -> VLMInputs:
 
 
 def check_own_flags(args: Args) -> None:
-    """Raises:
-        UserError: a flag of this script has a value that cannot work.
-    """
+    """UserError: a flag of this script has a value that cannot work."""
     if args.demos > args.num_envs:
         raise UserError(f"--demos must be at most --num-envs, {args.num_envs}, not {args.demos}")
     first = args.num_envs * EPISODE_LENGTH  # steps of the first episodes
@@ -608,7 +606,7 @@ def check_own_flags(args: Args) -> None:
         raise UserError(f"--demos needs --learning-starts {first} or more, a whole episode")
     if args.clip_targets and args.gamma == 1:
         raise UserError("--gamma must be below 1, or there are no bounds for --clip-targets")
-    note_idle(args, "relay", "relay_periods", "relay_noise")
+    note_idle(args, "relay", "relay_periods", "relay_noise", "relay_bonus")
 
 
 def main(args: Args) -> dict[str, float]:
