@@ -367,6 +367,14 @@ def test_labels_that_differ_stay_two_methods(tmp_path):
     assert columns == {len(labels) + 2} and r"A\|b" in rows[0] and r"\$x_1\$ \\frac" in rows[0]
 
 
+def test_a_label_that_is_no_text_is_refused(tmp_path):
+    """Before anything is written: such a folder could never be read again."""
+    write_run(tmp_path / "a", "push-v3", 0, [0, 1])
+    with pytest.raises(UserError, match=r"--label '\\udcff' cannot be written"):
+        run_tool(tmp_path / "a", output=tmp_path / "out", label="\udcff")
+    assert not (tmp_path / "out").exists()
+
+
 def write_returns(folder: Path, task: str, seed: int, returns, success=0.0) -> None:
     write_run(folder, task, seed, [success] * len(returns))
     text = (folder / "metrics.csv").read_text()

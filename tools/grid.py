@@ -188,8 +188,11 @@ def plan(args: Args, extra: list[str]) -> tuple[Path, dict[str, Any], list[Cell]
                in merged.values()}
     budget = budgets.pop().replace("=", " ").removeprefix("--total-timesteps").strip()
     budget = budget.replace("_", "")
+    grid_name = "+".join(args.names or methods)
+    if len(grid_name.encode()) > LONGEST:
+        grid_name = marked(grid_name.encode()[: LONGEST // 2].decode(errors="ignore"), grid_name)
     grid = {
-        "name": "+".join(args.names or methods), "preset": preset_name,
+        "name": grid_name, "preset": preset_name,
         "methods": {name: {"script": script.name, "flags": shlex.join(flags), "label": label}
                     for name, (script, flags, label, _) in methods.items()},
         "tasks": list(dict.fromkeys(task for *_, tasks in methods.values() for task in tasks)),

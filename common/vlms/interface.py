@@ -97,7 +97,8 @@ class VLM:
             with torch.inference_mode():
                 return {"embedding": self._encode_text([prompt]).float().cpu().numpy()[0]}
 
-        key = hashlib.sha256(f"{self.id}\n{prompt}".encode()).hexdigest()[:32]
+        asked = f"{self.id}\n{prompt}".encode(errors="surrogateescape")  # whatever a shell gives
+        key = hashlib.sha256(asked).hexdigest()[:32]
         embedding = cached_arrays("prompts", key, compute)["embedding"]
         if not np.isfinite(embedding).all() or not embedding.any():
             raise UserError(f"{self.name} has no embedding of {prompt!r} that is finite and not "

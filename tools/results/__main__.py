@@ -54,6 +54,8 @@ def main(args: Args) -> list[Run]:
     if not args.runs:
         raise UserError("give run folders, a grid's folder or a results folder")
     check_range(args.budget, PositiveInt | None, "--budget")
+    if any("\ud800" <= c <= "\udfff" for c in args.label or ""):  # bytes that are no text
+        raise UserError(f"--label {args.label!r} cannot be written into a page")
     runs, output, title = [], args.output, None
     for source in args.runs:
         found, about = find_runs(source, args.label)
