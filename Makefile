@@ -79,6 +79,7 @@ clean:
 # A CUDA build that an earlier set-up left would crash JAX where there is no driver: it is removed.
 $(STAMP):
 	@tools/setup/create_venv.sh $(VENV)
+	@$(PY) tools/setup/lock.py check $(LOCK)
 	@rm -f $(VENV)/installed-*
 	@[ $(GPU) = 1 ] || $(PY) -m pip uninstall -q -y jax-cuda13-plugin jax-cuda13-pjrt 2>/dev/null
 	@echo "Installing $(LOCK) (several GB, a few minutes)"
