@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import inspect
 import math
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -23,7 +24,9 @@ ArgsT = TypeVar("ArgsT")
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE = {"resume", "total_timesteps", "eval_every", "checkpoint_every", "log_every", "track",
               "wandb_project", "wandb_entity", "capture_video", "drop_replay"}
-DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO, errno.EFBIG}
+# Of the disk: what a user must mend, and what may be otherwise when the run is tried again.
+DISK_ERRORS = {errno.EROFS, errno.EACCES, errno.EFBIG}
+PASSING_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 
 def parse_args(args_type: type[ArgsT], argv: list[str]) -> ArgsT:
@@ -137,9 +140,10 @@ def check_args(args: ArgsT, suite: ModuleType, whole_episodes: bool = False) -> 
         raise UserError(f"--utd {args.utd!r} x --num-envs {args.num_envs} gives {updates!r} "
                         f"updates per iteration: it must be a whole number from 1 to {LARGEST}, "
                         f"as with --utd {nearest!r}")
-    if args.buffer_size < args.num_envs:
+    size = getattr(args, "buffer_size", args.num_envs)  # a script may have none, or its own
+    if size < args.num_envs:
         raise UserError(f"--buffer-size must hold a step of each of {args.num_envs} environments, "
-                        f"{args.num_envs} transitions or more, not {args.buffer_size}")
+                        f"{args.num_envs} transitions or more, not {size}")
     if whole_episodes:
         check_episodes_fit(args, suite.MAX_EPISODE_STEPS)
     if not args.resume:
@@ -158,7 +162,8 @@ def check_episodes_fit(args: Any, episode_length: int) -> None:
     """For scripts that look at whole episodes in the replay, and may copy them from there.
 
     Args:
-        args: with `buffer_size`, `num_envs`, and `embedding_buffer_size` if episodes are copied.
+        args: with `num_envs`, `buffer_size` if it has a replay of that size, and
+            `embedding_buffer_size` if episodes are copied.
         episode_length: actions in an episode.
 
     Raises:
@@ -169,9 +174,10 @@ def check_episodes_fit(args: Any, episode_length: int) -> None:
         raise UserError(f"--embedding-buffer-size must hold an episode, {episode_length} frames or "
                         f"more, not {frames}")
     least = args.num_envs * episode_length
-    if args.buffer_size < least:
+    size = getattr(args, "buffer_size", least)
+    if size < least:
         raise UserError(f"--buffer-size must hold an episode of each of {args.num_envs} "
-                        f"environments, {least} transitions or more, not {args.buffer_size}")
+                        f"environments, {least} transitions or more, not {size}")
 
 
 def check_alignment(args: Any, episode_length: int) -> None:
@@ -244,23 +250,43 @@ def resumed_folder(argv: list[str]) -> str | None:
     return None
 
 
+def check_device() -> None:
+    """Raises:
+        UserError: JAX has no device of the kind that JAX_PLATFORMS asks for.
+    """
+    asked = os.environ.get("JAX_PLATFORMS")
+    if not asked:  # JAX takes what there is
+        return
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # without an NVIDIA GPU it only asserts
+        reason = (str(error).strip().splitlines() or ["there is none"])[0]
+        raise UserError(f"JAX_PLATFORMS={asked}: JAX finds no such device here ({reason}); unset "
+                        "the variable, or set it to cpu") from None
+
+
 def run_script(main: Callable[[ArgsT], object], args_type: type[ArgsT]) -> None:
     """Parse the command line and run `main`.
 
-    What the user can mend, and a full or read-only disk, ends the process with one line on stderr
-    and status 2, a worker's failure with its last words and 1, Ctrl-C with 130; any other error
-    keeps its traceback.
+    What the user can mend ends the process with one line on stderr and status 2; so does, with
+    status 1, what may pass: a full disk or memory, a worker's failure. Ctrl-C ends it with 130; any
+    other error keeps its traceback.
     """
     status = 2
     try:
         share_cores()
         keep_compiled_programs()
-        main(parse_args(args_type, sys.argv[1:]))
+        args = parse_args(args_type, sys.argv[1:])
+        check_device()
+        main(args)
     except UserError as error:
         message, status = str(error), error.status
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS | PASSING_DISK_ERRORS:
             raise
+        status = 1 if error.errno in PASSING_DISK_ERRORS else 2
         message = f"{error.strerror}: {error.filename or 'the run folder'}; what was saved is safe"
     except WorkerError as error:
         message, status = f"{error}; what was saved is safe", 1
@@ -269,7 +295,7 @@ def run_script(main: Callable[[ArgsT], object], args_type: type[ArgsT]) -> None:
         full = "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error)
         if not isinstance(error, MemoryError) and not full:
             raise
-        message = "out of memory: choose smaller batches, buffers or networks"
+        message, status = "out of memory: choose smaller batches, buffers or networks", 1
     except KeyboardInterrupt:  # during the set-up, or the second one: `Run` handles the first
         message, status = "interrupted", 130
     else:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -55,7 +56,8 @@ def check_run_dir(run_dir: str | None) -> None:
 
 
 def create_run_dir(run_dir: str | None, env_id: str, script: str, seed: int) -> Path:
-    """Make and lock the run folder: `runs/<env>__<script>__<seed>__<time>` by default.
+    """Make and lock the run folder: `runs/<env>__<script>__<seed>__<time>` by default, numbered
+    where another run has begun in the same second.
 
     A folder whose run died before its first checkpoint may be used again.
 
@@ -67,7 +69,10 @@ def create_run_dir(run_dir: str | None, env_id: str, script: str, seed: int) -> 
     name = f"{file_name(env_id)}__{script}__{seed}__{stamp}"
     path = Path(run_dir) if run_dir else Path("runs") / name
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        if run_dir:
+            path.mkdir(parents=True, exist_ok=True)
+        else:
+            path = make_free_folder(path)
         lock_run_dir(path)
         if not (path / "config.json").exists():
             with open(path / "config.json", "x"):  # decides where a file system has no locks
@@ -78,6 +83,19 @@ def create_run_dir(run_dir: str | None, env_id: str, script: str, seed: int) -> 
         raise UserError(f"cannot write the run folder {path}: {error.strerror}; choose another "
                         "--run-dir") from error
     return path
+
+
+def make_free_folder(path: Path) -> Path:
+    """Make the folder `path`, or the first of `path`-2, `path`-3 ... that is not there."""
+    for number in itertools.count(1):
+        free = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            free.mkdir(parents=True)
+            return free
+        except FileExistsError:
+            if not free.is_dir():  # a file above it
+                raise
+    raise AssertionError("unreachable")
 
 
 def holds_run(path: Path) -> bool:
@@ -118,10 +136,13 @@ def unlock_run_dir(path: Path) -> None:
 
 def git_commit() -> str:
     """The checked-out commit, with '+dirty' when tracked files differ; 'unknown' outside git."""
+    # GIT_DIR and the like, which a hook of another repository sets, would name that one's commit.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+
     def git(*args: str) -> str:
         folder = Path(__file__).parent
         return subprocess.run(
-            ["git", *args], cwd=folder, capture_output=True, text=True, check=True
+            ["git", *args], cwd=folder, env=environment, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:

@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import common.run
 import furl_sac_state
 from common import checkpoint, cli, flags, logger, replay
 from common.envs import metaworld
 from common.envs.workers import Step, WorkerError
-from common.errors import UserError
+from common.errors import ShortageError, UserError
 from common.logger import Logger
 from common.replay import Sizes
 from common.run import Run, start_run
@@ -434,12 +435,13 @@ FULL = "error: out of memory: choose smaller batches, buffers or networks\n"
 @pytest.mark.parametrize(("error", "message", "status"), [
     (UserError("--rho must not be negative"), "error: --rho must not be negative\n", 2),
     (OSError(errno.ENOSPC, "No space left on device", "state.npz"),
-     "error: No space left on device: state.npz; what was saved is safe\n", 2),
+     "error: No space left on device: state.npz; what was saved is safe\n", 1),
+    (ShortageError("no memory now"), "error: no memory now\n", 1),
     (OSError(errno.EROFS, "Read-only file system"),
      "error: Read-only file system: the run folder; what was saved is safe\n", 2),
-    (MemoryError(), FULL, 2),
-    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), FULL, 2),
-    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), FULL, 2),
+    (MemoryError(), FULL, 1),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), FULL, 1),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), FULL, 1),
     (WorkerError("a worker has died"), "error: a worker has died; what was saved is safe\n", 1),
     (KeyboardInterrupt(), "error: interrupted\n", 130),
 ])
@@ -452,6 +454,56 @@ def test_what_is_no_bug_is_one_line_and_a_status(monkeypatch, capsys, error, mes
         cli.run_script(main, Args)
     assert caught.value.code == status
     assert capsys.readouterr().err == message
+
+
+def python(code: str, **variables: str) -> str:
+    """What `python -c code` prints with these variables set."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                            env=os.environ | variables)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.decode()
+
+
+def test_drawing_variables_that_are_set_otherwise():
+    code = "import common, mujoco, os; print(os.environ['MUJOCO_GL'])"
+    assert python(code, MUJOCO_GL="osmesa", PYOPENGL_PLATFORM="osmesa") == "egl\n"
+
+
+def test_locales_and_encodings_that_are_not_utf8(tmp_path):
+    """Files are UTF-8 all the same; what cannot be printed is a question mark."""
+    code = (f"import common; from pathlib import Path; path = Path({str(tmp_path / 'file')!r});"
+            "path.write_text('\\u2013'); print(path.read_text() + ' x')")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert python(code, PYTHONIOENCODING="ascii", **plain) == "? x\n"
+    assert python(code, **plain) == "? x\n"
+    assert (tmp_path / "file").read_bytes() == "\u2013".encode()
+
+
+def test_closed_standard_streams(tmp_path):
+    """What is opened next is not taken for them, nor in a process of its own."""
+    code = ("import common, subprocess, sys; file = open('file', 'w'); print('lost');"
+            "assert sys.stdin.read() == '' and not sys.stdout.isatty();"
+            "subprocess.run(['sh', '-c', 'echo lost, too'], check=True); file.write('kept')")
+    subprocess.run(["sh", "-c", '"$0" -c "$1" <&- >&-', sys.executable, code], cwd=tmp_path,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_device_that_is_not_there_names_the_variable(monkeypatch):
+    def none():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", none)
+    cli.check_device()
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS=cuda: JAX finds no such device here"):
+        cli.check_device()
+
+
+def test_the_commit_is_this_repositorys(tmp_path, monkeypatch):
+    expected = logger.git_commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    assert logger.git_commit() == expected
 
 
 @pytest.mark.parametrize("error", [
@@ -817,6 +869,20 @@ def test_a_run_that_is_continued_further_says_so(tmp_path):
     start_with(args).close()
     stored["args"]["total_timesteps"] = 800
     assert logger.read_config(run.dir) == stored
+
+
+def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logger.time, "strftime", lambda form: "20260101-000000")
+    runs = [start_with(GOOD) for _ in range(3)]
+    name = f"{GOOD.env_id}__furl_sac_state__0__20260101-000000"
+    assert [run.dir.name for run in runs] == [name, name + "-2", name + "-3"]
+    for run in runs:
+        run.close()
+    (tmp_path / "runs").rename(tmp_path / "old")
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match="is not a free folder"):
+        start_with(GOOD)
 
 
 def test_the_script_is_the_file_that_defines_args(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Opening a run of each script, and evaluating it: figures by hand, videos, what is refused."""
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -20,14 +21,14 @@ import relay_baseline as relay
 import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
 from common import checkpoint, pixels
-from common.envs.metaworld import VecMetaWorld
+from common.envs.metaworld import VecMetaWorld, goal_image
 from common.envs.metaworld_tasks import expert_action, expert_policy
 from common.envs.rendering import Camera
 from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.replay import Sizes
-from tools import evaluate
+from tools import evaluate, folders
 from tools.measures import (
     auc,
     check_finite,
@@ -209,6 +210,19 @@ def test_the_policy_and_the_reward_are_those_of_the_script(name, trained):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("script", [furl, drq])
+def test_a_reward_may_use_the_goal_image(script, trained, monkeypatch):
+    """As that of a copy may: it is given the one of training."""
+    run = open_run(trained("furl")[0])
+    camera = Camera(run.view.size, run.args.camera_id, run.args.quality)
+    picture = goal_image(run.args.env_id, seed=run.args.seed, goal=run.args.goal, camera=camera)
+    expected = run.vlm.embed_images(run.view.crop(picture[None]))[0]
+    monkeypatch.setattr(script, "vlm_reward", lambda params, images, vlm, args: vlm.goal)
+    reward = script.load_reward(run.state, run.vlm, run.args)
+    np.testing.assert_allclose(reward(np.zeros((1, run.vlm.embed_dim))), expected, atol=1e-6)
+    assert np.abs(expected).max() > 0
+
+
 def test_the_rewards_heads_are_those_that_the_script_used(monkeypatch, tmp_path):
     """LIV-Proj's heads are drawn again: compared with what its update was given."""
     seen = []
@@ -360,6 +374,25 @@ def test_evaluations_are_in_the_runs_own_folder(trained, tmp_path, monkeypatch, 
         assert [len(list(folder.iterdir())) for folder in folders] == [1, 1]
         found = json.loads((folders[1] / "evaluation.json").read_text())
         assert found["success_at_end"]["successes"] == 7
+
+
+def test_folders_are_replaced_whole_or_joined(tmp_path):
+    folder = tmp_path / "out"
+
+    def write(name: str, fails: bool = False, keep: bool = False) -> list[str]:
+        with contextlib.suppress(KeyError), folders.written_whole(folder, keep) as new:
+            (new / name).write_text(name)
+            if fails:
+                raise KeyError
+        assert [path.name for path in tmp_path.iterdir()] == ["out"] * folder.exists()
+        return sorted(path.name for path in folder.glob("*"))
+
+    assert write("a", fails=True) == [] and write("a") == ["a"]
+    assert write("b", fails=True) == ["a"] and write("b") == ["b"]
+    assert write("c", keep=True) == ["b", "c"] and write("d", True, keep=True) == ["b", "c"]
+    assert folders.writable_folder(folder) == folder
+    with pytest.raises(UserError, match="is no folder: choose another --output"):
+        folders.writable_folder(folder / "c")
 
 
 def test_a_video_that_cannot_be_made_costs_only_itself(trained, tmp_path, monkeypatch, capsys):

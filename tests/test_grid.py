@@ -111,6 +111,13 @@ def test_commands(capsys, tmp_path):
     assert "--rho 0.1 --vlm clip" in lines[1] and "/furl_sac_state_rho_0.1/reach-v3/0" in lines[1]
 
 
+def test_environments_of_any_suite(capsys, tmp_path):
+    lines = dry_run(capsys, "--scripts", "vlm_rm_baseline.py", "--seeds", "1", "--env-ids", "reach",
+                    "CartPole-v1", "HumanoidStandingUp-v0", "--output", str(tmp_path))
+    assert [re.search(r"--env-id (\S+)", line)[1] for line in lines] == [
+        "reach-v3", "CartPole-v1", "HumanoidStandingUp-v0"]
+
+
 def test_tables_share_runs():
     args = grid.Args(names=("table1", "figure8", "figure9"))
     _, content, planned = grid.plan(args, [])
@@ -234,7 +241,9 @@ print({says!r}, flush=True)
     ("oh", "sys.exit(0 if len((folder / 'starts').read_text()) > 1 else 1)", 2,
      Outcome("finished")),
 ])
-def test_deaths_are_tried_again_and_user_errors_are_not(tmp_path, says, then, starts, outcome):
+def test_deaths_are_tried_again_and_user_errors_are_not(
+        tmp_path, monkeypatch, says, then, starts, outcome):
+    monkeypatch.setattr(cells, "FIRST_PAUSE", 0)
     script = tmp_path / "script.py"
     script.write_text(FAKE.format(says=says, then=then))
     cell = Cell("m/t/0", str(script), (), tmp_path / "m/t/0")
@@ -244,6 +253,46 @@ def test_deaths_are_tried_again_and_user_errors_are_not(tmp_path, says, then, st
     else:
         assert result == outcome
     assert (cell.folder / "starts").read_text() == "x" * starts
+
+
+def test_deaths_count_since_the_last_progress():
+    deaths = cells.Deaths()
+    assert [deaths.add(saved) for saved in (None, None, 0, 0, 100, 200, 200)] == [
+        1, 2, 1, 2, 1, 1, 2]
+    pauses = []
+    for _ in range(4):
+        deaths.add(200)
+        pauses.append(deaths.pause)
+    assert pauses == [100, 600, 600, 600], "the third, and on"
+
+
+def test_two_grids_of_the_same_cell_take_turns(tmp_path):
+    """Started while the first one's run is being set up, the second waits until it has ended."""
+    script = tmp_path / "script.py"
+    script.write_text(FAKE.format(says="hello", then="""
+time.sleep(2)
+(folder / "config.json").write_text('{"args": {"total_timesteps": 5}}')
+(folder / "checkpoints/step_0000000005").mkdir(parents=True)
+"""))
+    code = ("import sys; from pathlib import Path; from tools.cells import Cell, Job;"
+            f"cell = Cell('m/t/0', {str(script)!r}, (), Path({str(tmp_path / 'm/t/0')!r}));"
+            f"print(Job([cell], {{}}, {str(tmp_path)!r}).run()['m/t/0'].state)")
+    grids = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                              text=True) for _ in range(2)]
+    assert [process.communicate(timeout=120)[0] for process in grids] == ["finished\n"] * 2
+    assert (tmp_path / "m/t/0/starts").read_text() == "x"
+
+
+def test_a_run_that_someone_was_quicker_to_start_is_waited_for(tmp_path, monkeypatch):
+    script, cell_folder = tmp_path / "script.py", tmp_path / "m/t/0"
+    script.write_text(FAKE.format(says="error: in use", then="sys.exit(2)"))
+    in_use = iter([False, True, True])
+    monkeypatch.setattr(cells, "is_in_use", lambda folder: next(in_use))
+    finished = iter([False, False, True])
+    monkeypatch.setattr(cells, "is_finished", lambda folder: next(finished))
+    cell = Cell("m/t/0", str(script), (), cell_folder)
+    assert Job([cell], {}, str(tmp_path)).run() == {"m/t/0": Outcome("finished")}
+    assert (cell_folder / "starts").read_text() == "x"
 
 
 def test_progress_is_read_from_the_folder(tmp_path):

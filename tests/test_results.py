@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from common.envs.metaworld_tasks import MT10
 from common.errors import UserError
@@ -85,6 +86,22 @@ def test_bootstraps_by_hand():
     assert found == pytest.approx((0.5, 1))
     one = statistics.interval_over_runs([np.ones(1)], statistics.mean_of_tasks)
     assert np.isnan(one).all()
+
+
+def test_intervals_of_means_are_exact():
+    """Of ten tasks with three runs each, one of them a success, the sum is binomial."""
+    samples = [np.array([0, 0, 1.0])] * 10
+    cumulated = binom.cdf(np.arange(31), 30, 1 / 3)
+    ends = [np.argmax(cumulated >= share) / 30 for share in (0.025, 0.975)]
+    assert statistics.interval_over_runs(samples, statistics.mean_of_tasks) == pytest.approx(ends)
+    # Where the mean has too many values the bootstrap comes near to it.
+    rng = np.random.default_rng(0)
+    samples = [rng.random(5) for _ in range(6)]
+    assert statistics.interval_of_mean(samples) is None
+    low, high = statistics.interval_over_runs(samples, statistics.mean_of_tasks)
+    error = np.sqrt(sum(x.var() / 5 for x in samples)) / 6
+    mean = np.mean(samples)
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.01)
 
 
 def test_interquartile_mean_and_deviation_over_seeds_by_hand():

@@ -14,14 +14,16 @@ import struct
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 POLL_SECONDS = 0.5
 TAIL_BYTES = 65_536  # of metrics.csv: holds the last evaluation
 LOG = "output.log"  # what the runs of a folder print
+CLAIM = "grid.lock"  # held by the grid that has started the run of a folder
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 600.0  # seconds before a run that died is started again
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,25 @@ def is_finished(folder: Path) -> bool:
     return saved is not None and saved == planned_steps(folder)
 
 
+@dataclass
+class Deaths:
+    """Deaths of one run since its last progress: one that gets on is started again for ever."""
+
+    count: int = 0
+    saved: int | None = None  # steps of its newest checkpoint when it died last
+
+    def add(self, saved: int | None) -> int:
+        """One more, with `saved` steps in its newest checkpoint; how many there are now."""
+        self.count = self.count + 1 if saved == self.saved else 1
+        self.saved = saved
+        return self.count
+
+    @property
+    def pause(self) -> float:
+        """Seconds to wait now, ever longer: a full disk or memory may pass."""
+        return min(FIRST_PAUSE * 10 ** (self.count - 1), LONGEST_PAUSE)
+
+
 def is_in_use(folder: Path) -> bool:
     """Whether a process holds the run folder's lock; the lock is asked, not taken."""
     try:
@@ -127,7 +148,8 @@ class Job:
         cells: what to run.
         variables: for the runs' environment, beside this process's own.
         cwd: where they start.
-        retries: how often a cell that died is started again. A user error is never.
+        retries: how often a cell that died is started again without any progress. A user error is
+            never tried again.
     """
 
     cells: list[Cell]
@@ -137,7 +159,9 @@ class Job:
 
     def __post_init__(self) -> None:
         self._running: dict[str, subprocess.Popen] = {}
-        self._deaths: Counter[str] = Counter()
+        self._claims: dict[str, TextIO] = {}
+        self._deaths: defaultdict[str, Deaths] = defaultdict(Deaths)
+        self._start_at: dict[str, float] = {}
 
     def run(self) -> dict[str, Outcome]:
         """Run the cells to their ends; whatever interrupts this lets them save first.
@@ -164,6 +188,8 @@ class Job:
                     process.terminate()
                 for process in self._running.values():
                     process.wait()
+                while self._claims:
+                    self._claims.popitem()[1].close()
                 return
             except KeyboardInterrupt:  # Ray's way to cancel, which may come again
                 continue
@@ -174,7 +200,8 @@ class Job:
             if is_finished(cell.folder):
                 return Outcome("finished")
             # The run of a worker that was killed is saving, or another grid has the same cell.
-            if not is_in_use(cell.folder):
+            if (time.monotonic() >= self._start_at.get(cell.name, 0) and self._claim(cell)
+                    and not is_in_use(cell.folder)):
                 self._running[cell.name] = self._start(cell)
             return None
         status = process.poll()
@@ -184,19 +211,37 @@ class Job:
         if status == 0:
             return Outcome("finished")
         if status == 2:
+            if is_in_use(cell.folder):  # someone was quicker: it is waited for
+                return None
             return Outcome("refused", last_words(cell.folder))
-        self._deaths[cell.name] += 1
-        if self._deaths[cell.name] > self.retries:
+        deaths = self._deaths[cell.name]
+        if deaths.add(saved_steps(cell.folder)) > self.retries:
             how = signal.Signals(-status).name if status < 0 else f"status {status}"
-            return Outcome("failed", f"{how}, {self._deaths[cell.name]} times: "
+            return Outcome("failed", f"{how}, {deaths.count} times: "
                                      f"{last_words(cell.folder)} ({cell.folder / LOG})")
+        self._start_at[cell.name] = time.monotonic() + deaths.pause
         return None
+
+    def _claim(self, cell: Cell) -> bool:
+        """Whether the cell is this job's to start. (A run locks its folder when it is set up.)"""
+        if cell.name in self._claims:
+            return True
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        file = open(cell.folder / CLAIM, "w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return False
+        except OSError:  # a file system without locks is no reason to stop
+            pass
+        self._claims[cell.name] = file
+        return True
 
     def _start(self, cell: Cell) -> subprocess.Popen:
         command = [sys.executable, *cell.command()]
         if shutil.which("setpriv"):  # should this process be killed, the run saves and ends
             command = ["setpriv", "--pdeathsig", "TERM", *command]
-        cell.folder.mkdir(parents=True, exist_ok=True)
         with open(cell.folder / LOG, "ab") as log:
             # A session of its own: Ctrl-C in a terminal is for the grid, which tells its runs.
             return subprocess.Popen(
@@ -226,4 +271,4 @@ class SlurmJob(Job):
         return DelayedSubmission(dataclasses.replace(self))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_running": {}}
+        return {**self.__dict__, "_running": {}, "_claims": {}}

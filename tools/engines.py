@@ -14,14 +14,14 @@ import signal
 import socket
 import subprocess
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.cores import OVERRIDE, num_cores
 from common.errors import UserError
-from tools.cells import Cell, Job, Outcome, SlurmJob, run_job
+from tools.cells import Cell, Deaths, Job, Outcome, SlurmJob, run_job, saved_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL = "pip install -r requirements-grid.txt (or: make grid)"
@@ -119,14 +119,18 @@ class RayEngine:
         self.where = f"Ray, {total.get('CPU', 0):g} cores, {total.get('GPU', 0):g} GPUs"
 
     def submit(self, cells: list[Cell]) -> None:
-        task = self.ray.remote(run_job).options(
+        self.task = self.ray.remote(run_job).options(
             num_cpus=self.share.cores, num_gpus=self.share.gpus, memory=self.share.memory,
-            max_retries=self.args.retries,
+            max_retries=0,  # Ray would count all deaths, `poll` those since the last progress
         )
-        self.cells = {
-            task.remote(Job([cell], self.share.variables, os.getcwd(), self.args.retries)): cell
-            for cell in cells
-        }
+        self.cells: dict[Any, Cell] = {}
+        self.deaths: defaultdict[str, Deaths] = defaultdict(Deaths)  # of workers and machines
+        for cell in cells:
+            self.start(cell)
+
+    def start(self, cell: Cell) -> None:
+        job = Job([cell], self.share.variables, os.getcwd(), self.args.retries)
+        self.cells[self.task.remote(job)] = cell
 
     def poll(self) -> dict[str, Outcome]:
         """What has ended since the last call."""
@@ -141,6 +145,11 @@ class RayEngine:
             except self.ray.exceptions.TaskCancelledError:
                 outcomes[cell.name] = Outcome("stopped")
             except self.ray.exceptions.RayError as error:
+                died = not isinstance(error, self.ray.exceptions.RayTaskError)  # else it is a bug
+                if (died and self._stop_again is None and
+                        self.deaths[cell.name].add(saved_steps(cell.folder)) <= self.args.retries):
+                    self.start(cell)
+                    continue
                 outcomes[cell.name] = Outcome("failed", str(error).strip().splitlines()[-1])
         return outcomes
 
@@ -197,7 +206,7 @@ class SlurmEngine:
         self.where = f"SLURM, {self.together} runs a job"
         self.record = self.executor.folder / "jobs.json"
         self.jobs: dict[str, tuple[Any, list[Cell]]] = {}  # id -> (submitit's job, its cells)
-        self.tries: Counter[str] = Counter()  # of a job by its first cell
+        self.deaths: defaultdict[str, Deaths] = defaultdict(Deaths)  # of jobs, by first cell
         self.stopping = False
 
     def left(self) -> set[str] | None:
@@ -258,8 +267,8 @@ class SlurmEngine:
                 ended = None
             if ended is not None:
                 outcomes |= ended
-            elif not self.stopping and cells and self.tries[cells[0].name] < self.args.retries:
-                self.tries[cells[0].name] += 1
+            elif not self.stopping and cells and self.deaths[cells[0].name].add(
+                    sum(saved_steps(cell.folder) or 0 for cell in cells)) <= self.args.retries:
                 self.submit_new([cells])  # the job was killed
             else:
                 state = "stopped" if self.stopping else "failed"

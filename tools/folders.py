@@ -23,8 +23,10 @@ def writable_folder(path: Path) -> Path:
     """`path`, if a folder can be made there, or in its place; it is not made yet.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or is a file.
     """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is no folder: choose another --output")
     parent = next(p for p in path.absolute().parents if p.exists())
     try:  # now, not after minutes of work
         tempfile.TemporaryDirectory(dir=parent).cleanup()

@@ -56,7 +56,7 @@ class Args:
     cores_per_run: int | None = None  # default: 1; beside a GPU its share of the cores
     gpus_per_run: float | None = None  # a fraction shares a GPU; default: 0.25 where there is one
     memory_per_run: float | None = None  # GiB; as many run at once as fit; default: the preset's
-    retries: int = 3  # of a run, worker or node that died; a user error is never tried again
+    retries: int = 3  # of a run, worker or node that died, since its last progress
     # --- where
     engine: Literal["ray", "slurm"] = "ray"  # ray: this machine, or the cluster at --address
     address: str | None = None  # <host>:<port> of a running Ray cluster
@@ -102,6 +102,19 @@ def fields_of(script: Path) -> set[str]:
     raise UserError(f"{script} has no class Args: it is not a script like furl_sac_state.py")
 
 
+def full_env_id(name: str) -> str:
+    """The id of an environment of any suite.
+
+    Raises:
+        UserError: no suite knows it.
+    """
+    with contextlib.suppress(UserError):
+        return resolve_env_id(name)
+    from common.envs.suites import suite_for  # seconds, which Meta-World's names alone do not need
+
+    return suite_for(name).resolve_env_id(name)
+
+
 def chosen_methods(args: Args) -> dict[str, tuple[Method, tuple[str, ...]]]:
     """Folder name -> (method, its tasks)."""
     found: dict[str, tuple[Method, tuple[str, ...]]] = {}
@@ -130,7 +143,7 @@ def chosen_methods(args: Args) -> dict[str, tuple[Method, tuple[str, ...]]]:
         raise UserError(f"unknown method {min(unknown)!r}; there are {', '.join(found)}")
     if args.env_ids:
         tasks = [id for name in args.env_ids for id in (MT10 if name == "mt10" else (name,))]
-        tasks = tuple(dict.fromkeys(map(resolve_env_id, tasks)))
+        tasks = tuple(dict.fromkeys(map(full_env_id, tasks)))
         found = {name: (method, tasks) for name, (method, _) in found.items()}
     return {name: both for name, both in found.items() if not args.methods or name in args.methods}
 
@@ -409,7 +422,7 @@ if __name__ == "__main__":
         status = main(parse(Args, words[:cut]), words[cut + 1 :])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = error.status
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         status = 130

@@ -22,6 +22,7 @@ from common.envs import vlm_rm_tasks
 from common.errors import UserError
 from common.flags import NotNegativeInt, PositiveInt, Share
 from common.vlms import load_vlm, view_for
+from tools.folders import writable_folder, written_whole
 from tools.measures import check_baseline, check_finite, goal_baseline_reward, spearman
 
 
@@ -76,7 +77,7 @@ def main(args: Args) -> None:
     for texts in prompts:
         check_baseline(*np.asarray(vlm.embed_text(texts)), texts, args.alpha)
     view = view_for(vlm, suite.CUTS_BORDER)
-    args.output.mkdir(parents=True, exist_ok=True)
+    writable_folder(args.output)
 
     import matplotlib
 
@@ -108,10 +109,11 @@ def main(args: Args) -> None:
         panel.axvline(axis.goal, color="grey", linestyle=":")
         panel.set(title=env_id, xlabel=axis.name, ylabel="reward, scaled to 0 to 1")
     panels[0][0].legend(title="alpha")
-    figure.savefig(args.output / "landscape.png", dpi=120)
-    with open(args.output / "landscape.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([("env_id", "alpha", "value", "reward"), *rows])
+    with written_whole(args.output, keep=True) as folder:
+        figure.savefig(folder / "landscape.png", dpi=120)
+        with open(folder / "landscape.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([("env_id", "alpha", "value", "reward"), *rows])
     print(f"wrote {args.output}/landscape.png and landscape.csv")
 
 

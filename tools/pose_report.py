@@ -24,6 +24,7 @@ from common.envs.rendering import prepare_gl
 from common.errors import UserError
 from common.flags import NotNegativeInt, PositiveInt, Share
 from common.vlms import load_vlm, view_for
+from tools.folders import writable_folder, written_whole
 from tools.measures import (
     auc,
     check_baseline,
@@ -99,7 +100,7 @@ def main(args: Args) -> None:
     vlms = {name: load_vlm(name, weights=args.vlm_weights) for name in args.vlm}
     for vlm in vlms.values():
         check_baseline(*np.asarray(vlm.embed_text(prompts)), prompts, args.alpha)
-    args.output.mkdir(parents=True, exist_ok=True)
+    writable_folder(args.output)
 
     import matplotlib
 
@@ -111,7 +112,7 @@ def main(args: Args) -> None:
     histograms, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.2),
                                       squeeze=False, layout="constrained")
     curves, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    rows, distances = [], {}
+    rows, distances, sheets = [], {}, {}
     for look in args.look:
         drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by the size that a VLM wants
         for vlm_name, vlm in vlms.items():
@@ -124,7 +125,7 @@ def main(args: Args) -> None:
             if not is_goal.any():
                 raise UserError(f"--samples {args.samples} gave no state that holds {args.pose}: "
                                 "draw more")
-            Image.fromarray(sheet(pictures, is_goal)).save(args.output / f"{look}.png")
+            sheets[look] = sheet(pictures, is_goal)
             print(f"{look}: {len(pictures)} states, {is_goal.sum()} of them {args.pose}")
             name = f"{vlm_name}, {look}"
             images = np.concatenate([
@@ -153,11 +154,14 @@ def main(args: Args) -> None:
     panels[0][0].legend()
     axis.set(title=args.pose, xlabel="alpha", ylabel="EPIC distance to the labels")
     axis.legend()
-    histograms.savefig(args.output / "histograms.png", dpi=120)
-    curves.savefig(args.output / "epic.png", dpi=120)
-    with open(args.output / "rewards.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([("vlm", "look", "alpha", "state", "is_goal", "reward"), *rows])
+    with written_whole(args.output, keep=True) as folder:
+        for look, picture in sheets.items():
+            Image.fromarray(picture).save(folder / f"{look}.png")
+        histograms.savefig(folder / "histograms.png", dpi=120)
+        curves.savefig(folder / "epic.png", dpi=120)
+        with open(folder / "rewards.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([("vlm", "look", "alpha", "state", "is_goal", "reward"), *rows])
     print(f"wrote {args.output}/histograms.png, epic.png, rewards.csv and pictures")
 
 

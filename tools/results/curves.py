@@ -9,7 +9,6 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from tools.results.runs import Run
-from tools.results.statistics import RESAMPLES
 from tools.results.summary import Results
 
 matplotlib.use("Agg")
@@ -100,7 +99,7 @@ def plot_curves(results: Results, by_time: bool):
                           marker="o", ms=3, markevery=[len(x) - 1], clip_on=False,  # its end
                           ls=DASHES[number // len(COLOURS) % len(DASHES)])
                 if len(values) > 1:
-                    band = bootstrap((values,), np.mean, axis=0, n_resamples=RESAMPLES // 2,
+                    band = bootstrap((values,), np.mean, axis=0, n_resamples=1_000,
                                      method="percentile", rng=np.random.default_rng(0),
                                      batch=100).confidence_interval
                     axis.fill_between(x / scale, scale_y * band.low, scale_y * band.high,
