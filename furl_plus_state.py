@@ -33,7 +33,7 @@ from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
-from common.vlms import VLM, View, load_vlm, view_for
+from common.vlms import VLM, load_vlm, view_for
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
 RELAY_STREAM, DEMO_STREAM = 1, 2  # of random numbers on the host, beside the seed
@@ -577,24 +577,25 @@ def policy(state: FuRLState, obs: jax.Array) -> jax.Array:
     return jnp.tanh(mean)
 
 
+def load_inputs(vlm: VLM, args: Args) -> VLMInputs:
+    """What the images of a run are compared with: its instruction, and its goal image if any."""
+    text = vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0]
+    goal = np.zeros_like(text)
+    if args.align and args.goal_image:
+        view = view_for(vlm)
+        camera = Camera(view.size, args.camera_id, args.quality)
+        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
+        goal = vlm.embed_images(view.crop(picture[None]))[0]
+    return VLMInputs(jnp.asarray(text), jnp.asarray(goal))
+
+
 def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
     """The VLM reward that was learned, before its weight rho: embeddings [n, D] -> [n]."""
-    text = jnp.asarray(vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0])
-    inputs = VLMInputs(text, goal=jnp.zeros_like(text))  # which only Eq. 5 looks at
+    inputs = load_inputs(vlm, args)
     return jax.jit(partial(vlm_reward, state.projection, vlm=inputs, args=args))
 
 
 # ------------------------------------------------------------------------------- main
-
-
-def embed_goal(vlm: VLM, view: View, camera: Camera, args: Args) -> VLMInputs:
-    """The instruction, and the goal picture, which only Eq. 5 looks at."""
-    text = vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0]
-    goal = np.zeros_like(text)
-    if args.align and args.goal_image:
-        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
-        goal = vlm.embed_images(view.crop(picture[None]))[0]
-    return VLMInputs(jnp.asarray(text), jnp.asarray(goal))
 
 
 def check_own_flags(args: Args) -> None:
@@ -617,7 +618,7 @@ def main(args: Args) -> dict[str, float]:
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm)
     camera = Camera(view.size, args.camera_id, args.quality)
-    vlm_inputs = embed_goal(vlm, view, camera, args)
+    vlm_inputs = load_inputs(vlm, args)
     experts = metaworld.Experts(args.env_id, args.demos, seed=args.seed, goal=args.goal)
     envs = metaworld.VecMetaWorld(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
