@@ -137,7 +137,7 @@ def check_args(args: ArgsT, suite: ModuleType, whole_episodes: bool = False) -> 
     whole = round(updates) if math.isfinite(updates) else 0
     if not 1 <= whole <= LARGEST or abs(updates - whole) > 1e-6:
         nearest = min(max(whole, 1), LARGEST) / args.num_envs
-        raise UserError(f"--utd {args.utd!r} x --num-envs {args.num_envs} gives {updates!r} "
+        raise UserError(f"--utd {args.utd!r} x --num-envs {args.num_envs} gives {updates:.10g} "
                         f"updates per iteration: it must be a whole number from 1 to {LARGEST}, "
                         f"as with --utd {nearest!r}")
     size = getattr(args, "buffer_size", args.num_envs)  # a script may have none, or its own

@@ -728,7 +728,8 @@ def test_eta_follows_the_speed_of_late(tmp_path, monkeypatch, capsys):
 def test_live_line_on_a_terminal_overwrites_itself(tmp_path, monkeypatch, capsys):
     log = make_logger(tmp_path)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(logger.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    size = os.terminal_size((40, 24))
+    monkeypatch.setattr(logger.shutil, "get_terminal_size", lambda *_, **__: size)
     log.speed(500)
     log.live(500, phase="a phase with a rather long name")
     log.live(500)
@@ -744,7 +745,8 @@ def test_live_line_on_a_terminal_overwrites_itself(tmp_path, monkeypatch, capsys
 def test_eighty_columns_show_the_time_left(tmp_path, monkeypatch, capsys):
     log = make_logger(tmp_path, total_timesteps=1_000_000)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(logger.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    size = os.terminal_size((80, 24))
+    monkeypatch.setattr(logger.shutil, "get_terminal_size", lambda *_, **__: size)
     log.speed(500)
     log.live(500, **{"steps/s": "110", "success: train": "12%", "eval": "100%",
                      "phase": "aligned"})
