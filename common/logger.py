@@ -25,6 +25,8 @@ from common.errors import UserError
 from common.names import file_name
 
 CSV_HEADER = ("env_steps", "key", "value")
+OF_ANOTHER_REPOSITORY = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY",
+                         "GIT_COMMON_DIR", "GIT_NAMESPACE", "GIT_PREFIX"}
 PACKAGES = ("metaworld", "mujoco", "gymnasium", "jax", "jaxlib", "flax", "optax", "torch", "numpy")
 
 
@@ -137,7 +139,7 @@ def unlock_run_dir(path: Path) -> None:
 def git_commit() -> str:
     """The checked-out commit, with '+dirty' when tracked files differ; 'unknown' outside git."""
     # GIT_DIR and the like, which a hook of another repository sets, would name that one's commit.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment = {key: x for key, x in os.environ.items() if key not in OF_ANOTHER_REPOSITORY}
 
     def git(*args: str) -> str:
         folder = Path(__file__).parent

@@ -323,9 +323,11 @@ def check_devices(_args: Args) -> Finding:
     import jax.numpy as jnp
     import torch
 
+    from common.cli import check_device
     from common.envs.rendering import gpu_present
     from tools.setup.detect_gpu import problem
 
+    check_device()
     torch_device = "cuda" if torch.cuda.is_available() else "cpu"
     text = (f"JAX {jax.__version__} on {', '.join(map(str, jax.devices()))}; torch "
             f"{torch.__version__} on {torch_device}")
@@ -377,6 +379,9 @@ def check_memory(args: Args) -> Finding:
     """Memory for a default run's replay, which lies where JAX computes."""
     import jax
 
+    from common.cli import check_device
+
+    check_device()
     num_dims = embed_dim(args)
     leaves = jax.tree.leaves(replay_shapes(num_dims))
     replay = sum(x.size * x.dtype.itemsize for x in leaves)
