@@ -430,11 +430,12 @@ def init_buffers(sizes: Sizes, args: Args) -> Buffers:
     # Embeddings of a network with random weights differ by less than float16 can tell.
     exact = not args.pretrained
     transition, frame = replay.example_transition(sizes, exact), replay.example_frame(sizes, exact)
+    capacity, flag = args.embedding_buffer_size, "--embedding-buffer-size"
     num_episodes = args.buffer_size // (args.num_envs * EPISODE_LENGTH) + 2  # in the replay
     return Buffers(
         replay.init_ring(transition, args.buffer_size),
         replay.init_ring(frame.embedding, num_episodes * args.num_envs),
-        *(replay.init_ring(frame, args.embedding_buffer_size) for _ in range(2)),
+        *(replay.init_ring(frame, capacity, flag) for _ in range(2)),
     )
 
 
