@@ -47,7 +47,7 @@ FURL, RELAY, SAC, VLM_RM, DRQ, PIXELS, PLUS = (
     "furl_sac_state.py", "relay_baseline.py", "sac_baseline.py", "vlm_rm_baseline.py",
     "drq_baseline.py", "furl_drq_pixels.py", "furl_plus_state.py",
 )
-NO_VLM = "--kappa 0 --rho 0 --no-align --no-relay --draw-every 500"
+NO_VLM = "--kappa 0 --rho 0 --no-align --draw-every 500"  # two agents of sparse rewards
 METHODS = {
     "sac": Method("SAC", SAC, vlm=None),
     "vlm-rm": Method("VLM-RMs", VLM_RM),
@@ -86,6 +86,7 @@ METHODS = {
     "plus-entropy": Method("entropy in all targets", PLUS, "--entropy always"),
     "plus-no-align": Method("no reward alignment", PLUS, "--no-align"),
     "plus-no-relay": Method("no relay", PLUS, "--no-relay"),
+    "plus-no-bonus": Method("no bonus for the relay agent", PLUS, "--relay-bonus 0"),
     "plus-no-goal-image": Method("no goal image", PLUS, "--no-goal-image"),
     "plus-demos": Method("three demonstrations", PLUS, "--demos 3"),
     "plus-demos-no-vlm": Method("three, without a VLM", PLUS, f"--demos 3 {NO_VLM}", vlm=None),
@@ -116,7 +117,7 @@ TABLES = {
     "plus-ablations": Table(
         ("plus", "plus-one-step", "plus-uniform", "plus-no-clip", "plus-no-potential",
          "plus-no-guidance", "plus-white-noise", "plus-no-quiet", "plus-entropy", "plus-no-align",
-         "plus-no-relay", "plus-no-goal-image"),
+         "plus-no-relay", "plus-no-bonus", "plus-no-goal-image"),
         ("button-press-topdown-v3", "drawer-open-v3", "push-v3"), "plus",
     ),
     "plus-demos": Table(("plus-demos", "plus-demos-no-vlm", "plus-one-demo", "plus"), GRASPING,
