@@ -37,6 +37,7 @@ from common.evaluate import Evaluator
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
 from common.vlms import VLM, load_vlm, view_for
+from common.vlms.task import VLMInputs, load_inputs
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
 ACTION_STREAM, RELAY_STREAM = 0, 1  # of random numbers on the host, beside the seed
@@ -128,11 +129,6 @@ class Phase(NamedTuple):
     @property
     def name(self) -> str:
         return "relay" if self.relaying else "vlm" if self.alignment == "none" else "aligned"
-
-
-class VLMInputs(NamedTuple):
-    text: jax.Array  # Phi_L(l) [embed_dim]
-    goal: jax.Array  # Phi_I(o_g) [embed_dim]; zeros without a goal image
 
 
 # --------------------------------------------------------------------------- networks
@@ -551,18 +547,6 @@ def policy(state: FuRLState, frames: jax.Array) -> jax.Array:
     return jnp.tanh(mean)
 
 
-def load_inputs(vlm: VLM, args: Args) -> VLMInputs:
-    """What the images of a run are compared with: its instruction, and its goal image if any."""
-    text = vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0]
-    goal = np.zeros_like(text)
-    if args.align and args.goal_image:
-        view = view_for(vlm)
-        camera = Camera(view.size, args.camera_id, args.quality)
-        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
-        goal = vlm.embed_images(view.crop(picture[None]))[0]
-    return VLMInputs(jnp.asarray(text), jnp.asarray(goal))
-
-
 def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
     """The VLM reward that was learned, before its weight rho: embeddings [n, D] -> [n]."""
     inputs = load_inputs(vlm, args)
@@ -599,12 +583,9 @@ def main(args: Args) -> dict[str, float]:
     buffers = buffers._replace(steps=pixels.add_first(buffers.steps, first))
     state, buffers, _ = run.begin(state, buffers, envs)
 
-    def embed(frames: np.ndarray) -> jax.Array:
-        return vlm.embed_images(view.crop(frames))
-
     def store(buffers: Buffers, step: pixels.PixelStep, first, frames, new: bool) -> Buffers:
         new = np.full(args.num_envs, new)
-        step = step._replace(embedding=replay.embed_drawn(embed, frames, new, buffers.steps))
+        step = step._replace(embedding=replay.embed_drawn(vlm, view, frames, new, buffers.steps))
         return buffers._replace(steps=pixels.add_step(buffers.steps, step, first))
 
     phase = choose_phase(buffers, args)

@@ -2,14 +2,13 @@
 
 FuRL as in furl_sac_state.py (Fu et al., ICML 2024, arXiv 2406.00645), with parts of its own:
 n-step returns, a share of each batch from successes, targets within what values can be, the VLM's
-reward as a potential, noise that is held, a relay agent that is drawn to moving things, and
-demonstrations, which are off by default.
+reward as a potential, noise that is held, a relay agent that is also rewarded for moving the
+object, and demonstrations, which are off by default. Its defaults are not the paper's.
 
     python furl_plus_state.py --env-id drawer-open-v3
     python furl_plus_state.py --env-id pick-place-v3 --demos 3
 
-docs/furl_plus_state.md says what each part is for and what happens without it, shows the results,
-and how the defaults were chosen, which are not the paper's.
+docs/furl_plus_state.md says what each part is for, and shows the results.
 """
 
 from collections.abc import Callable
@@ -34,10 +33,13 @@ from common.evaluate import Evaluator
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
 from common.vlms import VLM, load_vlm, view_for
+from common.vlms.task import VLMInputs, load_inputs
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-RELAY_STREAM, DEMO_STREAM = 1, 2  # of random numbers on the host, beside the seed
+RELAY_STREAM = 1  # of random numbers on the host, beside the seed
 EPISODE_LENGTH = metaworld.MAX_EPISODE_STEPS  # all episodes begin and end together
+UNIFORM = partial(jax.random.uniform, shape=(metaworld.ACTION_DIM,), minval=-1)
+NORMAL = partial(jax.random.normal, shape=(metaworld.ACTION_DIM,))
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,9 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     clip_targets: bool = True  # to the values that the task's reward allows
     entropy: Literal["never", "search", "always"] = "search"  # when targets count the entropy
     # --- exploration
-    hold_steps: flags.PositiveInts = (1, 2, 4, 8, 1, 2, 4, 16)  # of noise, by environment in turn
+    hold_steps: flags.PositiveInts = (1, 2, 4, 8, 1, 2, 4, 16)  # of the same noise, by environment
     quiet_envs: flags.NotNegativeInt = 2  # environments without noise on the FuRL agent's actions
     demos: flags.NotNegativeInt = 0  # environments whose first episode the scripted expert plays
-    demo_noise: flags.NotNegativeFloat = 0.1  # std of the noise on the expert's actions
     # --- alignment
     align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
     goal_image: bool = True  # --no-goal-image: no Eq. 5 (stage 1): no alignment before a success
@@ -90,7 +91,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     embedding_buffer_size: flags.PositiveInt = 100_000  # frames for the ranking losses, each kind
     # --- the search, and relay
     search_until: flags.NotNegativeInt = 2_500  # positive samples at which the search ends
-    relay: bool = True  # --no-relay: the VLM agent searches alone
+    relay: bool = True  # --no-relay: the FuRL agent searches alone
     relay_periods: flags.PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
     relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
     relay_bonus: flags.NotNegativeFloat = 1.0  # weight of displaced objects in its reward
@@ -110,7 +111,7 @@ class AgentState:
 
 class FuRLState(NamedTuple):
     furl: AgentState  # learns from r_task and the VLM's reward, and is evaluated
-    relay: AgentState  # learns from r_task
+    relay: AgentState  # learns from r_task and the object's displacement
     projection: dict  # W_L and W_I
     projection_opt: optax.OptState
 
@@ -132,7 +133,7 @@ class Batch(NamedTuple):
     discount: jax.Array  # of the value that follows: gamma^m, or 0 where nothing follows
     lowest: jax.Array | float  # bounds of the targets
     highest: jax.Array | float
-    entropy: float  # 1: the value that follows counts the entropy; 0: it does not
+    entropy_weight: float  # 1: the value that follows counts the entropy; 0: it does not
 
 
 class Phase(NamedTuple):
@@ -141,11 +142,6 @@ class Phase(NamedTuple):
     searching: bool  # until enough successes have been found
     relaying: bool
     alignment: Literal["none", "goal-image", "success"]  # nothing, Eq. 5, Eq. 4
-
-
-class VLMInputs(NamedTuple):
-    text: jax.Array  # Phi_L(l) [embed_dim]
-    goal: jax.Array  # Phi_I(o_g) [embed_dim]; zeros without a goal image
 
 
 # --------------------------------------------------------------------------- networks
@@ -228,7 +224,7 @@ def critic_loss(
         agent.actor, agent.params["actor"], batch.next_obs, key
     )
     next_q = agent.critic.apply(agent.target_critic, batch.next_obs, next_action).min(0)
-    next_value = next_q - batch.entropy * jnp.exp(agent.params["log_alpha"]) * next_log_prob
+    next_value = next_q - batch.entropy_weight * jnp.exp(agent.params["log_alpha"]) * next_log_prob
     target = jnp.clip(batch.reward + batch.discount * next_value, batch.lowest, batch.highest)
     q = agent.critic.apply(critic_params, batch.obs, batch.action)  # [2, batch]
     loss = ((q - target) ** 2).mean(1).sum()
@@ -259,7 +255,7 @@ def sac_loss(
     return critic + actor + alpha * excess, metrics
 
 
-# ----------------------------------------------------------------------- FuRL's losses
+# ------------------------------------------------ FuRL's losses, and what is learned from
 
 
 def cosine_similarity(text: jax.Array, images: jax.Array) -> jax.Array:
@@ -315,22 +311,14 @@ def positives_loss(
     return pos_neg + pos_pos, {"pos_neg_loss": pos_neg, "pos_pos_loss": pos_pos}
 
 
-# --------------------------------------------------------------- n-step returns and targets
-
-
-def discounted_sum(rewards: jax.Array, exists: jax.Array, gamma: float) -> jax.Array:
-    """sum_k gamma^k r_k over the steps k that exist; both [n, batch] -> [batch]."""
-    return (gamma ** jnp.arange(len(exists))[:, None] * exists * rewards).sum(0)
-
-
 def displacement(obs: jax.Array, first_obs: jax.Array) -> jax.Array:
     """How far the object is from where the episode began, d / (d + 0.1 m), obs [..., 39]."""
     distance = jnp.linalg.norm((obs - first_obs)[..., metaworld.OBJECT], axis=-1)
     return distance / (distance + 0.1)
 
 
-def value_bounds(bonus: float, args: Args) -> tuple[float, float]:
-    """What a value can be whose rewards are -1 to 0, and up to `bonus` beside it.
+def value_bounds(most_added: float, args: Args) -> tuple[float, float]:
+    """Lowest and highest value, where a step's reward is -1 to 0 plus at most `most_added`.
 
     From below looser, by rho and kappa: before the first success every policy has the least value,
     and a tight bound would at once undo what the potential guides with.
@@ -338,7 +326,7 @@ def value_bounds(bonus: float, args: Args) -> tuple[float, float]:
     if not args.clip_targets:
         return -jnp.inf, jnp.inf
     horizon = 1 / (1 - args.gamma)  # sum of all gamma^k
-    return -(1 + args.rho) * horizon - args.kappa, bonus * horizon
+    return -(1 + args.rho) * horizon - args.kappa, most_added * horizon
 
 
 def make_batches(
@@ -350,33 +338,33 @@ def make_batches(
     With the VLM's reward phi (Eq. 3) as a potential, kappa (gamma^m phi(s_m) - phi(s_0)) is added
     to the return of m steps (Ng et al., 1999). The value is V - kappa phi(s_0) then, and so are its
     bounds. During the search rho r_VLM (Eq. 1) guides as well, which a potential cannot replace.
-    The relay agent, whose rewards are all the same before a success, is drawn to moving things.
     """
     rows: Transition = buffers.transitions.data
     steps = replay.following_steps(
         buffers.transitions, slots, args.n_step, args.num_envs, EPISODE_LENGTH
     )
     discount = args.gamma ** steps.exists.sum(0) * (1 - rows.terminated[steps.last])
-    task_return = discounted_sum(rows.reward[steps.slots] - 1, steps.exists, args.gamma)  # B.2
+    task_return = steps.discounted_sum(rows.reward[steps.slots] - 1, args.gamma)  # shift: B.2
     entropy = float(args.entropy == "always" or (args.entropy == "search" and phase.searching))
-    moved = displacement(rows.next_obs[steps.slots], rows.obs[steps.first])
-    bonus = args.relay_bonus * discounted_sum(moved, steps.exists, args.gamma)
+    displaced = displacement(rows.next_obs[steps.slots], rows.obs[steps.first])
+    bonus = args.relay_bonus * steps.discounted_sum(displaced, args.gamma)
     relay = Batch(rows.obs[slots], rows.action[slots], rows.next_obs[steps.last],
                   task_return + bonus, discount, *value_bounds(args.relay_bonus, args), entropy)
 
     starts = buffers.starts.data[steps.episode % buffers.starts.capacity]
-    first = jnp.where((steps.time == 0)[:, None], starts, rows.embedding[steps.before])
-    first, last = (vlm_reward(projection_params, embeddings, vlm, args)
-                   for embeddings in (first, rows.embedding[steps.last]))
-    reward = task_return + args.kappa * (discount * last - first)
+    before = jnp.where((steps.time == 0)[:, None], starts, rows.embedding[steps.before])
+    phi_first, phi_last = (vlm_reward(projection_params, embeddings, vlm, args)
+                           for embeddings in (before, rows.embedding[steps.last]))
+    shaped_return = task_return + args.kappa * (discount * phi_last - phi_first)
     guided = args.rho > 0 and (phase.searching or args.rho_always)
     if guided:  # r_VLM changes little in n steps: the mean of both ends stands for all
-        reward += args.rho * discounted_sum((first + last) / 2, steps.exists, args.gamma)
+        mean = jnp.broadcast_to((phi_first + phi_last) / 2, steps.exists.shape)
+        shaped_return += args.rho * steps.discounted_sum(mean, args.gamma)
     bounds = value_bounds(args.rho * guided, args)
-    lowest, highest = (bound - args.kappa * first for bound in bounds)
-    furl = relay._replace(reward=reward, lowest=lowest, highest=highest)
-    metrics = {"vlm_mean": last.mean(), "vlm_std": last.std(), "displacement": moved[0].mean()}
-    return furl, relay, {f"reward/{name}": value for name, value in metrics.items()}
+    lowest, highest = (bound - args.kappa * phi_first for bound in bounds)
+    furl = relay._replace(reward=shaped_return, lowest=lowest, highest=highest)
+    vlm_metrics = {"reward/vlm_mean": phi_last.mean(), "reward/vlm_std": phi_last.std()}
+    return furl, relay, vlm_metrics | {"reward/displacement": displaced[0].mean()}
 
 
 # ---------------------------------------------------------------------------- updates
@@ -431,12 +419,10 @@ def init_buffers(sizes: Sizes, args: Args) -> Buffers:
     exact = not args.pretrained
     transition, frame = replay.example_transition(sizes, exact), replay.example_frame(sizes, exact)
     capacity, flag = args.embedding_buffer_size, "--embedding-buffer-size"
+    positives, negatives = (replay.init_ring(frame, capacity, flag) for _ in range(2))
     num_episodes = args.buffer_size // (args.num_envs * EPISODE_LENGTH) + 2  # in the replay
-    return Buffers(
-        replay.init_ring(transition, args.buffer_size),
-        replay.init_ring(frame.embedding, num_episodes * args.num_envs),
-        *(replay.init_ring(frame, capacity, flag) for _ in range(2)),
-    )
+    starts = replay.init_ring(frame.embedding, num_episodes * args.num_envs)
+    return Buffers(replay.init_ring(transition, args.buffer_size), starts, positives, negatives)
 
 
 def update_projection(
@@ -473,9 +459,8 @@ def update_once(
     slots = replay.sample_with_successes(
         buffers.transitions, buffers.positives, sample_key, args.batch_size, args.success_share
     )
-    furl_batch, relay_batch, reward_metrics = make_batches(
-        state.projection, buffers, slots, vlm, args, phase
-    )
+    batches = make_batches(state.projection, buffers, slots, vlm, args, phase)
+    furl_batch, relay_batch, reward_metrics = batches
     furl, furl_metrics = update_agent(state.furl, furl_batch, furl_key, args)
     relay, relay_metrics = state.relay, {}
     if phase.relaying:
@@ -529,6 +514,7 @@ def choose_phase(buffers: Buffers, args: Args) -> Phase:
     return Phase(searching, searching and args.relay, alignment)
 
 
+@partial(jax.jit, static_argnames=("draw", "args"))
 def held_noise(draw: Callable, key: jax.Array, env_steps: int, args: Args) -> jax.Array:
     """`draw(key)` for each environment, held for as many steps as its --hold-steps says.
 
@@ -537,13 +523,6 @@ def held_noise(draw: Callable, key: jax.Array, env_steps: int, args: Args) -> ja
     hold = jnp.resize(jnp.array(args.hold_steps), args.num_envs)
     number = jnp.arange(args.num_envs) + args.num_envs * (env_steps // args.num_envs // hold)
     return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(number)
-
-
-@partial(jax.jit, static_argnames=("action_dim", "args"))
-def act_randomly(key: jax.Array, env_steps: int, action_dim: int, args: Args) -> jax.Array:
-    """Uniform actions [num_envs, action_dim]."""
-    draw = partial(jax.random.uniform, shape=(action_dim,), minval=-1)
-    return held_noise(draw, key, env_steps, args)
 
 
 @partial(jax.jit, static_argnames=("args", "relaying"))
@@ -555,10 +534,8 @@ def act(
 
     In the quiet environments the FuRL agent acts by its mean: the replay sees where that leads.
     """
-    draw = partial(jax.random.normal, shape=(state.furl.actor.action_dim,))
-    furl_noise, relay_noise, more_noise = (
-        held_noise(draw, k, env_steps, args) for k in jax.random.split(key, 3)
-    )
+    noises = (held_noise(NORMAL, k, env_steps, args) for k in jax.random.split(key, 3))
+    furl_noise, relay_noise, more_noise = noises
 
     def explore(agent: AgentState, noise: jax.Array) -> jax.Array:
         mean, log_std = agent.actor.apply(agent.params["actor"], obs)
@@ -578,18 +555,6 @@ def policy(state: FuRLState, obs: jax.Array) -> jax.Array:
     return jnp.tanh(mean)
 
 
-def load_inputs(vlm: VLM, args: Args) -> VLMInputs:
-    """What the images of a run are compared with: its instruction, and its goal image if any."""
-    text = vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0]
-    goal = np.zeros_like(text)
-    if args.align and args.goal_image:
-        view = view_for(vlm)
-        camera = Camera(view.size, args.camera_id, args.quality)
-        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
-        goal = vlm.embed_images(view.crop(picture[None]))[0]
-    return VLMInputs(jnp.asarray(text), jnp.asarray(goal))
-
-
 def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
     """The VLM reward that was learned, before its weight rho: embeddings [n, D] -> [n]."""
     inputs = load_inputs(vlm, args)
@@ -603,9 +568,9 @@ def check_own_flags(args: Args) -> None:
     """UserError: a flag of this script has a value that cannot work."""
     if args.demos > args.num_envs:
         raise UserError(f"--demos must be at most --num-envs, {args.num_envs}, not {args.demos}")
-    first = args.num_envs * EPISODE_LENGTH  # steps of the first episodes
-    if args.demos and args.learning_starts < first:
-        raise UserError(f"--demos needs --learning-starts {first} or more, a whole episode")
+    if args.quiet_envs >= args.num_envs:
+        raise UserError(f"--quiet-envs must be below --num-envs, {args.num_envs}, or nothing "
+                        f"explores, not {args.quiet_envs}")
     if args.clip_targets and args.gamma == 1:
         raise UserError("--gamma must be below 1, or there are no bounds for --clip-targets")
     note_idle(args, "relay", "relay_periods", "relay_noise", "relay_bonus")
@@ -635,17 +600,15 @@ def main(args: Args) -> dict[str, float]:
     prompt = metaworld.prompt_for(args.env_id, args.prompt)
     run = start_run(args, buffers, sizes, envs, evaluate, vlm=vlm, view=view, prompt=prompt)
 
-    def embed(frames: np.ndarray) -> jax.Array:
-        return vlm.embed_images(view.crop(frames))
-
     def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:
-        embedding = replay.embed_drawn(embed, step.frames, step.drawn, buffers.transitions)
+        embedding = replay.embed_drawn(vlm, view, step.frames, step.drawn, buffers.transitions)
         transition = transition._replace(embedding=embedding)
         buffers = buffers._replace(transitions=replay.add_rows(buffers.transitions, transition))
         return start_episodes(buffers, step.reset_frames) if step.ended.all() else buffers
 
     def start_episodes(buffers: Buffers, frames: np.ndarray) -> Buffers:
-        return buffers._replace(starts=replay.add_rows(buffers.starts, embed(frames)))
+        starts = replay.add_rows(buffers.starts, vlm.embed_view(view, frames))
+        return buffers._replace(starts=starts)
 
     state, buffers, obs = run.begin(state, start_episodes(buffers, envs.reset()[1]), envs)
     phase = choose_phase(buffers, args)
@@ -656,15 +619,14 @@ def main(args: Args) -> dict[str, float]:
         # Act, and let the environments step and draw ...
         episode, time = divmod(env_steps // args.num_envs, EPISODE_LENGTH)
         if env_steps < args.learning_starts:
-            action = np.array(act_randomly(random_key, env_steps, sizes.action, args))
-            if episode == 0:
-                rng = np.random.default_rng((args.seed, DEMO_STREAM, env_steps))
-                action[: args.demos] = experts(obs, args.demo_noise, rng)
+            action = held_noise(UNIFORM, random_key, env_steps, args)
         else:
             use_relay = relay_acts(episode, time, args)
             action = act(state, obs, use_relay, act_key, env_steps, args, phase.relaying)
-            action = np.asarray(action)  # waits for the updates before
-            run.check_finite(action, metrics)
+        action = np.array(action)  # waits for the updates before
+        run.check_finite(action, metrics)
+        if episode == 0:
+            action[: args.demos] = experts(obs, time)
         envs.step_async(action)
 
         # ... while the frames of the step before are embedded, stored and learned from.

@@ -378,11 +378,8 @@ def main(args: Args) -> dict[str, float]:
     envs.reset()
     state, buffers, obs = run.begin(state, buffers, envs)
 
-    def embed(frames: np.ndarray) -> jax.Array:
-        return vlm.embed_images(view.crop(frames))
-
     def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:
-        embedding = replay.embed_drawn(embed, step.frames, step.drawn, buffers.transitions)
+        embedding = replay.embed_drawn(vlm, view, step.frames, step.drawn, buffers.transitions)
         transition = transition._replace(embedding=embedding)
         return Buffers(replay.add_rows(buffers.transitions, transition))
 

@@ -310,12 +310,9 @@ def main(args: Args) -> dict[str, float]:
     envs.reset()
     agent, buffers, obs = run.begin(agent, buffers, envs)
 
-    def embed(frames: np.ndarray) -> jax.Array:
-        return vlm.embed_images(view.crop(frames))
-
     def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:
         if vlm is not None:
-            embedding = replay.embed_drawn(embed, step.frames, step.drawn, buffers.transitions)
+            embedding = replay.embed_drawn(vlm, view, step.frames, step.drawn, buffers.transitions)
             transition = transition._replace(embedding=embedding)
         return Buffers(replay.add_rows(buffers.transitions, transition))
 

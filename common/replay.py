@@ -4,7 +4,6 @@ A ring is a pytree of arrays with a counter. `add` is meant to be jitted with th
 that a row is written in place whatever the capacity; rows are read inside the jitted update.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from common.errors import ShortageError
 from common.memory import check_memory
+from common.vlms import VLM, View
 
 Rows = Any  # a pytree whose leaves share their leading axis
 
@@ -151,23 +151,24 @@ def newest_rows(ring: Ring, n: int) -> Rows:
 
 
 def embed_drawn(
-    embed: Callable[[np.ndarray], jax.Array], frames: np.ndarray, drawn: np.ndarray, steps: Ring
+    vlm: VLM, view: View, frames: np.ndarray, drawn: np.ndarray, steps: Ring
 ) -> jax.Array:
     """The embeddings of one step of all environments, [N, D].
 
     Args:
-        embed: embeds frames uint8 [n, height, width, 3].
-        frames: [N, height, width, 3].
+        vlm, view: what embeds frames, and what it is shown of them.
+        frames: uint8 [N, size, size, 3].
         drawn: where a frame is new, bool [N]; elsewhere the embedding of the step before stands
             for this one too. So it comes from the replay, and a resumed run has it.
         steps: the replay, whose newest rows are the step before.
     """
     if drawn.all():
-        return embed(frames)
+        return vlm.embed_view(view, frames)
     held = newest_rows(Ring(steps.data.embedding, steps.total), len(drawn))
     if not drawn.any():
         return held
-    return held.at[np.flatnonzero(drawn)].set(embed(frames[drawn]).astype(held.dtype))
+    new = vlm.embed_view(view, frames[drawn])
+    return held.at[np.flatnonzero(drawn)].set(new.astype(held.dtype))
 
 
 # ------------------------------------------------ episodes that begin and end together
@@ -233,8 +234,8 @@ def sample_with_successes(
 ) -> jax.Array:
     """Uniform slots of the replay `steps`, but for a share from successful episodes: [batch_size].
 
-    The share is of the rows that `positives` (of `EmbeddedFrame`) names. It is uniform as well as
-    long as there are none, and where such a row has left the replay.
+    The share is of the rows that `positives` (of `EmbeddedFrame`) names. Until there are any, or
+    where such a row has been overwritten, it is uniform too.
     """
     uniform_key, positive_key = jax.random.split(key)
     uniform = sample_slots(steps, uniform_key, batch_size)
@@ -254,6 +255,10 @@ class FollowingSteps(NamedTuple):
     first: jax.Array  # [batch] int32, slot of the first step of its episode
     time: jax.Array  # [batch] int32, of the sampled step in its episode
     episode: jax.Array  # [batch] int32, number of its episode, counted over all environments
+
+    def discounted_sum(self, rewards: jax.Array, gamma: float) -> jax.Array:
+        """sum_k gamma^k r_k over the steps that exist, rewards [n, batch] -> [batch]."""
+        return (gamma ** jnp.arange(len(rewards))[:, None] * self.exists * rewards).sum(0)
 
 
 def following_steps(

@@ -43,7 +43,7 @@ class PendingEvaluation(NamedTuple):
 
     playing: Generator[None, None, dict[str, float]]
     env_steps: int  # of the policy that is evaluated
-    steps_per_iteration: int  # of training, so that it ends before the next one begins
+    steps_per_iteration: int  # steps of its episodes in each iteration of training
     video_path: Path | None
 
 
@@ -218,7 +218,8 @@ class Run:
         # A copy, because an update takes the state's memory for the next one.
         playing = self._evaluator.play(partial(policy, copy_arrays(state)), self.video_path())
         iterations = max(1, self.args.eval_every // steps_per_iteration(self.args))
-        steps = -(-self._evaluator.episode_length // iterations)
+        # One more than its episodes have, which ends it; so it ends before the next one begins.
+        steps = -(-(self._evaluator.episode_length + 1) // iterations)
         self._pending = PendingEvaluation(playing, self.env_steps, steps, self.video_path())
 
     def _play_on(self, steps: int) -> None:
@@ -255,6 +256,8 @@ class Run:
         Raises:
             UserError: a metric is not finite: the run has diverged.
         """
+        if self.env_steps == self.args.total_timesteps:
+            self._finish_evaluation()  # the last line shows it
         row = {key: float(value) for key, value in jax.device_get(metrics).items()}
         bad = first_not_finite(row)
         if bad is not None:

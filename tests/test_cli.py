@@ -1036,7 +1036,7 @@ def evaluating(tmp_path: Path, **changes) -> tuple[Run, SlowEvaluator]:
 
 
 def test_training_goes_on_beside_an_evaluation(tmp_path):
-    """An iteration has 4 steps, an evaluation comes every 40: two steps of it in each iteration.
+    """An iteration has 4 steps, an evaluation comes every 40: three steps of it in each iteration.
     Rows are in order, and the policy is that of the step at which it was asked for."""
     run, evaluator = evaluating(tmp_path, eval_every=40)
     state = {"w": jnp.ones(3)}
@@ -1048,7 +1048,7 @@ def test_training_goes_on_beside_an_evaluation(tmp_path):
         if run.is_due(16):
             run.log_training("relay", {"losses/q": 0.0})
         if run.env_steps == 60:
-            assert len(evaluator.seen) == 10, "2 in each of 5 iterations"
+            assert len(evaluator.seen) == 15, "3 in each of 5 iterations: 21 have to fit into 10"
             assert not [row for row in rows_of(run.dir) if row[0] in ("40", "48")], "it waits"
         if run.env_steps == 80:
             break

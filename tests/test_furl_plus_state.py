@@ -39,12 +39,6 @@ def compile_quickly():
 # ---------------------------------------------------------------- n-step returns and targets
 
 
-def test_discounted_sum():
-    rewards = jnp.array([[-1.0, -1.0], [-1.0, -1.0], [0.0, -1.0]])
-    exists = jnp.array([[True, True], [True, False], [True, False]])
-    assert_close(script.discounted_sum(rewards, exists, 0.5), [-1.5, -1.0])
-
-
 @pytest.mark.parametrize(("bonus", "changes", "low", "high"), [
     # The sum of 0.99^k is 100: rewards of -1, and 0.05 r_VLM with r_VLM from -1 to 1; kappa 5.
     (0, {}, -110, 0), (0.05, {}, -110, 5), (0, {"kappa": 0.0}, -105, 0),
@@ -140,6 +134,22 @@ def test_a_potential_changes_no_return():
     assert_close(gains.sum(), 3 * (0.5**4 * 0.6 - 0.5))
 
 
+def test_first_pictures_are_found_when_their_ring_has_wrapped():
+    """Two environments, the fifth episodes: their pictures are rows 8 and 9 of a ring of eight."""
+    buffers, length = script.init_buffers(SIZES, replace(RAW, buffer_size=2100)), 500
+    for episode in range(5):
+        phi = 0.1 * episode + np.array([0, 0.05])
+        buffers = buffers._replace(starts=replay.add_rows(buffers.starts, at_angles(phi)))
+        zeros = np.zeros(2 * (length if episode < 4 else 3), np.float32)
+        rows = Transition(*(np.zeros((len(zeros), n), np.float32) for n in (39, 4, 39)), zeros,
+                          zeros, at_angles(zeros))
+        buffers = buffers._replace(transitions=replay.add_rows(buffers.transitions, rows))
+    assert buffers.starts.capacity == 8
+    slots = jnp.array([4 * 2 * length, 4 * 2 * length + 1]) % 2100
+    furl, relay, _ = script.make_batches({}, buffers, slots, TEXT, replace(RAW, kappa=2.0), AFTER)
+    assert_close(furl.reward - relay.reward, [2 * -0.4, 2 * -0.45])
+
+
 def test_rho_guides_during_the_search_only():
     args = replace(RAW, rho=0.2)
     without, _, _ = batches(replace(args, rho=0.0), SEARCH)
@@ -169,8 +179,8 @@ def test_bounds_move_with_the_state():
 ])
 def test_when_targets_count_the_entropy(entropy, during, after):
     args = replace(RAW, entropy=entropy)
-    assert [batches(args, phase)[i].entropy for phase in (SEARCH, AFTER) for i in (0, 1)] == [
-        during, during, after, after]
+    both = [batches(args, phase)[:2] for phase in (SEARCH, AFTER)]
+    assert [batch.entropy_weight for two in both for batch in two] == [during] * 2 + [after] * 2
 
 
 def test_critic_loss_is_clipped_and_discounted():
@@ -200,8 +210,9 @@ HOLD = replace(SMALL, num_envs=5, hold_steps=(1, 2, 4), quiet_envs=1)  # 1, 2, 4
 
 
 def test_noise_is_held_by_environment():
-    draw = partial(jax.random.normal, shape=(4,))
-    noise = np.stack([script.held_noise(draw, jax.random.key(0), 5 * i, HOLD) for i in range(8)])
+    noise = np.stack([
+        script.held_noise(script.NORMAL, jax.random.key(0), 5 * i, HOLD) for i in range(8)
+    ])
     for env, hold in enumerate((1, 2, 4, 1, 2)):
         stretches = noise[:, env].reshape(8 // hold, hold, 4)
         np.testing.assert_array_equal(stretches, stretches[:, :1] * np.ones((1, hold, 1)))
@@ -211,7 +222,8 @@ def test_noise_is_held_by_environment():
 
 def test_random_actions_are_uniform_and_held():
     many = replace(HOLD, num_envs=3000)
-    first, second = (script.act_randomly(jax.random.key(0), 3000 * i, 4, many) for i in (0, 1))
+    first, second = (script.held_noise(script.UNIFORM, jax.random.key(0), 3000 * i, many)
+                     for i in (0, 1))
     assert_close(np.quantile(first, [0, 0.25, 0.5, 0.75, 1]), [-1, -0.5, 0, 0.5, 1], atol=0.03)
     same = (np.asarray(first) == np.asarray(second)).all(1)
     np.testing.assert_array_equal(same, np.arange(3000) % 3 > 0)
@@ -232,14 +244,14 @@ def test_quiet_environments_act_as_the_evaluated_policy():
 
 @pytest.mark.parametrize("goal", ["fixed", "random-hidden"])
 def test_demonstrations_succeed_whatever_the_policy_sees(goal):
-    experts = metaworld.Experts("drawer-open-v3", 2, seed=3, goal=goal)
-    envs = metaworld.VecMetaWorld("drawer-open-v3", 3, seed=3, goal=goal, num_workers=1)
+    experts = metaworld.Experts("push-v3", 2, seed=3, goal=goal)  # it looks at the goal
+    envs = metaworld.VecMetaWorld("push-v3", 3, seed=3, goal=goal, num_workers=1)
     obs, _ = envs.reset()
     assert not obs[:, metaworld.GOAL].any()
-    rng, succeeded = np.random.default_rng(0), np.zeros(3, bool)
-    for _ in range(150):
+    succeeded = np.zeros(3, bool)
+    for time in range(200):
         action = np.zeros((3, 4), np.float32)
-        action[:2] = experts(obs, 0.1, rng)
+        action[:2] = experts(obs, time)
         step = envs.step(action)
         obs, succeeded = step.obs, succeeded | step.success
     envs.close()
@@ -262,7 +274,7 @@ def test_the_search_ends_with_enough_positives(num_positives, relay, phase):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"demos": 9}, "--demos must be at most --num-envs, 8, not 9"),
-    ({"demos": 1, "learning_starts": 3999}, "--demos needs --learning-starts 4000 or more"),
+    ({"num_envs": 2}, "--quiet-envs must be below --num-envs, 2, or nothing explores, not 2"),
     ({"gamma": 1.0}, "--gamma must be below 1"),
 ])
 def test_flags_that_cannot_work(changes, message):
@@ -274,7 +286,7 @@ TINY = Args(
     env_id="drawer-close-v3", num_envs=2, total_timesteps=2400, learning_starts=1000, batch_size=8,
     utd=0.5, hidden_features=(16,), projection_features=(16, 8), buffer_size=1500,
     embedding_buffer_size=600, eval_every=600, log_every=200, checkpoint_every=700, demos=1,
-    stage2_after=100,
+    stage2_after=100, quiet_envs=1,
 )
 
 

@@ -26,6 +26,7 @@ MAX_EPISODE_STEPS = 500  # Meta-World's own limit, the same for all tasks
 CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
 DEFAULT_CAMERA = 2  # the paper's
 CUTS_BORDER = True  # of a VLM's pictures, as the authors do: common.vlms.view_for
+EXPERT_NOISE, EXPERT_STREAM = 0.1, 2  # std on `Experts`' actions; of numbers, beside the seed
 GOALS = ("fixed", "random", "random-hidden")
 # What tasks move in the model itself when they are reset.
 MODEL_FIELDS = ("body_pos", "body_quat", "site_pos", "site_quat", "geom_pos", "geom_quat",
@@ -100,7 +101,7 @@ def evaluated_on(env_id: str) -> str:
 class Experts:
     """Meta-World's scripted experts for the first episodes of environments 0 to `num_envs` - 1.
 
-    They are shown the goals, whatever the policy is shown.
+    They are shown the goals, whatever the policy is shown, and act with a little noise.
 
     Args:
         env_id, seed, goal: as for `VecMetaWorld`.
@@ -108,20 +109,23 @@ class Experts:
     """
 
     def __init__(self, env_id: str, num_envs: int, *, seed: int, goal: str):
+        self._seed = seed
         self._policies = [expert_policy(env_id) for _ in range(num_envs)]
         # Environments of the same seeds draw the same goals.
         copies = [make_env(env_id, seed=seed, index=i, goal=goal, show_goal=True)
                   for i in range(num_envs)]
         self._goals = np.array([env.reset()[0][GOAL] for env in copies]).reshape(num_envs, 3)
 
-    def __call__(self, obs: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-        """Their actions for the first of obs [n, 39], with Gaussian noise of that std: [., 4]."""
+    def __call__(self, obs: np.ndarray, time: int) -> np.ndarray:
+        """Their actions at step `time` for the first of obs [n, 39], float32 [num_envs, 4]."""
         actions = np.zeros((len(self._policies), ACTION_DIM), np.float32)
         for i, policy in enumerate(self._policies):
             seen = obs[i].astype(np.float64)
             seen[GOAL] = self._goals[i]
             actions[i] = expert_action(policy, seen)
-        return np.clip(actions + noise * rng.normal(size=actions.shape), -1, 1)
+        rng = np.random.default_rng((self._seed, EXPERT_STREAM, time))
+        noise = EXPERT_NOISE * rng.normal(size=actions.shape)
+        return np.clip(actions + noise, -1, 1).astype(np.float32)
 
 
 # -------------------------------------------------- what a worker uses, see `workers.Suite`

@@ -71,6 +71,10 @@ class VLM:
                 embeddings.append(self._encode_images(batch).float())
             return to_jax(torch.cat(embeddings))
 
+    def embed_view(self, view: View, frames: np.ndarray) -> jax.Array:
+        """What the view shows of RGB uint8 frames [B, size, size, 3] -> float32 [B, D]."""
+        return self.embed_images(view.crop(frames))
+
     def embed_text(self, prompts: list[str]) -> np.ndarray:
         """N prompts -> float32 [N, D], from the disk's cache where it has them.
 

@@ -1,0 +1,33 @@
+"""What FuRL compares a picture with: the embeddings of a task's instruction and goal picture."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.envs import metaworld
+from common.envs.rendering import Camera
+from common.vlms.interface import VLM, view_for
+
+
+class VLMInputs(NamedTuple):
+    text: jax.Array  # Phi_L(l) [embed_dim]
+    goal: jax.Array  # Phi_I(o_g) [embed_dim]; zeros without a goal image
+
+
+def load_inputs(vlm: VLM, args: Any) -> VLMInputs:
+    """Those of a run on Meta-World.
+
+    Args:
+        args: a script's, with FuRL's flags: `env_id`, `seed`, `goal`, `prompt`, `camera_id`,
+            `quality`, `align` and `goal_image`.
+    """
+    text = vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0]
+    goal = np.zeros_like(text)
+    if args.align and args.goal_image:
+        view = view_for(vlm)
+        camera = Camera(view.size, args.camera_id, args.quality)
+        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
+        goal = vlm.embed_images(view.crop(picture[None]))[0]
+    return VLMInputs(jnp.asarray(text), jnp.asarray(goal))
