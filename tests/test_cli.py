@@ -224,6 +224,7 @@ def test_an_alignment_that_could_not_begin(change, message, capsys):
 ])
 def test_flags_that_others_switch_off_are_named(change, note, capsys):
     cli.check_alignment(replace(GOOD, **change), 500)
+    cli.note_idle(replace(GOOD, **change), "relay", "relay_periods", "relay_until")
     out = capsys.readouterr().out
     assert note in out and len(out.splitlines()) == bool(note)
 

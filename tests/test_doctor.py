@@ -355,7 +355,7 @@ def test_too_little_memory_is_red(monkeypatch):
 def test_the_replay_is_counted_by_its_shapes():
     leaves = jax.tree.leaves(doctor.replay_shapes(128))
     assert sum(x.size * x.dtype.itemsize for x in leaves) == (
-        1_000_000 * (4 * (39 + 4 + 39 + 1 + 1) + 2 * 128) + 2 * 100_000 * (2 * 128 + 5) + 3 * 4
+        1_000_000 * (4 * (39 + 4 + 39 + 1 + 1) + 2 * 128) + 2 * 100_000 * (2 * 128 + 9) + 3 * 4
     )
 
 

@@ -19,7 +19,7 @@ COMMON = dict(env_id="drawer-close-v3", num_envs=2, batch_size=8, learning_start
 CASES = {
     "furl": (furl, furl.Args(**COMMON, total_timesteps=2002, buffer_size=2002), 500),
     "drq": (drq, drq.Args(**COMMON, total_timesteps=2200, buffer_size=200, action_repeat=100,
-                          encoder_features=(4, 4)), 5),
+                          encoder_features=(4, 4), lag=2), 5),
 }
 
 

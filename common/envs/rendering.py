@@ -79,7 +79,7 @@ def gl_info() -> dict[str, str | bool]:
     A GPU that JAX or torch could use while drawing is done in software costs a factor of 50: the
     caller sees it in `software` and `gpu_present`.
     """
-    _gl_context()
+    _gl_context().make_current()  # another renderer of this process may have ended its own
     from OpenGL import GL
 
     vendor, renderer = (GL.glGetString(name).decode() for name in (GL.GL_VENDOR, GL.GL_RENDERER))
