@@ -1,8 +1,7 @@
 # FuRL. `make train` and `make test` set up everything they need; see README.md.
 
 # What `make train` runs, e.g. make train TRAIN_ARGS="--env-id drawer-open-v3 --seed 1"
-TRAIN_ARGS = --env-id reach-v3 --total-timesteps 70000 --batch-size 64 --learning-rate 3e-4 \
-	--init-q -100 --layer-norm --init-temperature 0.01 --stage2-after 2500 --eval-every 4000 --capture-video
+TRAIN_ARGS = --env-id button-press-topdown-v3 --total-timesteps 60000 --eval-every 4000 --capture-video
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -37,7 +36,7 @@ LOCK_ARGS =
 .PHONY: help train test doctor grid setup lock lint clean
 
 help:
-	@echo "make train   set up, then train FuRL: furl_sac_state.py $(TRAIN_ARGS)"
+	@echo "make train   set up, then train FuRL plus: furl_plus_state.py $(TRAIN_ARGS)"
 	@echo "make test    set up, then run the tests"
 	@echo "make doctor  set up, then check in a minute that this machine can train"
 	@echo "make grid    set up, Ray and submitit too, then many runs: GRID_ARGS=\"table1 --seeds 5\""
@@ -47,7 +46,7 @@ help:
 	@echo "make clean   remove $(VENV), caches and compiled programs; runs/ is kept"
 
 train: setup
-	$(PY) furl_sac_state.py $(TRAIN_ARGS)
+	$(PY) furl_plus_state.py $(TRAIN_ARGS)
 
 test: setup $(GRID_STAMP)
 	@$(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
