@@ -1,7 +1,7 @@
 # FuRL. `make train` and `make test` set up everything they need; see README.md.
 
 # What `make train` runs, e.g. make train TRAIN_ARGS="--env-id drawer-open-v3 --seed 1"
-TRAIN_ARGS = --env-id button-press-topdown-v3 --total-timesteps 60000 --eval-every 4000 --capture-video
+TRAIN_ARGS = --env-id button-press-topdown-v3 --eval-every 8000 --capture-video
 
 VENV := .venv
 PY := $(VENV)/bin/python
