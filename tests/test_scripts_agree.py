@@ -24,7 +24,6 @@ DEFINITIONS = {
     "Args": (7, "each script has flags of its own; shared ones are compared below"),
     "AgentState": (2, "on pixels the encoder is part of it, and has a target too"),
     "Buffers": (5, "FuRL keeps positives and negatives too, on pixels pictures, plus first ones"),
-    "VLMInputs": (2, "FuRL compares with a goal image, VLM-RM with a baseline prompt"),
     "Actor": (2, "on pixels there is a neck between the encoder's features and the MLP"),
     "CriticPair": (2, "as Actor"),
     "critic_loss": (3, "on pixels features, and the encoder's gradient; FuRL plus: n steps"),
