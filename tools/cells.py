@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from common.system import is_locked
 
 POLL_SECONDS = 0.5
 TAIL_BYTES = 65_536  # of metrics.csv: holds the last evaluation
@@ -107,11 +108,9 @@ def is_in_use(folder: Path) -> bool:
     """Whether a process holds the run folder's lock; the lock is asked, not taken."""
     try:
         with open(folder / "lock", "r+") as file:
-            query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, query)
+            return is_locked(file)
     except OSError:  # no such file, or a file system without locks
         return False
-    return struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK
 
 
 def read_progress(folder: Path) -> Progress:
