@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from common import system
+from tools.setup import lock
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [
@@ -98,3 +100,59 @@ def test_the_question_for_a_lock(monkeypatch, tmp_path, is_mac, layout, size):
     for answer, locked in ((system.fcntl.F_WRLCK, True), (system.fcntl.F_UNLCK, False)):
         answers.append(answer)
         assert system.is_locked(None) is locked
+
+
+# ------------------------------------------------------------------------------- set-up
+
+
+def setup_on(folder: Path, name: str, machine: str, bits: str, release: str):
+    """`make setup` of a copy of the set-up, on a system that describes itself like this."""
+    for path in ("Makefile", "tools/setup", *(p.name for p in ROOT.glob("requirements*"))):
+        copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy
+        (folder / path).parent.mkdir(exist_ok=True)
+        copy(ROOT / path, folder / path)
+    commands = folder / "commands"
+    commands.mkdir()
+    for command, text in {
+        "uname": f'case $1 in -s) echo {name};; -m) echo {machine};; -r) echo {release};; esac',
+        "getconf": f"echo {bits}",
+        # A system that is supported gets this far; nothing is installed by this test.
+        "the_python": 'case "$*" in *version_info*) exit 1;; esac',
+    }.items():
+        (commands / command).write_text(f"#!/bin/sh\n{text}\n")
+        (commands / command).chmod(0o755)
+    return subprocess.run(
+        ["make", "setup", "GPU=0", "PYTHON=the_python"], cwd=folder, capture_output=True,
+        text=True, timeout=60,
+        env=os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "MAKEFLAGS": ""},
+    )
+
+
+@pytest.mark.parametrize(("system_name", "machine", "bits", "release", "refused"), [
+    ("Linux", "x86_64", "64", "6.1.0", ""),
+    ("Linux", "aarch64", "64", "6.1.0", ""),
+    ("Linux", "x86_64", "64", "5.15.90.1-microsoft-standard-WSL2", ""),
+    ("Darwin", "arm64", "64", "23.6.0", ""),
+    ("Darwin", "x86_64", "64", "23.6.0", "macOS on an Intel processor"),
+    ("Linux", "x86_64", "64", "4.4.0-19041-Microsoft", "WSL 1"),
+    ("MINGW64_NT-10.0-22631", "x86_64", "64", "3.4.10", "Windows without WSL 2"),
+    ("Linux", "aarch64", "32", "6.1.0", "Linux with 32 bit"),
+    ("Linux", "armv7l", "32", "6.1.0", "Linux with 32 bit"),
+    ("Linux", "riscv64", "64", "6.1.0", "Linux on riscv64"),
+])
+def test_set_up_refuses_other_systems_in_one_line(
+        tmp_path, system_name, machine, bits, release, refused):
+    done = setup_on(tmp_path, system_name, machine, bits, release)
+    [line, last] = done.stderr.splitlines()
+    assert done.returncode == 2 and "***" in last  # make's own
+    assert line.startswith(f"error: {refused}" if refused else "error: no Python 3.11")
+    assert not (tmp_path / ".venv").exists() and done.stdout == ""
+
+
+def test_the_workflow_runs_what_there_is():
+    """Every Python that the locks are for, and tests that exist; GitHub alone can run it."""
+    text = (ROOT / ".github/workflows/systems.yml").read_text()
+    [pythons] = re.findall(r"^ +python: \[(.+)\]$", text, re.M)
+    assert pythons == ", ".join(f'"{version}"' for version in lock.PYTHONS)
+    files = re.findall(r"tests/\w+\.py", text)
+    assert files and all((ROOT / file).exists() for file in files)
