@@ -17,9 +17,10 @@ import pytest
 from conftest import HEED_SIGNALS, ROOT
 
 from common import run_folder
-from tools import cells, engines, grid
-from tools.cells import Cell, Job, Outcome
-from tools.paper_tables import METHODS, PRESETS, TABLES
+from tools.grid import __main__ as grid
+from tools.grid import cells, engines
+from tools.grid.cells import Cell, Job, Outcome
+from tools.grid.paper_tables import METHODS, PRESETS, TABLES
 
 TINY = ("--num-envs 2 --batch-size 16 --hidden-features 16 16 --learning-starts 600 "
         "--eval-every 1000 --log-every 200 --checkpoint-every 1000").split()
@@ -131,7 +132,7 @@ def test_tables_share_runs():
 
 
 def test_paper_page_has_the_same_commands():
-    """Each table of docs/paper.md is that of tools/paper_tables.py: labels, commands, order."""
+    """Each table of docs/paper.md is one of tools/grid/paper_tables.py: labels, commands, order."""
     text = (ROOT / "docs/paper.md").read_text()
     shown = {}
     for section in text.split("\n## ")[1:]:
@@ -162,7 +163,7 @@ def test_paper_page_has_the_same_commands():
     (["table1", "--methods", "sca"], [], "unknown method 'sca'; there are sac,"),
     (["table1", "--env-ids", "reahc-v3"], [], "did you mean reach-v3"),
     (["--scripts", "no_such.py"], [], "no_such.py cannot be read"),
-    (["--scripts", "tools/cells.py"], [], "cells.py has no class Args"),
+    (["--scripts", "tools/grid/cells.py"], [], "cells.py has no class Args"),
     (["table1", "plus"], [], "have the presets paper and plus: choose one by --preset"),
     (["table1"], ["--nonsense", "1"], "no script of this grid has the flag --nonsense"),
     (["table1"], ["--seed", "1"], "--seed is the grid's own"),
@@ -275,7 +276,7 @@ time.sleep(2)
 (folder / "config.json").write_text('{"args": {"env_id": "reach-v3", "total_timesteps": 5}}')
 (folder / "checkpoints/step_0000000005").mkdir(parents=True)
 """))
-    code = ("import sys; from pathlib import Path; from tools.cells import Cell, Job;"
+    code = ("import sys; from pathlib import Path; from tools.grid.cells import Cell, Job;"
             f"cell = Cell('m/t/0', {str(script)!r}, (), Path({str(tmp_path / 'm/t/0')!r}));"
             f"print(Job([cell], {{}}, {str(tmp_path)!r}).run()['m/t/0'].state)")
     grids = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """The runs of a grid, one at a time or several side by side, as processes that are looked after.
 
 A cell is one run: a method on a task with a seed. This module is what a worker of Ray or SLURM
-imports; tools/grid.py decides what runs where.
+imports; `__main__` decides what runs where.
 """
 
 import dataclasses
