@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import HEED_SIGNALS, ROOT
 
+from common import run_folder
 from tools.grid import __main__ as grid
 from tools.grid import cells, engines
 from tools.grid.cells import Cell, Job, Outcome
@@ -272,7 +273,7 @@ def test_two_grids_of_the_same_cell_take_turns(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(FAKE.format(says="hello", then="""
 time.sleep(2)
-(folder / "config.json").write_text('{"args": {"total_timesteps": 5}}')
+(folder / "config.json").write_text('{"args": {"env_id": "reach-v3", "total_timesteps": 5}}')
 (folder / "checkpoints/step_0000000005").mkdir(parents=True)
 """))
     code = ("import sys; from pathlib import Path; from tools.grid.cells import Cell, Job;"
@@ -297,15 +298,16 @@ def test_a_run_that_someone_was_quicker_to_start_is_waited_for(tmp_path, monkeyp
 
 
 def test_progress_is_read_from_the_folder(tmp_path):
-    (tmp_path / "config.json").write_text('{"args": {"total_timesteps": 3000}}')
+    (tmp_path / "config.json").write_text(
+        '{"args": {"env_id": "reach-v3", "total_timesteps": 3000}}')
     (tmp_path / "metrics.csv").write_text(
         "env_steps,key,value\n900,eval/success_once,0.5\n1000,time/steps_per_second,50\n1200,lo"
     )
-    run = cells.read_progress(tmp_path)
+    run = run_folder.read_progress(tmp_path)
     assert (run.steps, run.total, run.speed, run.success) == (1000, 3000, 50.0, 0.5)
-    assert run.seconds_left == 40 and not cells.is_finished(tmp_path)
+    assert run.seconds_left == 40 and not run_folder.is_finished(tmp_path)
     (tmp_path / "checkpoints/step_0000003000").mkdir(parents=True)
-    assert cells.is_finished(tmp_path) and not cells.is_in_use(tmp_path)
+    assert run_folder.is_finished(tmp_path) and not run_folder.is_in_use(tmp_path)
 
 
 # -------------------------------------------------------------------------------- engines
@@ -330,15 +332,15 @@ def test_ray_interrupted_and_killed_ends_as_by_hand(ray_starts, start, tmp_path)
     words = command(output, steps=steps, scripts=scripts)
 
     def steps_of(folder: Path) -> int:
-        return cells.read_progress(folder).steps
+        return run_folder.read_progress(folder).steps
 
     first = start(words)
     wait_until(lambda: any(steps_of(folder) >= 800 for folder in folders), first)
     os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to all of the group
     assert "stopping: running cells are saved first" in first.communicate()[0]
     assert first.returncode == 130
-    saved = [cells.saved_steps(folder) or 0 for folder in folders]
-    assert max(saved) >= 800 and not any(map(cells.is_in_use, folders))
+    saved = [run_folder.saved_steps(folder) or 0 for folder in folders]
+    assert max(saved) >= 800 and not any(map(run_folder.is_in_use, folders))
     victim = saved.index(min(saved))
 
     second = start(words)
@@ -439,11 +441,11 @@ def test_slurm_requeues_at_the_time_limit_and_ends_as_by_hand(slurm, start, tmp_
         return "PD BeginTime" in slurm_says("squeue", "-h", "-j", job, "-o", "%t %r")
 
     started = time.monotonic()
-    wait_until(lambda: cells.read_progress(folder).steps >= 1000, process)
+    wait_until(lambda: run_folder.read_progress(folder).steps >= 1000, process)
     limit = int((time.monotonic() - started) / 60) + 2  # minutes: the signal is due at once
     slurm_says("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
     wait_until(waits_to_begin, process)
-    assert (cells.saved_steps(folder) or 0) >= 1000
+    assert (run_folder.saved_steps(folder) or 0) >= 1000
     time.sleep(15)  # SLURM cleans up, and would wait for two minutes
     slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")
     printed = process.communicate(timeout=600)[0]

@@ -31,8 +31,8 @@ from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, Evaluator, write_video
 from common.flags import NotNegativeInt
-from common.logger import git_commit, versions
 from common.names import file_name
+from common.versions import git_commit, versions
 from tools.evaluate.trained import Trained, open_run
 from tools.shared.folders import new_folder, writable_folder, written_whole
 from tools.shared.measures import standard_error, wilson_interval, without_nan

@@ -32,7 +32,8 @@ from common.errors import UserError
 from common.flags import RunArgs, parse
 from common.logger import format_duration
 from common.names import LONGEST, distinct_name, marked
-from tools.grid.cells import Cell, Outcome, is_finished, is_in_use, read_progress
+from common.run_folder import is_finished, is_in_use, read_progress
+from tools.grid.cells import Cell, Outcome
 from tools.grid.engines import RayEngine, SlurmEngine, share_of
 from tools.grid.paper_tables import METHODS, PRESETS, TABLES, Method
 

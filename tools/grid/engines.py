@@ -21,7 +21,8 @@ from typing import Any
 
 from common.cores import OVERRIDE, num_cores
 from common.errors import UserError
-from tools.grid.cells import Cell, Deaths, Job, Outcome, SlurmJob, run_job, saved_steps
+from common.run_folder import saved_steps
+from tools.grid.cells import Cell, Deaths, Job, Outcome, SlurmJob, run_job
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "pip install -r requirements-grid.txt (or: make grid)"

@@ -36,7 +36,7 @@ from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.flags import NotNegativeInt
-from common.logger import git_commit, versions
+from common.versions import git_commit, versions
 from common.vlms import VLM, load_vlm, view_for
 from common.vlms.interface import centre_view
 from tools.evaluate import __main__ as evaluate
