@@ -17,7 +17,6 @@ import json
 import os
 import secrets
 import shlex
-import struct
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple, TextIO
 from common.cores import num_cores
 from common.errors import UserError
 from common.names import file_name
+from common.system import is_locked
 from common.versions import git_commit, versions
 
 CONFIG, METRICS, LOCK = "config.json", "metrics.csv", "lock"
@@ -151,11 +151,9 @@ def is_in_use(run_dir: Path) -> bool:
     """Whether a process holds the run folder's lock; the lock is asked, not taken."""
     try:
         with open(run_dir / LOCK, "r+") as file:
-            query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, query)
+            return is_locked(file)
     except OSError:  # no such file, or a file system without locks
         return False
-    return struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK
 
 
 # ------------------------------------------------------------------------------ config.json

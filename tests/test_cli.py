@@ -24,7 +24,7 @@ from conftest import ROOT
 
 import common.run
 import furl_sac_state
-from common import checkpoint, cli, flags, logger, replay, run_folder, versions
+from common import checkpoint, cli, flags, logger, replay, run_folder, system, versions
 from common.envs import metaworld
 from common.envs.workers import Step, WorkerError
 from common.errors import ShortageError, UserError
@@ -467,7 +467,7 @@ def python(code: str, **variables: str) -> str:
 
 def test_drawing_variables_that_are_set_otherwise():
     code = "import common, mujoco, os; print(os.environ['MUJOCO_GL'])"
-    assert python(code, MUJOCO_GL="osmesa", PYOPENGL_PLATFORM="osmesa") == "egl\n"
+    assert python(code, MUJOCO_GL="osmesa", PYOPENGL_PLATFORM="osmesa") == f"{system.GL}\n"
 
 
 def test_locales_and_encodings_that_are_not_utf8(tmp_path):

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import HEED_SIGNALS, ROOT
 
@@ -76,14 +77,10 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 300) -> No
 
 def run_of(folder: Path) -> tuple[int, int]:
     """The process that holds a run folder, and its parent."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_text().split("\0")
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        words = process.info["cmdline"] or []
         if str(folder) in words and words[1].endswith(".py"):
-            return int(entry.name), parent
+            return process.pid, process.info["ppid"]
     raise AssertionError(f"no process has {folder}")
 
 
