@@ -27,6 +27,7 @@ import numpy as np
 
 from common.errors import ShortageError, UserError
 from common.replay import Ring, add_rows, read_rows, row_bytes
+from common.run_folder import CHECKPOINTS, checkpoint_folder, checkpoints, steps_of
 
 KEEP = 2  # checkpoints kept: the newest, and the one before in case the newest is damaged
 FORMAT = 5  # raised when what the scripts save changes: they would misread an older one
@@ -50,11 +51,11 @@ def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host:
     Raises:
         OSError: the disk is full or read-only; what was saved before is untouched.
     """
-    root = run_dir / "checkpoints"
+    root = run_dir / CHECKPOINTS
     (root / "rings").mkdir(parents=True, exist_ok=True)
     files: dict[str, str] = {}
     totals = {}
-    previous = _newest_manifest(root)
+    previous = _newest_manifest(run_dir)
     for name, ring in rings.items():
         total = int(ring.total)
         oldest = max(0, total - ring.capacity)
@@ -78,7 +79,7 @@ def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host:
     encoded = _encode(structure, arrays)
     arrays["json"] = np.frombuffer(json.dumps(encoded).encode(), np.uint8)
 
-    folder = root / f"step_{env_steps:010d}"
+    folder = checkpoint_folder(run_dir, env_steps)
     temporary = root / f".writing_{env_steps:010d}"
     for stale in (folder, temporary):
         shutil.rmtree(stale, ignore_errors=True)
@@ -89,7 +90,7 @@ def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host:
     manifest["digest"] = _digest(manifest)
     _write_bytes(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
     temporary.rename(folder)
-    _remove_old(root)
+    _remove_old(run_dir)
     return folder
 
 
@@ -112,12 +113,12 @@ def load_newest(
         UserError: no checkpoint can be used.
         OSError: the disk cannot be read; nothing is removed.
     """
-    root = run_dir / "checkpoints"
-    if _folders(root) and not (root / "rings").exists():
+    root = run_dir / CHECKPOINTS
+    if checkpoints(run_dir) and not (root / "rings").exists():
         raise UserError(f"{run_dir} cannot be continued: its replay was deleted when it finished "
                         "(--drop-replay); it can still be evaluated")
     loaded, passed_over = _newest_whole(
-        run_dir, _folders(root), lambda folder: _load(root, folder, tree, rings), say
+        run_dir, checkpoints(run_dir), lambda folder: _load(root, folder, tree, rings), say
     )
     # The run goes this part of its way again: what was passed over must not be built upon.
     for folder in passed_over:
@@ -130,8 +131,8 @@ def drop_replay(run_dir: Path) -> None:
 
     What is left can be evaluated, but not continued.
     """
-    root = run_dir / "checkpoints"
-    for folder in _folders(root)[1:]:
+    root = run_dir / CHECKPOINTS
+    for folder in checkpoints(run_dir)[1:]:
         shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(root / "rings", ignore_errors=True)
 
@@ -153,9 +154,9 @@ def read_newest(
         UserError: no checkpoint can be used, or none has that number of steps.
         OSError: the disk cannot be read.
     """
-    folders = _folders(run_dir / "checkpoints")
+    folders = checkpoints(run_dir)
     if env_steps is not None:
-        kept = [int(folder.name.removeprefix("step_")) for folder in folders]
+        kept = [steps_of(folder) for folder in folders]
         if env_steps not in kept:
             names = ", ".join(map(str, sorted(kept))) or "none"
             raise UserError(f"{run_dir} has no checkpoint of step {env_steps}; kept are: {names}")
@@ -212,11 +213,6 @@ def check_space(run_dir: Path, rings: dict[str, Ring], total_timesteps: int) -> 
                             "--run-dir, or a smaller --buffer-size")
 
 
-def _folders(root: Path) -> list[Path]:
-    """The checkpoints' folders, newest first."""
-    return sorted(root.glob("step_*"), reverse=True)
-
-
 def _newest_whole(run_dir: Path, folders: list[Path], load: Callable[[Path], Any], say):
     """(what `load` returns of the first folder that is whole, the damaged ones before it)."""
     for number, folder in enumerate(folders):
@@ -270,8 +266,8 @@ def _fill(ring: Ring, root: Path, files: list[str], total: int) -> Ring:
     return Ring(ring.data, jnp.asarray(total, jnp.int32))
 
 
-def _newest_manifest(root: Path) -> dict | None:
-    for folder in _folders(root):
+def _newest_manifest(run_dir: Path) -> dict | None:
+    for folder in checkpoints(run_dir):
         try:
             return _read_manifest(folder)
         except (OSError, CheckpointError):
@@ -295,13 +291,14 @@ def _digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _remove_old(root: Path) -> None:
+def _remove_old(run_dir: Path) -> None:
     """Delete all but the newest `KEEP` checkpoints, and what those do not need."""
+    root = run_dir / CHECKPOINTS
     for unfinished in root.glob(".writing_*"):
         shutil.rmtree(unfinished, ignore_errors=True)
     for unfinished in (root / "rings").glob("*.tmp"):
         unfinished.unlink(missing_ok=True)
-    folders = _folders(root)
+    folders = checkpoints(run_dir)
     for folder in folders[KEEP:]:
         shutil.rmtree(folder, ignore_errors=True)
     needed: set[str] = set()

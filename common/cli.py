@@ -17,7 +17,7 @@ from common.cores import share_cores
 from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.flags import LARGEST, check_range, has_type, parse
-from common.logger import check_run_dir, read_config
+from common.run_folder import check_run_dir, read_config
 
 ArgsT = TypeVar("ArgsT")
 

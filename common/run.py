@@ -23,18 +23,17 @@ from common.envs.suites import suite_for
 from common.envs.workers import STOP_SIGNALS, Step
 from common.errors import UserError
 from common.evaluate import Evaluator
-from common.logger import (
-    Logger,
+from common.logger import Logger, first_not_finite, show
+from common.replay import Sizes
+from common.run_folder import (
+    VIDEOS,
     create_run_dir,
-    first_not_finite,
     lock_run_dir,
     read_config,
-    show,
     store_total,
     unlock_run_dir,
     write_config,
 )
-from common.replay import Sizes
 from common.vlms import VLM, View
 
 
@@ -195,7 +194,7 @@ class Run:
 
     def video_path(self) -> Path | None:
         """Where to write the video of an evaluation now; None without --capture-video."""
-        path = self.dir / "videos" / f"{self.env_steps:08d}.mp4"
+        path = self.dir / VIDEOS / f"{self.env_steps:08d}.mp4"
         return path if self.args.capture_video else None
 
     def count_episodes(self, step: Step) -> None:

@@ -24,7 +24,7 @@ from conftest import ROOT
 
 import common.run
 import furl_sac_state
-from common import checkpoint, cli, flags, logger, replay, system
+from common import checkpoint, cli, flags, logger, replay, run_folder, system, versions
 from common.envs import metaworld
 from common.envs.workers import Step, WorkerError
 from common.errors import ShortageError, UserError
@@ -302,7 +302,7 @@ def test_a_default_run_folder_that_cannot_be_written(tmp_path, monkeypatch, code
     def refuse(*args, **kwargs):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(logger.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(run_folder.tempfile, "TemporaryFile", refuse)
     with pytest.raises(UserError, match=f"folder runs: {os.strerror(code)}.*--run-dir"):
         cli.check_args(GOOD, metaworld)
     cli.check_args(replace(GOOD, resume="its own folder"), metaworld)
@@ -344,7 +344,7 @@ def stored(tmp_path) -> Path:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     args = replace(GOOD, hidden_features=(64, 32), prompt="Open it.")
-    logger.write_config(run_dir, args, script="furl_sac_state")
+    run_folder.write_config(run_dir, args, script="furl_sac_state")
     return run_dir
 
 
@@ -502,9 +502,9 @@ def test_a_device_that_is_not_there_names_the_variable(monkeypatch):
 
 
 def test_the_commit_is_this_repositorys(tmp_path, monkeypatch):
-    expected = logger.git_commit()
+    expected = versions.git_commit()
     monkeypatch.setenv("GIT_DIR", str(tmp_path))
-    assert logger.git_commit() == expected
+    assert versions.git_commit() == expected
 
 
 @pytest.mark.parametrize("error", [
@@ -530,38 +530,38 @@ def test_run_script_passes_the_arguments_on(monkeypatch):
 
 
 def test_the_default_run_folder():
-    path = logger.create_run_dir(None, "drawer-open-v3", "furl_sac_state", 7)
+    path = run_folder.create_run_dir(None, "drawer-open-v3", "furl_sac_state", 7)
     assert path.parent == Path("runs") and path.is_dir()
     assert path.name.startswith("drawer-open-v3__furl_sac_state__7__")
 
 
 @pytest.mark.parametrize("trace", ["checkpoints/step_0000000000/manifest.json", "metrics.csv"])
 def test_a_folder_holds_one_run(tmp_path, trace):
-    path = logger.create_run_dir(str(tmp_path / "a/b"), "reach-v3", "s", 0)
+    path = run_folder.create_run_dir(str(tmp_path / "a/b"), "reach-v3", "s", 0)
     for _ in range(2):  # while it runs, and after
         with pytest.raises(UserError, match=r"already holds a run.*--resume.*--run-dir"):
-            logger.create_run_dir(str(path), "reach-v3", "s", 0)
+            run_folder.create_run_dir(str(path), "reach-v3", "s", 0)
         (path / trace).parent.mkdir(parents=True, exist_ok=True)
         (path / trace).write_text("env_steps,key,value\n0,eval/return,1\n")
-        logger.unlock_run_dir(path)
+        run_folder.unlock_run_dir(path)
 
 
 def test_a_run_that_died_before_its_first_checkpoint_leaves_its_folder_free(tmp_path):
-    path = logger.create_run_dir(str(tmp_path), "reach-v3", "s", 0)
+    path = run_folder.create_run_dir(str(tmp_path), "reach-v3", "s", 0)
     (path / "metrics.csv").write_text("env_steps,key,value\n")
-    logger.unlock_run_dir(path)
-    assert logger.create_run_dir(str(tmp_path), "reach-v3", "s", 0) == path
+    run_folder.unlock_run_dir(path)
+    assert run_folder.create_run_dir(str(tmp_path), "reach-v3", "s", 0) == path
 
 
 def test_of_two_runs_started_at_once_one_gets_the_folder(tmp_path):
-    logger.create_run_dir(str(tmp_path), "reach-v3", "s", 0)
-    code = ("import sys; from common.logger import create_run_dir;"
+    run_folder.create_run_dir(str(tmp_path), "reach-v3", "s", 0)
+    code = ("import sys; from common.run_folder import create_run_dir;"
             "create_run_dir(sys.argv[1], 'reach-v3', 's', 0)")
     root = Path(cli.__file__).parent.parent
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root,
                             capture_output=True, text=True, timeout=120)
     assert "is in use by another process" in result.stderr, result.stderr
-    logger.unlock_run_dir(tmp_path)
+    run_folder.unlock_run_dir(tmp_path)
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root,
                             capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -592,7 +592,7 @@ def test_a_run_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in ("file", "file/below"):
         with pytest.raises(UserError, match="--run-dir"):
-            logger.create_run_dir(str(tmp_path / path), "reach-v3", "s", 0)
+            run_folder.create_run_dir(str(tmp_path / path), "reach-v3", "s", 0)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -604,16 +604,16 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, monkeypatch, code):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", refuse)
         with pytest.raises(UserError, match=f"{os.strerror(code)}.*--run-dir"):
-            logger.create_run_dir(str(tmp_path / "new"), "reach-v3", "s", 0)
+            run_folder.create_run_dir(str(tmp_path / "new"), "reach-v3", "s", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(logger, "open", refuse, raising=False)
+        patch.setattr(run_folder, "open", refuse, raising=False)
         with pytest.raises(UserError, match=f"{os.strerror(code)}.*--run-dir"):
-            logger.create_run_dir(str(tmp_path), "reach-v3", "s", 0)
+            run_folder.create_run_dir(str(tmp_path), "reach-v3", "s", 0)
 
 
 def test_config_says_what_a_reader_needs(tmp_path):
-    logger.write_config(tmp_path, GOOD, script="furl_sac_state", vlm_id="mini-1")
-    config = logger.read_config(tmp_path)
+    run_folder.write_config(tmp_path, GOOD, script="furl_sac_state", vlm_id="mini-1")
+    config = run_folder.read_config(tmp_path)
     as_json = json.loads(json.dumps(dataclasses.asdict(GOOD)))
     assert config["args"] == as_json
     assert (config["script"], config["vlm_id"]) == ("furl_sac_state", "mini-1")
@@ -841,7 +841,7 @@ def test_start_run_writes_config_and_says_where(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("note: nothing is trained: --total-timesteps 400 must be above --learn")
     assert f"run folder: {tmp_path / 'run'}" in out and "prompt: Go." in out
-    config = logger.read_config(tmp_path / "run")
+    config = run_folder.read_config(tmp_path / "run")
     assert config["script"] == "furl_sac_state" and config["jax_devices"]
     assert config["sizes"] == {"obs": 39, "action": 4, "embedding": 8}
     assert config["evaluation"] == SETTINGS
@@ -867,16 +867,16 @@ def test_a_run_that_is_continued_further_says_so(tmp_path):
     run = start(tmp_path, total_timesteps=400)
     begin(run)
     run.close()
-    stored = logger.read_config(run.dir)
+    stored = run_folder.read_config(run.dir)
     args = cli.parse_args(Args, ["--resume", str(run.dir), "--total-timesteps", "800"])
     start_with(args).close()
     stored["args"]["total_timesteps"] = 800
-    assert logger.read_config(run.dir) == stored
+    assert run_folder.read_config(run.dir) == stored
 
 
 def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logger.time, "strftime", lambda form: "20260101-000000")
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "20260101-000000")
     runs = [start_with(GOOD) for _ in range(3)]
     name = f"{GOOD.env_id}__furl_sac_state__0__20260101-000000"
     assert [run.dir.name for run in runs] == [name, name + "-2", name + "-3"]
@@ -902,7 +902,7 @@ def test_the_script_is_the_file_that_defines_args(tmp_path, monkeypatch, capsys)
     run = start_with(my_idea.Args(run_dir=str(tmp_path / "run"), num_envs=4))
     begin(run)
     run.close()
-    assert logger.read_config(run.dir)["script"] == "my_idea"
+    assert run_folder.read_config(run.dir)["script"] == "my_idea"
     kept = run.dir / "my_idea.py"
     assert kept.read_bytes() == script.read_bytes()
     with pytest.raises(UserError, match=r"is my_idea\.py's, this is furl_sac_state\.py"):
@@ -926,7 +926,7 @@ def test_args_without_a_file(tmp_path):
     assert cli.source_file(args_type) is None
     run = start_with(args_type(run_dir=str(tmp_path / "run"), num_envs=4))
     run.close()
-    assert logger.read_config(run.dir)["script"] == "interactive"
+    assert run_folder.read_config(run.dir)["script"] == "interactive"
     assert not list(run.dir.glob("*.py"))
 
 
@@ -948,11 +948,11 @@ def test_wandb_gets_an_id_that_is_the_runs_own(tmp_path, monkeypatch):
     resumed.close()
     first, second, third = (kwargs["id"] for kwargs in begun)
     assert [kwargs["name"] for kwargs in begun] == ["run"] * 3
-    assert first != second and second == third == logger.read_config(run.dir)["run_id"]
+    assert first != second and second == third == run_folder.read_config(run.dir)["run_id"]
     assert all(kwargs["resume"] == "allow" and kwargs["save_code"] for kwargs in begun)
     # Flat, as CleanRL's filters want it; the facts that have a flag's name do not hide the flag.
     config = dict(begun[0]["config"])
-    assert config.pop("facts")["versions"] == logger.versions()
+    assert config.pop("facts")["versions"] == versions.versions()
     assert config.pop("exp_name") == "furl_sac_state" and config["env_id"] == "drawer-open-v3"
     assert config.keys() == {field.name for field in dataclasses.fields(Args)}
 

@@ -24,8 +24,9 @@ from common.envs import metaworld, metaworld_tasks, rendering
 from common.envs.workers import WorkerError
 from common.memory import Memory
 from common.vlms import mini
-from tools import doctor, golden
+from tools import doctor
 from tools.doctor import Args, Finding
+from tools.shared import golden
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS = {check.name: check for check in doctor.CHECKS}

@@ -28,8 +28,10 @@ from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.replay import Sizes
-from tools import evaluate, folders
-from tools.measures import (
+from tools.evaluate import __main__ as evaluate
+from tools.evaluate.trained import open_run
+from tools.shared import folders
+from tools.shared.measures import (
     auc,
     check_finite,
     epic_distance,
@@ -38,7 +40,6 @@ from tools.measures import (
     wilson_interval,
     without_nan,
 )
-from tools.trained import open_run
 
 # ------------------------------------------------------------------------------ measures
 

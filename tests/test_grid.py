@@ -17,9 +17,11 @@ import psutil
 import pytest
 from conftest import HEED_SIGNALS, ROOT
 
-from tools import cells, engines, grid
-from tools.cells import Cell, Job, Outcome
-from tools.paper_tables import METHODS, PRESETS, TABLES
+from common import run_folder
+from tools.grid import __main__ as grid
+from tools.grid import cells, engines
+from tools.grid.cells import Cell, Job, Outcome
+from tools.grid.paper_tables import METHODS, PRESETS, TABLES
 
 TINY = ("--num-envs 2 --batch-size 16 --hidden-features 16 16 --learning-starts 600 "
         "--eval-every 1000 --log-every 200 --checkpoint-every 1000").split()
@@ -127,7 +129,7 @@ def test_tables_share_runs():
 
 
 def test_paper_page_has_the_same_commands():
-    """Each table of docs/paper.md is that of tools/paper_tables.py: labels, commands, order."""
+    """Each table of docs/paper.md is one of tools/grid/paper_tables.py: labels, commands, order."""
     text = (ROOT / "docs/paper.md").read_text()
     shown = {}
     for section in text.split("\n## ")[1:]:
@@ -158,7 +160,7 @@ def test_paper_page_has_the_same_commands():
     (["table1", "--methods", "sca"], [], "unknown method 'sca'; there are sac,"),
     (["table1", "--env-ids", "reahc-v3"], [], "did you mean reach-v3"),
     (["--scripts", "no_such.py"], [], "no_such.py cannot be read"),
-    (["--scripts", "tools/cells.py"], [], "cells.py has no class Args"),
+    (["--scripts", "tools/grid/cells.py"], [], "cells.py has no class Args"),
     (["table1", "plus"], [], "have the presets paper and plus: choose one by --preset"),
     (["table1"], ["--nonsense", "1"], "no script of this grid has the flag --nonsense"),
     (["table1"], ["--seed", "1"], "--seed is the grid's own"),
@@ -268,10 +270,10 @@ def test_two_grids_of_the_same_cell_take_turns(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(FAKE.format(says="hello", then="""
 time.sleep(2)
-(folder / "config.json").write_text('{"args": {"total_timesteps": 5}}')
+(folder / "config.json").write_text('{"args": {"env_id": "reach-v3", "total_timesteps": 5}}')
 (folder / "checkpoints/step_0000000005").mkdir(parents=True)
 """))
-    code = ("import sys; from pathlib import Path; from tools.cells import Cell, Job;"
+    code = ("import sys; from pathlib import Path; from tools.grid.cells import Cell, Job;"
             f"cell = Cell('m/t/0', {str(script)!r}, (), Path({str(tmp_path / 'm/t/0')!r}));"
             f"print(Job([cell], {{}}, {str(tmp_path)!r}).run()['m/t/0'].state)")
     grids = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
@@ -293,15 +295,16 @@ def test_a_run_that_someone_was_quicker_to_start_is_waited_for(tmp_path, monkeyp
 
 
 def test_progress_is_read_from_the_folder(tmp_path):
-    (tmp_path / "config.json").write_text('{"args": {"total_timesteps": 3000}}')
+    (tmp_path / "config.json").write_text(
+        '{"args": {"env_id": "reach-v3", "total_timesteps": 3000}}')
     (tmp_path / "metrics.csv").write_text(
         "env_steps,key,value\n900,eval/success_once,0.5\n1000,time/steps_per_second,50\n1200,lo"
     )
-    run = cells.read_progress(tmp_path)
+    run = run_folder.read_progress(tmp_path)
     assert (run.steps, run.total, run.speed, run.success) == (1000, 3000, 50.0, 0.5)
-    assert run.seconds_left == 40 and not cells.is_finished(tmp_path)
+    assert run.seconds_left == 40 and not run_folder.is_finished(tmp_path)
     (tmp_path / "checkpoints/step_0000003000").mkdir(parents=True)
-    assert cells.is_finished(tmp_path) and not cells.is_in_use(tmp_path)
+    assert run_folder.is_finished(tmp_path) and not run_folder.is_in_use(tmp_path)
 
 
 # -------------------------------------------------------------------------------- engines
@@ -326,15 +329,15 @@ def test_ray_interrupted_and_killed_ends_as_by_hand(ray_starts, start, tmp_path)
     words = command(output, steps=steps, scripts=scripts)
 
     def steps_of(folder: Path) -> int:
-        return cells.read_progress(folder).steps
+        return run_folder.read_progress(folder).steps
 
     first = start(words)
     wait_until(lambda: any(steps_of(folder) >= 800 for folder in folders), first)
     os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to all of the group
     assert "stopping: running cells are saved first" in first.communicate()[0]
     assert first.returncode == 130
-    saved = [cells.saved_steps(folder) or 0 for folder in folders]
-    assert max(saved) >= 800 and not any(map(cells.is_in_use, folders))
+    saved = [run_folder.saved_steps(folder) or 0 for folder in folders]
+    assert max(saved) >= 800 and not any(map(run_folder.is_in_use, folders))
     victim = saved.index(min(saved))
 
     second = start(words)
@@ -435,11 +438,11 @@ def test_slurm_requeues_at_the_time_limit_and_ends_as_by_hand(slurm, start, tmp_
         return "PD BeginTime" in slurm_says("squeue", "-h", "-j", job, "-o", "%t %r")
 
     started = time.monotonic()
-    wait_until(lambda: cells.read_progress(folder).steps >= 1000, process)
+    wait_until(lambda: run_folder.read_progress(folder).steps >= 1000, process)
     limit = int((time.monotonic() - started) / 60) + 2  # minutes: the signal is due at once
     slurm_says("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
     wait_until(waits_to_begin, process)
-    assert (cells.saved_steps(folder) or 0) >= 1000
+    assert (run_folder.saved_steps(folder) or 0) >= 1000
     time.sleep(15)  # SLURM cleans up, and would wait for two minutes
     slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")
     printed = process.communicate(timeout=600)[0]

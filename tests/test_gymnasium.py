@@ -24,8 +24,8 @@ from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, Evaluator
 from common.replay import Sizes, Transition
-from tools import evaluate as evaluate_tool
 from tools import landscape
+from tools.evaluate import __main__ as evaluate_tool
 
 OWN = str(Path(__file__).parent)  # where `environments` is
 

@@ -21,8 +21,8 @@ from common.envs.metaworld import CAMERAS  # noqa: E402
 from common.envs.rendering import Camera, Renderer, gl_info  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.vlms import View, view_for  # noqa: E402
-from tools import golden  # noqa: E402
-from tools.golden import SIZE, TASKS, difference, draw, scene  # noqa: E402
+from tools.shared import golden  # noqa: E402
+from tools.shared.golden import SIZE, TASKS, difference, draw, scene  # noqa: E402
 
 
 @pytest.mark.parametrize("quality", ["fast", "paper"])
@@ -129,7 +129,7 @@ DRAW_BY_HAND = """
 import sys
 import mujoco
 import numpy as np
-from tools.golden import scene
+from tools.shared.golden import scene
 
 env = scene(sys.argv[1])
 renderer = mujoco.Renderer(env.model, 256, 256)

@@ -10,7 +10,6 @@ come last and so replace any of these. `tools.dev.benchmark` measures the parts 
 """
 
 import contextlib
-import csv
 import json
 import platform
 import re
@@ -32,6 +31,7 @@ from common.cores import num_cores
 from common.envs.rendering import gl_info
 from common.errors import UserError
 from common.flags import parse
+from common.run_folder import read_metrics
 from common.system import cpu_description
 
 Row = tuple[str, str, str]  # what, figure, share of the floor or remark
@@ -105,9 +105,8 @@ def time_run(
     watcher.join()
     if process.returncode:
         raise UserError(f"the run failed: {errors.decode()[-500:]}")
-    with open(run_dir / "metrics.csv", newline="") as file:
-        speeds = [float(row["value"]) for row in csv.DictReader(file)
-                  if row["key"] == "time/steps_per_second" and int(row["env_steps"]) > warm_up]
+    speeds = [value for env_steps, key, value in read_metrics(run_dir).rows
+              if key == "time/steps_per_second" and env_steps > warm_up]
     speeds = speeds[:-1]  # the last row's time holds an evaluation
     if not speeds:
         raise UserError("the run logged too few rows: more steps, or a smaller --log-every")

@@ -140,7 +140,7 @@ def check_drawing(_args: Args) -> Finding:
     """Who draws, and milliseconds a frame on one core."""
     info = probe_gl()
     from common.envs.rendering import Camera, Renderer
-    from tools import golden
+    from tools.shared import golden
 
     env = golden.scene(golden.TASKS[0])
     ms = {}
@@ -166,7 +166,7 @@ def check_drawing(_args: Args) -> Finding:
 def check_golden_frames(_args: Args) -> Finding:
     """Fixed scenes against the stored pictures, in both qualities."""
     probe_gl()
-    from tools import golden
+    from tools.shared import golden
 
     worst, wrong = 0.0, []
     for task in golden.TASKS:
@@ -278,7 +278,7 @@ def check_vlm(args: Args) -> Finding:
     import numpy as np
 
     from common.envs.metaworld_tasks import MT10_INSTRUCTIONS
-    from tools import golden
+    from tools.shared import golden
 
     vlm = loaded_vlm(args)
 

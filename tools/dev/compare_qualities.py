@@ -16,7 +16,7 @@ from PIL import Image
 from common.envs import rendering
 from common.envs.metaworld import make_env, place_goal_marker
 from common.envs.metaworld_tasks import ENV_IDS, MT10, expert_action, expert_policy
-from tools.golden import difference
+from tools.shared.golden import difference
 
 KINDS = ("paper", "fast, all faces", "fast")
 TIMES = (0, 20, 40, 60)  # steps of the expert at which pictures are taken

@@ -16,8 +16,8 @@ import numpy as np
 from common.cli import MAY_CHANGE, flag_of
 from common.envs.metaworld_tasks import ENV_IDS
 from common.errors import UserError
-from common.logger import is_row, read_config
 from common.names import distinct_name, file_name, folder_name
+from common.run_folder import CONFIG, METRICS, read_config, read_metrics
 
 HEADER = "seed,env_steps,success_once,success_at_end"
 EVALUATION = ("eval/success_once", "eval/success_at_end")
@@ -103,7 +103,7 @@ def find_runs(source: str, label: str | None) -> tuple[list[Run], dict[str, Any]
     folder = Path(source)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give run folders, a grid's or a results folder")
-    if (folder / "config.json").exists():
+    if (folder / CONFIG).exists():
         return [read_run(folder, label)], {}
     for name, read in (("grid.json", read_grid), ("results.json", read_results)):
         if (folder / name).exists():
@@ -113,7 +113,7 @@ def find_runs(source: str, label: str | None) -> tuple[list[Run], dict[str, Any]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{folder}, the folder of a {name}, cannot be read: {error!r}"
                                 ) from None
-    folders = sorted(path.parent for path in folder.glob("*/config.json"))
+    folders = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
     if not folders:
         raise UserError(f"{folder}: not a run folder (it has no config.json), and neither a grid's "
                         "nor a results folder")
@@ -182,17 +182,10 @@ def read_run(folder: Path, label: str | None = None, method: str | None = None) 
     """A run folder."""
     config = read_config(folder, str(folder))
     try:
-        lines = (folder / "metrics.csv").read_text(errors="replace").split("\n")
-        table = [line.rstrip("\r").split(",") for line in lines[1:] if line.strip()]
-        good = [row for row in table if len(row) == 3 and is_row(row)]
-        if len(good) < len(table):
-            note(f"{folder}: {len(table) - len(good)} lines of its metrics.csv cannot be read and "
-                 "are left out")
-        rows = [(int(step), key, float(value)) for step, key, value in good
-                if key in (*EVALUATION, RETURN, SPEED)]
+        rows, unreadable = read_metrics(folder)
+        if unreadable:
+            note(f"{folder}: {unreadable} lines of its metrics.csv cannot be read and are left out")
         return make_run(config, rows, label, str(folder), method)
-    except FileNotFoundError:
-        return make_run(config, [], label, str(folder), method)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: its metrics.csv cannot be read ({error!r})") from None
 
@@ -204,7 +197,7 @@ def read_grid(folder: Path, grid: dict[str, Any]) -> list[Run]:
         for task in grid["tasks"]:
             for seed in grid["seeds"]:
                 cell = folder / method / task / str(seed)
-                if (cell / "metrics.csv").exists():
+                if (cell / METRICS).exists():
                     runs.append(read_run(cell, about.get("label") or method, method))
                 else:
                     missing += 1

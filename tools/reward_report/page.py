@@ -9,7 +9,7 @@ import jinja2
 import matplotlib
 import numpy as np
 
-from tools.episodes import EXPERT, KINDS, Data
+from tools.reward_report.episodes import EXPERT, KINDS, Data
 
 matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False  # a prompt's "$" is no formula

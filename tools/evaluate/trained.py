@@ -20,11 +20,11 @@ import numpy as np
 from common import checkpoint
 from common.cli import stored_args
 from common.errors import UserError
-from common.logger import read_config
 from common.replay import Sizes
+from common.run_folder import read_config
 from common.vlms import VLM, View, load_vlm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 Reward = Callable[[np.ndarray], np.ndarray]  # image embeddings [n, D] -> r_VLM [n]
 
 

@@ -36,11 +36,12 @@ from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.flags import NotNegativeInt
-from common.logger import git_commit, versions
+from common.versions import git_commit, versions
 from common.vlms import VLM, load_vlm, view_for
 from common.vlms.interface import centre_view
-from tools import evaluate
-from tools.episodes import (
+from tools.evaluate import __main__ as evaluate
+from tools.evaluate.trained import Trained, open_run
+from tools.reward_report.episodes import (
     EXPERT,
     KINDS,
     SUBOPTIMAL,
@@ -50,19 +51,7 @@ from tools.episodes import (
     Scene,
     draw_episodes,
 )
-from tools.folders import new_folder, written_whole
-from tools.measures import (
-    auc,
-    check_finite,
-    epic_distance,
-    goal_baseline_reward,
-    means_the_same,
-    pixel_embedding,
-    spearman,
-    standard_error,
-    without_nan,
-)
-from tools.report_page import (
+from tools.reward_report.page import (
     COLUMNS,
     cell,
     page,
@@ -73,7 +62,18 @@ from tools.report_page import (
     plot_paths,
     table_rows,
 )
-from tools.trained import Trained, open_run
+from tools.shared.folders import new_folder, written_whole
+from tools.shared.measures import (
+    auc,
+    check_finite,
+    epic_distance,
+    goal_baseline_reward,
+    means_the_same,
+    pixel_embedding,
+    spearman,
+    standard_error,
+    without_nan,
+)
 
 ALPHAS = np.linspace(0, 1, 11).round(1)  # strengths of goal-baseline regularisation
 

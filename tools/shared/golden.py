@@ -11,7 +11,7 @@ from PIL import Image
 from common.envs.metaworld import make_env, place_goal_marker
 from common.envs.rendering import Camera, Renderer
 
-FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden"
+FOLDER = Path(__file__).resolve().parents[2] / "tests" / "golden"
 TASKS = ("drawer-open-v3", "window-close-v3", "pick-place-v3")
 SIZE = 96  # pixels
 # Of `difference`. Other versions of Mesa round differently, and an NVIDIA H100 differs by up to 2.3

@@ -1,12 +1,10 @@
 """The runs of a grid, one at a time or several side by side, as processes that are looked after.
 
 A cell is one run: a method on a task with a seed. This module is what a worker of Ray or SLURM
-imports; tools/grid.py decides what runs where.
+imports; `__main__` decides what runs where.
 """
 
 import dataclasses
-import fcntl
-import json
 import os
 import shutil
 import signal
@@ -18,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from common.system import is_locked
+from common.run_folder import is_finished, is_in_use, saved_steps, take_lock
 
 POLL_SECONDS = 0.5
-TAIL_BYTES = 65_536  # of metrics.csv: holds the last evaluation
 LOG = "output.log"  # what the runs of a folder print
 CLAIM = "grid.lock"  # held by the grid that has started the run of a folder
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 600.0  # seconds before a run that died is started again
@@ -51,40 +48,6 @@ class Outcome:
     text: str = ""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a run folder tells of a run; None where it says nothing yet."""
-
-    steps: int = 0
-    total: int | None = None
-    speed: float | None = None  # steps a second, lately
-    success: float | None = None  # eval/success_once of the last evaluation
-
-    @property
-    def seconds_left(self) -> float | None:
-        return (self.total - self.steps) / self.speed if self.total and self.speed else None
-
-
-def saved_steps(folder: Path) -> int | None:
-    """Environment steps of a run's newest checkpoint, if it has any."""
-    steps = [int(path.name.removeprefix("step_"))
-             for path in (folder / "checkpoints").glob("step_*")]
-    return max(steps, default=None)
-
-
-def planned_steps(folder: Path) -> int | None:
-    """The run's --total-timesteps, in whole iterations as config.json has it."""
-    try:
-        return json.loads((folder / "config.json").read_text())["args"]["total_timesteps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def is_finished(folder: Path) -> bool:
-    saved = saved_steps(folder)
-    return saved is not None and saved == planned_steps(folder)
-
-
 @dataclass
 class Deaths:
     """Deaths of one run since its last progress: one that gets on is started again for ever."""
@@ -102,32 +65,6 @@ class Deaths:
     def pause(self) -> float:
         """Seconds to wait now, ever longer: a full disk or memory may pass."""
         return min(FIRST_PAUSE * 10 ** (self.count - 1), LONGEST_PAUSE)
-
-
-def is_in_use(folder: Path) -> bool:
-    """Whether a process holds the run folder's lock; the lock is asked, not taken."""
-    try:
-        with open(folder / "lock", "r+") as file:
-            return is_locked(file)
-    except OSError:  # no such file, or a file system without locks
-        return False
-
-
-def read_progress(folder: Path) -> Progress:
-    """How far a run is, by its metrics.csv."""
-    values: dict[str, float] = {}
-    steps = 0
-    try:
-        with open(folder / "metrics.csv", "rb") as file:
-            file.seek(-min(TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
-            lines = file.read().decode(errors="replace").splitlines()
-        for line in lines[1:]:  # the first is the header or was cut
-            env_steps, key, value = line.split(",")
-            steps, values[key] = int(env_steps), float(value)
-    except (OSError, ValueError):  # not there yet, or a line that is being written
-        pass
-    return Progress(max(steps, saved_steps(folder) or 0), planned_steps(folder),
-                    values.get("time/steps_per_second"), values.get("eval/success_once"))
 
 
 def last_words(folder: Path) -> str:
@@ -226,16 +163,10 @@ class Job:
         if cell.name in self._claims:
             return True
         cell.folder.mkdir(parents=True, exist_ok=True)
-        file = open(cell.folder / CLAIM, "w")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.close()
-            return False
-        except OSError:  # a file system without locks is no reason to stop
-            pass
-        self._claims[cell.name] = file
-        return True
+        claim = take_lock(cell.folder / CLAIM)
+        if claim is not None:
+            self._claims[cell.name] = claim
+        return claim is not None
 
     def _start(self, cell: Cell) -> subprocess.Popen:
         command = [sys.executable, *cell.command()]

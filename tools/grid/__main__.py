@@ -32,11 +32,12 @@ from common.errors import UserError
 from common.flags import RunArgs, parse
 from common.logger import format_duration
 from common.names import LONGEST, distinct_name, marked
-from tools.cells import Cell, Outcome, is_finished, is_in_use, read_progress
-from tools.engines import RayEngine, SlurmEngine, share_of
-from tools.paper_tables import METHODS, PRESETS, TABLES, Method
+from common.run_folder import is_finished, is_in_use, read_progress
+from tools.grid.cells import Cell, Outcome
+from tools.grid.engines import RayEngine, SlurmEngine, share_of
+from tools.grid.paper_tables import METHODS, PRESETS, TABLES, Method
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MOST_SEEDS = 100_000  # it is their number, not one of them
 OURS = {"env_id", "seed", "run_dir", "resume"}  # flags that the grid gives
 

@@ -31,11 +31,11 @@ from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, Evaluator, write_video
 from common.flags import NotNegativeInt
-from common.logger import git_commit, versions
 from common.names import file_name
-from tools.folders import new_folder, writable_folder, written_whole
-from tools.measures import standard_error, wilson_interval, without_nan
-from tools.trained import Trained, open_run
+from common.versions import git_commit, versions
+from tools.evaluate.trained import Trained, open_run
+from tools.shared.folders import new_folder, writable_folder, written_whole
+from tools.shared.measures import standard_error, wilson_interval, without_nan
 
 BATCH = 20  # environments side by side; not the number of cores: it decides which goals are drawn
 MAX_VIDEOS = 4  # their frames are all in memory: 0.2 GB each

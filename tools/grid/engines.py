@@ -21,9 +21,10 @@ from typing import Any
 
 from common.cores import OVERRIDE, num_cores
 from common.errors import UserError
-from tools.cells import Cell, Deaths, Job, Outcome, SlurmJob, run_job, saved_steps
+from common.run_folder import saved_steps
+from tools.grid.cells import Cell, Deaths, Job, Outcome, SlurmJob, run_job
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "pip install -r requirements-grid.txt (or: make grid)"
 RUNS_PER_GPU = 4
 MANY = 1_000_000  # requeues at SLURM's time limit

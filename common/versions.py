@@ -1,0 +1,40 @@
+"""What a result depends on beside its settings: the commit and the installed packages."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+OF_ANOTHER_REPOSITORY = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY",
+                         "GIT_COMMON_DIR", "GIT_NAMESPACE", "GIT_PREFIX"}
+PACKAGES = ("metaworld", "mujoco", "gymnasium", "jax", "jaxlib", "flax", "optax", "torch", "numpy")
+
+
+def git_commit() -> str:
+    """The checked-out commit, with '+dirty' when tracked files differ; 'unknown' outside git."""
+    # GIT_DIR and the like, which a hook of another repository sets, would name that one's commit.
+    environment = {key: x for key, x in os.environ.items() if key not in OF_ANOTHER_REPOSITORY}
+
+    def git(*args: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(
+            ["git", *args], cwd=folder, env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        dirty = "+dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "HEAD") + dirty
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Installed version of each package that a result can depend on."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
