@@ -56,7 +56,7 @@ class Evaluator:
         if not frame_stack:
             camera = camera._replace(size=VIDEO_CAMERA.size)
         suite = suite_for(env_id)
-        all_same = not suite.EPISODES_DIFFER and goal == "fixed"
+        all_same = not suite.starts_differ and goal == "fixed"
         self.envs = suite.make_vec(
             suite.evaluated_on(env_id),
             num_episodes or (1 if all_same else 10),
@@ -67,7 +67,7 @@ class Evaluator:
             num_workers=num_workers,
         )
         self._start = self.envs.get_state()
-        self._episodes_differ = suite.EPISODES_DIFFER
+        self._shows_lengths = suite.shows_returns
         self.settings = {
             "frame_stack": frame_stack, "frame_size": camera.size if frame_stack else 0,
             "camera_id": camera.id, "quality": camera.quality, "action_repeat": action_repeat,
@@ -101,7 +101,7 @@ class Evaluator:
             definition); `eval/success_at_end`: at the last step (the FuRL paper's);
             `eval/return`: mean sum of the task's reward, where that is sparse the number of steps
             in success (of the policy's, if actions repeat); `eval/length`: mean number of steps,
-            where a suite's episodes differ in that.
+            where they are shown.
         """
         self.envs.set_state(self._start)
         obs, frames = self.envs.reset()
@@ -132,7 +132,7 @@ class Evaluator:
             "eval/success_at_end": success_at_end.mean(),
             "eval/return": returns.mean(),
         }
-        return evaluation | ({"eval/length": lengths.mean()} if self._episodes_differ else {})
+        return evaluation | ({"eval/length": lengths.mean()} if self._shows_lengths else {})
 
     @property
     def episode_length(self) -> int:

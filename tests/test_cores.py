@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from common import cores
-from common.envs.metaworld import VecMetaWorld
+from common.envs.metaworld_suite import VecMetaWorld
 from common.errors import UserError
 
 
