@@ -17,7 +17,7 @@ Defaults are the paper's Table 5. Deviations are those of furl_sac_state.py, and
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -29,10 +29,12 @@ import optax
 from flax import struct
 
 from common import flags, pixels, replay
-from common.cli import check_alignment, check_args, note_idle, run_script
+from common.cli import run_script
 from common.convolution import convolve, few_at_a_time
-from common.envs import metaworld
+from common.envs.metaworld_suite import MAX_EPISODE_STEPS
 from common.envs.rendering import Camera
+from common.envs.suites import METAWORLD
+from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
@@ -46,7 +48,7 @@ ACTION_STREAM, RELAY_STREAM = 0, 1  # of random numbers on the host, beside the 
 @dataclass(frozen=True)
 class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs: common/flags.py
     # --- environment
-    goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
+    goal: flags.Goal = "fixed"  # fixed: hidden, one per seed
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
     camera_id: flags.NotNegativeInt = 2  # camera of the frames
     action_repeat: flags.PositiveInt = 2  # physics steps per action
@@ -89,9 +91,46 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
 
     @property
+    def steps_per_iteration(self) -> int:
+        return self.num_envs * self.action_repeat
+
+    @property
     def layout(self) -> pixels.Layout:
-        length = metaworld.MAX_EPISODE_STEPS // self.action_repeat  # actions
+        length = pixels.actions_per_episode(MAX_EPISODE_STEPS, self.action_repeat)
         return pixels.Layout(self.num_envs, length, self.frame_stack)
+
+
+def check_alignment(args: Args, episode_length: int) -> None:
+    """Whether the alignment can begin, and which of its flags are idle.
+
+    Raises:
+        UserError: an episode of `episode_length` actions has no place in its buffer, or Eq. 4 could
+            never take its turn.
+    """
+    frames = args.embedding_buffer_size
+    if frames < episode_length:
+        raise UserError(f"--embedding-buffer-size must hold an episode, {episode_length} frames or "
+                        f"more, not {frames}")
+    flags.note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
+                    "l2_margin")
+    if not args.align:
+        return
+    flags.note_idle(args, "goal_image", "l2_margin")
+    flags.note_idle(args, "stage2", "stage2_after", "lag")
+    if not args.stage2:
+        if not args.goal_image:
+            print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
+                  "heads stay random")
+        return
+    if args.lag >= episode_length:
+        raise UserError(f"--lag must be below the length of an episode, {episode_length}, not "
+                        f"{args.lag}: no frame would have one to be compared with")
+    # Of a buffer full of whole episodes the first `lag` frames of each do not count.
+    most = frames * (episode_length - args.lag) // episode_length
+    if args.stage2_after > most:
+        raise UserError(f"--stage2-after must be at most {most}, not {args.stage2_after}: more "
+                        f"positives after --lag {args.lag} steps are not in an "
+                        f"--embedding-buffer-size of {frames}")
 
 
 # ------------------------------------------------------------------------------ state
@@ -558,15 +597,18 @@ def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array],
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = pixels.check_args(check_args(args, metaworld), metaworld.MAX_EPISODE_STEPS)
+    args = flags.check_args(args, METAWORLD)
+    args = replace(args, buffer_size=pixels.whole_blocks(args.buffer_size, args.layout))
+    flags.check_replay(args, args.buffer_size, args.learning_starts)
+    METAWORLD.check_camera(args.camera_id)
     check_alignment(args, args.layout.episode_length)
-    note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
-    prompt = metaworld.prompt_for(args.env_id, args.prompt)
+    flags.note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
+    prompt = METAWORLD.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
-    view = view_for(vlm)
+    view = view_for(vlm, METAWORLD)
     camera = Camera(view.size, args.camera_id, args.quality)
     vlm_inputs = load_inputs(vlm, args)
-    envs = metaworld.VecMetaWorld(
+    envs = METAWORLD.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         action_repeat=args.action_repeat, draw_resets=True,
     )

@@ -32,10 +32,12 @@ import optax
 from flax import struct
 
 from common import flags, replay
-from common.cli import check_alignment, check_args, note_idle, run_script
-from common.envs import metaworld
+from common.cli import run_script
+from common.envs.metaworld_suite import MAX_EPISODE_STEPS
 from common.envs.rendering import Camera
+from common.envs.suites import METAWORLD
 from common.envs.workers import Step
+from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
@@ -49,7 +51,7 @@ ACTION_STREAM, RELAY_STREAM = 0, 1  # of random numbers on the host, beside the 
 @dataclass(frozen=True)
 class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs: common/flags.py
     # --- environment
-    goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
+    goal: flags.Goal = "fixed"  # fixed: hidden, one per seed
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
     camera_id: flags.NotNegativeInt = 2  # camera of the VLM's frames
     # --- SAC
@@ -85,6 +87,39 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     relay_periods: flags.PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
     relay_until: flags.NotNegativeInt = 2_500  # positive samples at which relaying ends (Figure 5)
     relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
+
+
+def check_alignment(args: Args, episode_length: int) -> None:
+    """Whether the alignment can begin, and which of its flags are idle.
+
+    Raises:
+        UserError: an episode of `episode_length` actions has no place in its buffer, or Eq. 4 could
+            never take its turn.
+    """
+    frames = args.embedding_buffer_size
+    if frames < episode_length:
+        raise UserError(f"--embedding-buffer-size must hold an episode, {episode_length} frames or "
+                        f"more, not {frames}")
+    flags.note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
+                    "l2_margin")
+    if not args.align:
+        return
+    flags.note_idle(args, "goal_image", "l2_margin")
+    flags.note_idle(args, "stage2", "stage2_after", "lag")
+    if not args.stage2:
+        if not args.goal_image:
+            print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
+                  "heads stay random")
+        return
+    if args.lag >= episode_length:
+        raise UserError(f"--lag must be below the length of an episode, {episode_length}, not "
+                        f"{args.lag}: no frame would have one to be compared with")
+    # Of a buffer full of whole episodes the first `lag` frames of each do not count.
+    most = frames * (episode_length - args.lag) // episode_length
+    if args.stage2_after > most:
+        raise UserError(f"--stage2-after must be at most {most}, not {args.stage2_after}: more "
+                        f"positives after --lag {args.lag} steps are not in an "
+                        f"--embedding-buffer-size of {frames}")
 
 
 # ------------------------------------------------------------------------------ state
@@ -474,15 +509,17 @@ def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array],
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_args(args, metaworld, whole_episodes=True)
-    check_alignment(args, metaworld.MAX_EPISODE_STEPS)
-    note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
-    prompt = metaworld.prompt_for(args.env_id, args.prompt)
+    args = flags.check_args(args, METAWORLD)
+    flags.check_replay(args, args.buffer_size, args.learning_starts, MAX_EPISODE_STEPS)
+    METAWORLD.check_camera(args.camera_id)
+    check_alignment(args, MAX_EPISODE_STEPS)
+    flags.note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
+    prompt = METAWORLD.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
-    view = view_for(vlm)
+    view = view_for(vlm, METAWORLD)
     camera = Camera(view.size, args.camera_id, args.quality)
     vlm_inputs = load_inputs(vlm, args)
-    envs = metaworld.VecMetaWorld(
+    envs = METAWORLD.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         draw_every=args.draw_every,
     )

@@ -19,7 +19,7 @@ VIDEO_FPS = 40  # half of Meta-World's 80 steps a second of simulated time: fast
 
 def all_same(env_id: str, goal: str) -> bool:
     """Whether all episodes of one policy's mean action are the same, so that one tells all."""
-    return goal == "fixed" and not suite_for(env_id).EPISODES_DIFFER
+    return goal == "fixed" and not suite_for(env_id).starts_differ
 
 
 class Evaluator:
@@ -78,7 +78,7 @@ class Evaluator:
             num_workers=num_workers,
         )
         self._start = self.envs.get_state()
-        self._lengths_differ = suite.EPISODES_DIFFER
+        self._shows_lengths = suite.shows_returns
         self.settings = {
             "frame_stack": frame_stack, "frame_size": camera.size if frame_stack else 0,
             "camera_id": camera.id, "quality": camera.quality, "action_repeat": action_repeat,
@@ -111,9 +111,8 @@ class Evaluator:
             the means over the episodes: `eval/success_once`: success at any step (Meta-World's own
             definition); `eval/success_at_end`: at the last step (the FuRL paper's); `eval/return`:
             the sum of the task's reward, where that is sparse the number of steps in success (of
-            the policy's, if actions repeat); `eval/length`: the number of steps, where a suite's
-            episodes differ in that. `episodes` then has these of each episode, [num_episodes],
-            without `eval/`.
+            the policy's, if actions repeat); `eval/length`: the number of steps, where they are
+            shown. `episodes` then has these of each episode, [num_episodes], without `eval/`.
         """
         self.envs.set_state(self._start)
         rounds = []
@@ -127,7 +126,7 @@ class Evaluator:
         if pictures and video_path is not None:
             write_video(video_path, pictures[:: 1 if self._action_repeat > 1 else 2])
         means = {f"eval/{name}": values.mean() for name, values in self.episodes.items()}
-        if not self._lengths_differ:
+        if not self._shows_lengths:
             del means["eval/length"]
         return means
 

@@ -21,7 +21,7 @@ import relay_baseline as relay
 import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
 from common import checkpoint, pixels
-from common.envs.metaworld import VecMetaWorld, goal_image
+from common.envs.metaworld_suite import VecMetaWorld, goal_image
 from common.envs.metaworld_tasks import expert_action, expert_policy
 from common.envs.rendering import Camera
 from common.envs.workers import WorkerError

@@ -16,10 +16,10 @@ import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
 import vlm_rm_dqn as dqn
 from common import checkpoint, replay
-from common.envs import gymnasium as suite
-from common.envs import metaworld, vlm_rm_tasks
+from common.envs import gymnasium_suite as suite
+from common.envs import vlm_rm_tasks
 from common.envs.rendering import Camera
-from common.envs.suites import suite_for
+from common.envs.suites import GYMNASIUM, METAWORLD, suite_for
 from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, Evaluator
@@ -55,9 +55,9 @@ def first_seed(seed: int, index: int) -> int:
 
 def test_which_suite_knows_an_id():
     for env_id in ("CartPole-v1", "CartPoleEndless-v1", "Humanoid-v5", "mine:Own-v0"):
-        assert suite_for(env_id) is suite
+        assert suite_for(env_id) is GYMNASIUM
     for env_id in ("drawer-open-v3", "drawer-open", "drawer-open-v2"):
-        assert suite_for(env_id) is metaworld
+        assert suite_for(env_id) is METAWORLD
     with pytest.raises(UserError, match="unknown task 'nonsense'"):
         suite_for("nonsense")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vlm_rm_baseline as vlm_rm
-from common.envs import gymnasium as suite
+from common.envs import gymnasium_suite as suite
 from common.envs import humanoid
 from common.envs.humanoid import POSES, Body, set_pose
 from common.envs.rendering import Camera

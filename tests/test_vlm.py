@@ -22,7 +22,7 @@ from common import vlms
 from common.errors import UserError
 from common.vlms import interface, load_vlm, mini
 from common.vlms import open_clip as our_open_clip
-from common.vlms.open_clip import read_state_dict
+from common.vlms.openclip_vlm import read_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["open the drawer", "Push the GREEN button!"]

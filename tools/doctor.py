@@ -196,7 +196,7 @@ def check_golden_frames(_args: Args) -> Finding:
 def steps_to_success(env_id: str) -> int | None:
     """Steps that the scripted expert needs in `VecMetaWorld`; None: it has failed."""
     from common.envs import metaworld_tasks as tasks
-    from common.envs.metaworld import MAX_EPISODE_STEPS, VecMetaWorld
+    from common.envs.metaworld_suite import MAX_EPISODE_STEPS, VecMetaWorld
 
     envs = VecMetaWorld(env_id, 1, seed=0, show_goal=True)
     policy = tasks.expert_policy(env_id)
@@ -231,7 +231,7 @@ def check_determinism(_args: Args) -> Finding:
     probe_gl()
     import numpy as np
 
-    from common.envs.metaworld import VecMetaWorld
+    from common.envs.metaworld_suite import VecMetaWorld
     from common.envs.rendering import Camera
 
     actions = np.random.default_rng(0).uniform(-1, 1, (20, 4)).astype(np.float32)
@@ -365,7 +365,7 @@ def replay_shapes(embed_dim: int) -> dict[str, Any]:
     """Shapes and dtypes of a default run's rings; nothing is allocated."""
     import jax
 
-    from common.envs.metaworld import ACTION_DIM, OBS_DIM
+    from common.envs.metaworld_suite import ACTION_DIM, OBS_DIM
     from common.replay import Sizes, empty_ring, example_frame, example_transition
 
     sizes = Sizes(OBS_DIM, ACTION_DIM, embed_dim)

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.cli import check_ranges, run_script
-from common.envs import gymnasium as suite
+from common.cli import run_script
 from common.envs import humanoid
 from common.envs.rendering import prepare_gl
+from common.envs.suites import GYMNASIUM
 from common.errors import UserError
-from common.flags import NotNegativeInt, PositiveInt, Share
+from common.flags import NotNegativeInt, PositiveInt, Share, check_ranges
 from common.vlms import load_vlm, view_for
 from tools.shared.folders import writable_folder, written_whole
 from tools.shared.measures import (
@@ -94,8 +94,8 @@ def main(args: Args) -> None:
     if args.vlm_weights and len(args.vlm) > 1:
         raise UserError(f"--vlm-weights is for one --vlm, not {len(args.vlm)}")
     env_id = humanoid.env_id(args.pose)
-    prompts = [suite.prompt_for(env_id, args.prompt),
-               suite.baseline_prompt_for(env_id, args.baseline_prompt)]
+    prompts = [GYMNASIUM.prompt_for(env_id, args.prompt),
+               GYMNASIUM.baseline_prompt_for(env_id, args.baseline_prompt)]
     prepare_gl()
     vlms = {name: load_vlm(name, weights=args.vlm_weights) for name in args.vlm}
     for vlm in vlms.values():
@@ -116,7 +116,7 @@ def main(args: Args) -> None:
     for look in args.look:
         drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by the size that a VLM wants
         for vlm_name, vlm in vlms.items():
-            view = view_for(vlm, suite.CUTS_BORDER)
+            view = view_for(vlm, GYMNASIUM)
             if view.size not in drawn:
                 drawn[view.size] = labelled_states(
                     args.pose, look, view.size, args.samples, args.seed

@@ -10,7 +10,7 @@ from importlib import metadata
 import numpy as np
 
 from common.cores import num_cores
-from common.envs.metaworld import ACTION_DIM, MAX_EPISODE_STEPS, OBS_DIM
+from common.envs.metaworld_suite import ACTION_DIM, MAX_EPISODE_STEPS, OBS_DIM
 from common.envs.metaworld_tasks import resolve_env_id
 from common.envs.workers import Step
 from common.errors import UserError

@@ -53,7 +53,7 @@ def load_vlm(
         kind = getattr(importlib.import_module(f"common.vlms.{module}"), kind_name)
         vlm: VLM = MiniVLM(weights, pretrained, torch.device(device), seed, kind)
     else:
-        from common.vlms.open_clip import load_open_clip
+        from common.vlms.openclip_vlm import load_open_clip
 
         vlm = load_open_clip(name, weights, pretrained, torch.device(device), seed)
     vlm.settings = settings

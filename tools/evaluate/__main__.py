@@ -16,21 +16,21 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from common.cli import check_ranges, run_script
-from common.envs.metaworld import VecMetaWorld
+from common.cli import run_script
+from common.envs.metaworld_suite import VecMetaWorld
 from common.envs.metaworld_tasks import prompt_for, resolve_env_id
 from common.envs.rendering import Camera
 from common.envs.suites import suite_for
 from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, Evaluator, write_video
-from common.flags import NotNegativeInt
+from common.flags import Goal, NotNegativeInt, check_ranges
 from common.names import file_name
 from common.versions import git_commit, versions
 from tools.evaluate.trained import Trained, open_run
@@ -55,7 +55,7 @@ class Args:
     """which of the kept checkpoints, by its environment steps; default: the newest"""
     env_id: str | None = None
     """another task than the run's own"""
-    goal: Literal["fixed", "random", "random-hidden"] | None = None
+    goal: Goal | None = None
     """default: as in training"""
     seed: NotNegativeInt | None = None
     """of the goals; default: the run's own for a fixed goal, else one unused so far"""
@@ -360,7 +360,7 @@ def main(args: Args) -> dict[str, Any]:
                         f"{args.episodes} and {args.videos}")
     check_ranges(args)
     trained = open_run(args.run, args.step, args.run_code)
-    if suite_for(trained.args.env_id).EPISODES_DIFFER:
+    if suite_for(trained.args.env_id).evaluated_by_return:
         return evaluate_returns(trained, args)
     env_id = resolve_env_id(args.env_id or trained.args.env_id)
     goal = args.goal or trained.args.goal

@@ -23,7 +23,7 @@ import tyro
 from scipy.stats import spearmanr
 from torch.nn import functional as F
 
-from common.envs.gymnasium import make_env, square
+from common.envs.gymnasium_suite import make_env, square
 from common.envs.humanoid import EPISODE_LENGTH, POSES, set_pose
 from common.envs.rendering import prepare_gl
 from common.vlms.mini import TOKEN_DIM, init_mini, load_mini, save_mini, word_pieces

@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.cli import check_ranges, run_script
+from common.cli import run_script
 from common.cores import num_cores
-from common.envs.metaworld import MAX_EPISODE_STEPS, goal_image, make_env
+from common.envs.metaworld_suite import MAX_EPISODE_STEPS, goal_image, make_env
 from common.envs.metaworld_tasks import (
     baseline_prompt_for,
     expert_action,
@@ -33,9 +33,10 @@ from common.envs.metaworld_tasks import (
     resolve_env_id,
 )
 from common.envs.rendering import Camera
+from common.envs.suites import METAWORLD
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
-from common.flags import NotNegativeInt
+from common.flags import NotNegativeInt, check_ranges
 from common.versions import git_commit, versions
 from common.vlms import VLM, load_vlm, view_for
 from common.vlms.interface import centre_view
@@ -122,7 +123,7 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
 
     `goal`: the goal picture as it is drawn, of which the VLM sees its own view.
     """
-    view = view_for(vlm)
+    view = view_for(vlm, METAWORLD)
     if goal is not None:
         goal_pixels = middle_pixels(goal[None])[0]
         goal_embedding = np.asarray(vlm.embed_images(view.crop(goal[None])))[0]
@@ -390,7 +391,7 @@ def main(args: Args) -> dict[str, Any]:
         if runs and goal == "random":  # goals that neither training nor its evaluations had
             seed += 2 * EVAL_SEED_OFFSET
     vlm = load_vlm(args.vlm, weights=args.vlm_weights)
-    view = view_for(vlm)
+    view = view_for(vlm, METAWORLD)
     for run in runs:
         if run.has_vlm:
             run.check_vlm(vlm)

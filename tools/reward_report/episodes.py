@@ -7,7 +7,7 @@ import mujoco
 import numpy as np
 
 from common.cores import ONE_THREAD
-from common.envs.metaworld import PHYSICS, make_env
+from common.envs.metaworld_suite import PHYSICS, make_env
 from common.envs.metaworld_tasks import expert_action, expert_policy
 from common.envs.rendering import Camera, Renderer
 

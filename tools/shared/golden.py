@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.envs.metaworld import make_env, place_goal_marker
+from common.envs.metaworld_suite import make_env, place_goal_marker
 from common.envs.rendering import Camera, Renderer
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "golden"

@@ -19,16 +19,12 @@ from PIL import Image
 
 from common.envs import contract, vlm_rm_tasks
 from common.envs.rendering import Camera, prepare_gl
+from common.envs.suite import Suite
 from common.envs.workers import VecEnv
 from common.errors import UserError
+from common.flags import Goal
 from common.system import GL
 
-EPISODES_DIFFER = True  # in their first state and their length
-SPARSE_REWARD = False
-REWARD_SHIFT = 0.0
-CAMERAS = ("the environment's own",)
-DEFAULT_CAMERA = 0
-CUTS_BORDER = False  # of a VLM's pictures
 DEFAULT_MAX_EPISODE_STEPS = 1_000  # where an environment has no limit
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 # Where environments are defined whose attributes, and MuJoCo's state, are all of their state.
@@ -150,7 +146,7 @@ class VecGymnasium(VecEnv):
         num_envs: int,
         *,
         seed: int,
-        goal: str = "fixed",
+        goal: Goal = "fixed",
         camera: Camera | None = None,
         **options: Any,
     ):
@@ -182,10 +178,7 @@ class VecGymnasium(VecEnv):
         )
 
 
-make_vec = VecGymnasium
-
-
-# -------------------------------------------------- what a worker uses, see `workers.Suite`
+# -------------------------------------------------- what a worker uses, see `Suite`
 
 
 def make_env(
@@ -408,3 +401,26 @@ def set_env_state(env: gymnasium.Env, state: dict[str, Any]) -> np.ndarray | Non
         if (camera := _camera(base)) is not None:
             camera.lookat[:] = state["lookat"]
     return None
+
+
+SUITE = Suite(
+    resolve_env_id=resolve_env_id,
+    prompt_for=prompt_for,
+    baseline_prompt_for=baseline_prompt_for,
+    default_vlm=default_vlm,
+    evaluated_on=evaluated_on,
+    make_vec=VecGymnasium,
+    cameras=("the environment's own",),
+    default_camera=0,
+    crops_border=False,
+    sparse_reward=False,
+    reward_shift=0.0,
+    starts_differ=True,
+    shows_returns=True,
+    evaluated_by_return=True,
+    make_env=make_env,
+    make_draw=make_draw,
+    elapsed_steps=elapsed_steps,
+    get_env_state=get_env_state,
+    set_env_state=set_env_state,
+)
