@@ -40,7 +40,7 @@ help:
 	@echo "make test    set up, then run the tests"
 	@echo "make doctor  set up, then check in a minute that this machine can train"
 	@echo "make grid    set up, Ray and submitit too, then many runs: GRID_ARGS=\"table1 --seeds 5\""
-	@echo "make setup   only set up: $(VENV), locked packages, headless EGL"
+	@echo "make setup   only set up: $(VENV), locked packages, drawing without a display"
 	@echo "make lock    after a change of requirements*.txt: make requirements*.lock again"
 	@echo "make lint    ruff"
 	@echo "make clean   remove $(VENV), caches and compiled programs; runs/ is kept"

@@ -9,7 +9,7 @@ section 4.2. vlm_rm_baseline.py is the same with SAC, for continuous actions.
     python vlm_rm_dqn.py --vlm ViT-B-32/openai --alpha 0.5
     python vlm_rm_dqn.py --env-id Acrobot-v1 --no-vlm-reward  # DQN on the environment's own reward
 
-docs/vlm_rm_dqn.md explains every metric.
+docs/vlm_rm.md explains every metric.
 
 Defaults are the paper's appendix C, where it is silent stable-baselines3's. Deviations (the page
 has all of them):

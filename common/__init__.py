@@ -9,13 +9,14 @@ import locale
 import os
 import sys
 
+from common.system import choose_gl
+
 # Torch's OpenMP threads would spin after each call and take the cores from XLA and the workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # JAX and torch share one GPU: neither may take all of its memory at start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Pictures are drawn by EGL whatever is set: MuJoCo is not even imported where these two disagree.
-os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = "egl"
+choose_gl()  # whatever is set
 
 
 def open_standard_streams() -> None:

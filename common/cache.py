@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.system import cpu_description
+
 MAX_BYTES = 2 * 2**30  # of compiled programs
 
 
@@ -56,11 +58,9 @@ def compilation_cache_dir() -> Path:
     A program that was compiled for another CPU may crash, so machines that share a home folder
     must not share these.
     """
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        lines = []
-    names = ("model", "flags", "cpu family", "stepping", "Features", "CPU ")  # x86-64, then ARM
+    # On Linux x86-64, on Linux on ARM, on macOS.
+    names = ("model", "flags", "cpu family", "stepping", "Features", "CPU ", "machdep.cpu.")
+    lines = cpu_description().splitlines()
     kind = [platform.machine(), *(line for line in lines if line.startswith(names))]
     cpu = hashlib.sha256("\n".join(kind).encode()).hexdigest()[:8]
     return cache_dir() / "compiled" / f"jaxlib-{metadata.version('jaxlib')}-{cpu}"

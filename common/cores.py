@@ -14,11 +14,14 @@ import os
 from pathlib import Path
 
 from common.errors import UserError
+from common.system import usable_cores
 
 OVERRIDE = "FURL_NUM_CORES"
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-# For a worker's environment: neither numerics nor llvmpipe may start threads of their own.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
+# For a worker's environment: neither numerics (VECLIB is macOS's) nor Mesa's software renderer, if
+# that is what draws, may start threads of their own.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1",
+              "LP_NUM_THREADS": "0"}
 
 
 def num_cores() -> int:
@@ -32,7 +35,7 @@ def num_cores() -> int:
         if not chosen.isdecimal() or int(chosen) < 1:
             raise UserError(f"{OVERRIDE} must be a whole number, 1 or more, not {chosen!r}")
         return int(chosen)
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     try:
         quota, period = CGROUP_QUOTA.read_text().split()
         return max(1, min(cores, math.ceil(int(quota) / int(period))))

@@ -1,6 +1,5 @@
 """How much memory there is for this process and its children, and how much of it is free."""
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,26 +16,30 @@ class Memory(NamedTuple):
     total: int
 
 
-def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Memory:
+def host_memory(
+    cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> Memory:
     """The machine's, or that of the narrowest control group around this process.
 
+    Args:
+        cgroups: folder of all control groups, where the system has them.
+        own: file that names those of this process.
+
     Raises:
-        UserError: the system does not say, as where there is no /proc.
+        UserError: the system does not say, as on Linux without /proc.
     """
-    path = proc / "meminfo"
+    import psutil  # not above: the doctor says which packages are missing
+
     try:
-        lines = dict(re.findall(r"^(\w+):\s+(\d+) kB", path.read_text(), re.M))
-        free = int(lines["MemAvailable"]) * 1024
+        memory = psutil.virtual_memory()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except KeyError:
-        raise UserError(f"{path} has no line MemAvailable") from None
-    total = int(lines["MemTotal"]) * 1024 if "MemTotal" in lines else free
+        raise UserError(f"the system does not tell its memory: {error}") from None
+    free, total = memory.available, memory.total
     names = {"": ("memory.max", "memory.current", "inactive_file"),  # version 2, then version 1
              "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
     try:
-        groups = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
+        groups = own.read_text().splitlines()
+    except OSError:  # macOS
         return Memory(free, total)
     for _, controllers, group in (line.split(":", 2) for line in groups):
         if controllers not in names:
@@ -55,11 +58,6 @@ def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
             reclaimable = sum(int(x.split()[1]) for x in stat if x.split()[0] == cached)
             free, total = min(free, limit - used + reclaimable), min(total, limit)
     return Memory(free, total)
-
-
-def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """`host_memory`'s free bytes."""
-    return host_memory(proc, cgroups).free
 
 
 def device_memory() -> Memory | None:

@@ -4,7 +4,7 @@
     <script>.py     the script as it was then
     metrics.csv     env_steps,key,value
     lock            held by the process that writes to the folder
-    tensorboard/    checkpoints/    videos/
+    tensorboard/    checkpoints/    policies/    videos/
 
 Only this module knows these names. It is imported by programs that look after many runs, and so
 loads neither JAX nor torch.
@@ -17,7 +17,6 @@ import json
 import os
 import secrets
 import shlex
-import struct
 import sys
 import tempfile
 import time
@@ -28,10 +27,12 @@ from typing import Any, NamedTuple, TextIO
 from common.cores import num_cores
 from common.errors import UserError
 from common.names import file_name
+from common.system import is_locked
 from common.versions import git_commit, versions
 
 CONFIG, METRICS, LOCK = "config.json", "metrics.csv", "lock"
-CHECKPOINTS, TENSORBOARD, VIDEOS = "checkpoints", "tensorboard", "videos"
+CHECKPOINTS, POLICIES = "checkpoints", "policies"
+TENSORBOARD, VIDEOS = "tensorboard", "videos"
 METRICS_HEADER = "env_steps,key,value\n"
 TAIL_BYTES = 65_536  # of metrics.csv: holds the last evaluation
 
@@ -151,11 +152,9 @@ def is_in_use(run_dir: Path) -> bool:
     """Whether a process holds the run folder's lock; the lock is asked, not taken."""
     try:
         with open(run_dir / LOCK, "r+") as file:
-            query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, query)
+            return is_locked(file)
     except OSError:  # no such file, or a file system without locks
         return False
-    return struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK
 
 
 # ------------------------------------------------------------------------------ config.json
@@ -284,6 +283,7 @@ class Progress:
     total: int | None = None
     speed: float | None = None  # steps a second, lately
     success: float | None = None  # eval/success_once of the last evaluation
+    mean_return: float | None = None  # its eval/return
 
     @property
     def seconds_left(self) -> float | None:
@@ -302,6 +302,15 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def steps_of(checkpoint: Path) -> int:
     """Environment steps done when a checkpoint was saved."""
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def policy_file(run_dir: Path, env_steps: int) -> Path:
+    return run_dir / POLICIES / f"{env_steps:010d}.npz"
+
+
+def kept_policies(run_dir: Path) -> dict[int, Path]:
+    """The files of the policies that a run has kept, by their environment steps, ascending."""
+    return {int(path.stem): path for path in sorted((run_dir / POLICIES).glob("*.npz"))}
 
 
 def saved_steps(run_dir: Path) -> int | None:
@@ -331,4 +340,5 @@ def read_progress(run_dir: Path) -> Progress:
     values = {key: value for _, key, value in rows}
     steps = rows[-1][0] if rows else 0
     return Progress(max(steps, saved_steps(run_dir) or 0), planned_steps(run_dir),
-                    values.get("time/steps_per_second"), values.get("eval/success_once"))
+                    values.get("time/steps_per_second"), values.get("eval/success_once"),
+                    values.get("eval/return"))

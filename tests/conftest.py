@@ -35,8 +35,8 @@ HEED_SIGNALS = (
 def pytest_sessionfinish() -> None:
     """Free the GL contexts of what no test has closed: destructors at the interpreter's end, when
     MuJoCo has ended EGL, would print tracebacks above pytest's last lines."""
-    if egl := sys.modules.get("mujoco.egl"):
-        for context in [x for x in gc.get_objects() if type(x) is egl.GLContext]:
+    if mujoco := sys.modules.get("mujoco"):
+        for context in [x for x in gc.get_objects() if type(x) is mujoco.GLContext]:
             with contextlib.suppress(Exception):
                 context.free()
 

@@ -430,6 +430,7 @@ def resume_and_check(script, args) -> None:
         assert (np.asarray(x[0]) == 1).all() and not np.asarray(x[-1]).any()
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="nothing else tells a peak of memory anew")
 @pytest.mark.parametrize("name", [*paper_scripts(), "vlm_rm_dqn"])
 def test_resuming_takes_no_more_memory_than_training(tmp_path, name):
     """A full replay of 64 MiB, saved by one checkpoint and loaded, for the buffers of each script.
@@ -483,7 +484,7 @@ def test_rings_are_saved_in_small_files(tmp_path, monkeypatch):
 
 def test_check_space_counts_what_the_run_can_fill(tmp_path, monkeypatch):
     row_bytes = 4 + 2 * 2
-    base = 200 * 2**20
+    base = 400 * 2**20
 
     def with_free(free):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)

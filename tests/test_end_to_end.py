@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import HEED_SIGNALS
 
@@ -230,6 +231,7 @@ def test_stopped_damaged_and_resumed(whole_run, tmp_path, environment):
     assert metrics(run_dir) == metrics(whole_run)
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="macOS cannot limit another process")
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(whole_run, tmp_path, environment):
     """From the first checkpoint on the kernel refuses larger files, and all later ones are larger.
 
@@ -255,11 +257,9 @@ def test_a_worker_that_dies_ends_the_run_which_can_be_resumed(whole_run, tmp_pat
     run_dir = tmp_path / "run"
     script = Script(environment, tmp_path / "log", *TINY, "--run-dir", str(run_dir))
     assert script.wait_until(lambda: newest(run_dir) >= 400), script.errors
-    pid = script.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    workers = [int(child) for child in children
-               if b"common.envs" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    os.kill(workers[0], signal.SIGKILL)
+    workers = [child for child in psutil.Process(script.process.pid).children()
+               if "common.envs.workers" in child.cmdline()]
+    workers[0].kill()
     assert script.end() == 1
     assert script.errors.startswith("error: an environment worker has died (by signal 9)")
     assert len(script.errors.splitlines()) == 1, script.errors

@@ -28,8 +28,10 @@ from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.replay import Sizes
-from tools import evaluate, folders
-from tools.measures import (
+from tools.evaluate import __main__ as evaluate
+from tools.evaluate.trained import open_run
+from tools.shared import folders
+from tools.shared.measures import (
     auc,
     check_finite,
     epic_distance,
@@ -38,7 +40,6 @@ from tools.measures import (
     wilson_interval,
     without_nan,
 )
-from tools.trained import open_run
 
 # ------------------------------------------------------------------------------ measures
 
@@ -391,6 +392,8 @@ def test_folders_are_replaced_whole_or_joined(tmp_path):
     assert write("b", fails=True) == ["a"] and write("b") == ["b"]
     assert write("c", keep=True) == ["b", "c"] and write("d", True, keep=True) == ["b", "c"]
     assert folders.writable_folder(folder) == folder
+    assert folders.free_folder(folder) == tmp_path / "out-2"
+    assert folders.free_folder(tmp_path / "new") == tmp_path / "new"
     with pytest.raises(UserError, match="is no folder: choose another --output"):
         folders.writable_folder(folder / "c")
 

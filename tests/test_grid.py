@@ -13,13 +13,15 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import HEED_SIGNALS, ROOT
 
 from common import run_folder
-from tools import cells, engines, grid
-from tools.cells import Cell, Job, Outcome
-from tools.paper_tables import METHODS, PRESETS, TABLES
+from tools.grid import __main__ as grid
+from tools.grid import cells, engines
+from tools.grid.cells import Cell, Job, Outcome
+from tools.grid.paper_tables import METHODS, PRESETS, TABLES
 
 TINY = ("--num-envs 2 --batch-size 16 --hidden-features 16 16 --learning-starts 600 "
         "--eval-every 1000 --log-every 200 --checkpoint-every 1000").split()
@@ -75,14 +77,10 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 300) -> No
 
 def run_of(folder: Path) -> tuple[int, int]:
     """The process that holds a run folder, and its parent."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_text().split("\0")
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        words = process.info["cmdline"] or []
         if str(folder) in words and words[1].endswith(".py"):
-            return int(entry.name), parent
+            return process.pid, process.info["ppid"]
     raise AssertionError(f"no process has {folder}")
 
 
@@ -131,7 +129,7 @@ def test_tables_share_runs():
 
 
 def test_paper_page_has_the_same_commands():
-    """Each table of docs/paper.md is that of tools/paper_tables.py: labels, commands, order."""
+    """Each table of docs/paper.md is one of tools/grid/paper_tables.py: labels, commands, order."""
     text = (ROOT / "docs/paper.md").read_text()
     shown = {}
     for section in text.split("\n## ")[1:]:
@@ -162,7 +160,7 @@ def test_paper_page_has_the_same_commands():
     (["table1", "--methods", "sca"], [], "unknown method 'sca'; there are sac,"),
     (["table1", "--env-ids", "reahc-v3"], [], "did you mean reach-v3"),
     (["--scripts", "no_such.py"], [], "no_such.py cannot be read"),
-    (["--scripts", "tools/cells.py"], [], "cells.py has no class Args"),
+    (["--scripts", "tools/grid/cells.py"], [], "cells.py has no class Args"),
     (["table1", "plus"], [], "have the presets paper and plus: choose one by --preset"),
     (["table1"], ["--nonsense", "1"], "no script of this grid has the flag --nonsense"),
     (["table1"], ["--seed", "1"], "--seed is the grid's own"),
@@ -275,7 +273,7 @@ time.sleep(2)
 (folder / "config.json").write_text('{"args": {"env_id": "reach-v3", "total_timesteps": 5}}')
 (folder / "checkpoints/step_0000000005").mkdir(parents=True)
 """))
-    code = ("import sys; from pathlib import Path; from tools.cells import Cell, Job;"
+    code = ("import sys; from pathlib import Path; from tools.grid.cells import Cell, Job;"
             f"cell = Cell('m/t/0', {str(script)!r}, (), Path({str(tmp_path / 'm/t/0')!r}));"
             f"print(Job([cell], {{}}, {str(tmp_path)!r}).run()['m/t/0'].state)")
     grids = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
@@ -294,6 +292,16 @@ def test_a_run_that_someone_was_quicker_to_start_is_waited_for(tmp_path, monkeyp
     cell = Cell("m/t/0", str(script), (), cell_folder)
     assert Job([cell], {}, str(tmp_path)).run() == {"m/t/0": Outcome("finished")}
     assert (cell_folder / "starts").read_text() == "x"
+
+
+@pytest.mark.parametrize(("task", "success", "mean_return", "shown"), [
+    ("reach-v3", 0.0, 0.0, "success 0%"), ("CartPole-v1", 0.0, 312.25, "return 312.2"),
+    ("Humanoid-v5", 0.25, 90.0, "success 25%"), ("reach-v3", None, None, "-"),
+])
+def test_success_is_shown_where_it_exists(task, success, mean_return, shown):
+    run = run_folder.Progress(success=success, mean_return=mean_return)
+    assert grid.last_evaluation(task, run) == shown
+    assert Cell(f"method/{task}/0", "", (), Path()).task == task
 
 
 def test_progress_is_read_from_the_folder(tmp_path):

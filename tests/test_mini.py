@@ -38,7 +38,6 @@ from common.vlms.mini import (
     save_mini,
     word_pieces,
 )
-from tools.measures import auc
 from tools.mini import scenes
 from tools.mini.pretrain import (
     NUM_PICTURES,
@@ -59,6 +58,7 @@ from tools.mini.sentences import (
     TRAINING_SENTENCES,
     overlap,
 )
+from tools.shared.measures import auc
 
 
 @pytest.fixture(scope="module")

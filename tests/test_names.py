@@ -3,7 +3,7 @@
 import pytest
 
 from common import names
-from tools import grid
+from tools.grid import __main__ as grid
 
 
 @pytest.mark.parametrize("label", [

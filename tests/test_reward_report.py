@@ -18,9 +18,17 @@ from common.envs.metaworld_suite import make_env
 from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
-from tools import reward_report as report
-from tools.episodes import EXPERT, RANDOM, SUBOPTIMAL, Data, Scene, draw_episodes, play_episode
-from tools.measures import epic_distance, goal_baseline_reward, without_nan
+from tools.reward_report import __main__ as report
+from tools.reward_report.episodes import (
+    EXPERT,
+    RANDOM,
+    SUBOPTIMAL,
+    Data,
+    Scene,
+    draw_episodes,
+    play_episode,
+)
+from tools.shared.measures import epic_distance, goal_baseline_reward, without_nan
 
 NUM, EVERY = 6, 10  # pictures of an episode, steps between them
 

@@ -9,9 +9,10 @@ random steps, and without evaluations and checkpoints. Flags beside a script, in
 come last and so replace any of these. `tools.dev.benchmark` measures the parts of scripts.
 """
 
+import contextlib
 import json
-import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -24,12 +25,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import psutil
 
 from common.cores import num_cores
 from common.envs.rendering import gl_info
 from common.errors import UserError
 from common.flags import parse
 from common.run_folder import read_metrics
+from common.system import cpu_description
 
 Row = tuple[str, str, str]  # what, figure, share of the floor or remark
 
@@ -93,7 +96,7 @@ def time_run(
 
     def watch() -> None:
         while process.poll() is None:
-            peak[0] = max(peak[0], sum(map(proportional_memory, descendants(process.pid))))
+            peak[0] = max(peak[0], memory_of_tree(process.pid))
             time.sleep(1.0)
 
     watcher = threading.Thread(target=watch)
@@ -110,34 +113,26 @@ def time_run(
     return float(np.median(speeds)), peak[0]
 
 
-def descendants(pid: int) -> list[int]:
-    """The process and all below it."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [pid, *(d for child in children for d in descendants(int(child)))]
-
-
-def proportional_memory(pid: int) -> int:
-    """Bytes of memory, shared pages divided among those that share them (PSS)."""
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in text.splitlines()
-                 if line.startswith("Pss:")), 0)
+def memory_of_tree(pid: int) -> int:
+    """Bytes of memory of a process and all below it; shared pages are divided among those that
+    share them (PSS), or not counted where the system does not tell that (macOS)."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for each in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):  # it has ended
+                memory = each.memory_full_info()
+                total += getattr(memory, "pss", memory.uss)
+    return total
 
 
 def machine() -> str:
     """Cores, processor and versions in one line."""
-    try:
-        model = next(line.split(":")[1].strip() for line in
-                     Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
-    except (OSError, StopIteration):
-        model = platform.processor()
+    # Linux on ARM has no such line.
+    found = re.search(r"^(?:model name|machdep.cpu.brand_string)\s*: (.*)", cpu_description(), re.M)
+    model = found[1] if found else platform.machine()
     devices = ", ".join(str(device) for device in jax.devices())
-    return (f"{num_cores()} cores, {model}, {os.sysconf('SC_PHYS_PAGES') * 4096 / 2**30:.0f} "
+    return (f"{num_cores()} cores, {model}, {psutil.virtual_memory().total / 2**30:.0f} "
             f"GiB; drawing: {gl_info()['renderer']}; JAX {jax.__version__} on {devices}")
 
 

@@ -28,7 +28,8 @@ from typing import Any, Literal, NamedTuple
 
 from common.cores import num_cores, share_cores
 from common.errors import UserError
-from common.memory import memory_available
+from common.memory import host_memory
+from common.system import GL_REMEDY
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -139,7 +140,7 @@ def check_drawing(_args: Args) -> Finding:
     """Who draws, and milliseconds a frame on one core."""
     info = probe_gl()
     from common.envs.rendering import Camera, Renderer
-    from tools import golden
+    from tools.shared import golden
 
     env = golden.scene(golden.TASKS[0])
     ms = {}
@@ -165,7 +166,7 @@ def check_drawing(_args: Args) -> Finding:
 def check_golden_frames(_args: Args) -> Finding:
     """Fixed scenes against the stored pictures, in both qualities."""
     probe_gl()
-    from tools import golden
+    from tools.shared import golden
 
     worst, wrong = 0.0, []
     for task in golden.TASKS:
@@ -277,7 +278,7 @@ def check_vlm(args: Args) -> Finding:
     import numpy as np
 
     from common.envs.metaworld_tasks import MT10_INSTRUCTIONS
-    from tools import golden
+    from tools.shared import golden
 
     vlm = loaded_vlm(args)
 
@@ -386,9 +387,10 @@ def check_memory(args: Args) -> Finding:
     leaves = jax.tree.leaves(replay_shapes(num_dims))
     replay = sum(x.size * x.dtype.itemsize for x in leaves)
     processes = PROCESSES if args.vlm == "mini" else PROCESSES_RN50
-    places = {"memory": (memory_available(), replay + processes)}
+    free = host_memory().free
+    places = {"memory": (free, replay + processes)}
     if device := jax.devices()[0].memory_stats():  # None on a CPU
-        places = {"memory": (memory_available(), processes),
+        places = {"memory": (free, processes),
                   "GPU memory": (device["bytes_limit"] - device["bytes_in_use"], replay)}
     text = "; ".join(f"{free / GIB:.1f} GiB of {name} free, {need / GIB:.1f} needed"
                      for name, (free, need) in places.items())
@@ -410,7 +412,7 @@ def check_disk(args: Args) -> Finding:
 
 CHECKS = (
     Check("packages", check_packages, INSTALL),
-    Check("drawing", check_drawing, f"make setup installs EGL; with an NVIDIA GPU: {NVIDIA_GL}"),
+    Check("drawing", check_drawing, f"{GL_REMEDY}; with an NVIDIA GPU: {NVIDIA_GL}"),
     Check("golden frames", check_golden_frames,
           "mend 'drawing' first, then git checkout tests/golden"),
     Check("experts", check_experts, INSTALL),

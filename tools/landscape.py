@@ -23,8 +23,8 @@ from common.envs.suites import GYMNASIUM
 from common.errors import UserError
 from common.flags import NotNegativeInt, PositiveInt, Share, check_ranges
 from common.vlms import load_vlm, view_for
-from tools.folders import writable_folder, written_whole
-from tools.measures import check_baseline, check_finite, goal_baseline_reward, spearman
+from tools.shared.folders import writable_folder, written_whole
+from tools.shared.measures import check_baseline, check_finite, goal_baseline_reward, spearman
 
 
 @dataclass(frozen=True)

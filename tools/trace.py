@@ -31,7 +31,7 @@ from common.cores import num_cores, share_cores
 from common.envs import metaworld_suite, rendering, workers
 from common.errors import UserError
 from common.flags import parse
-from tools.trained import load_script
+from tools.evaluate.trained import load_script
 
 FOLDER = "FURL_TRACE_FOLDER"  # where workers write their events
 MAIN, UPDATES = 1, 2  # rows; workers have their process id

@@ -1,4 +1,4 @@
-"""Pictures of MuJoCo's scenes: headless EGL, upright RGB, in two qualities.
+"""Pictures of MuJoCo's scenes: without a display, upright RGB, in two qualities.
 
 `paper` is MuJoCo's default. `fast` leaves out the 4096 px shadow map, multisampling and
 reflections, and draws meshes with 5 % of their faces: nearly all faces belong to the Sawyer arm's
@@ -20,6 +20,7 @@ import numpy as np
 
 from common.cache import cached_arrays
 from common.errors import UserError
+from common.system import GL, GL_REMEDY
 
 QUALITIES = ("fast", "paper")
 # Meta-World mounts these upside down, so that OpenGL's bottom-up rows are the upright picture.
@@ -27,15 +28,12 @@ UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
 KEPT_FACES = 0.05
 WELD = 0.002  # metres
 MIN_FACES = 2_000  # smaller meshes, the tasks' objects among them, stay as they are
-EGL_COMMAND = "apt-get install -y libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libopengl0"
 DEVICES = Path("/dev")
 SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "software")
 
 
 def prepare_gl() -> None:
     """Settings of a process that draws; before its first GL context."""
-    os.environ["MUJOCO_GL"] = "egl"
-    os.environ["PYOPENGL_PLATFORM"] = "egl"
     # Mesa's cache of compiled shaders saves 0.2 s. But it has a thread that runs only on an idle
     # core, also to end: on a busy machine a process that draws then needs seconds to exit.
     os.environ.setdefault("MESA_SHADER_CACHE_DISABLE", "true")
@@ -51,19 +49,18 @@ def _gl_context():
     """This process's one GL context: every picture is drawn through it.
 
     Raises:
-        UserError: EGL cannot be used.
+        UserError: nothing can draw here.
     """
     prepare_gl()
     try:
-        from mujoco.egl import GLContext
-
-        GLContext._context = None  # its destructor needs it, also when the constructor fails
-        context = GLContext(64, 64)
+        # Its destructor needs it, also when the constructor fails.
+        mujoco.GLContext._context = None
+        context = mujoco.GLContext(64, 64)
         context.make_current()
     except Exception as error:  # PyOpenGL and MuJoCo raise a dozen kinds when a library is missing
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"headless drawing (EGL) does not work here ({reason[0]}): run '{EGL_COMMAND}' as root"
+            f"headless drawing ({GL.upper()}) does not work here ({reason[0]}): {GL_REMEDY}"
         ) from error
     return context
 
@@ -123,7 +120,7 @@ class Renderer:
         camera: size, number and quality of the pictures.
 
     Raises:
-        UserError: unknown camera or quality, a size below 1, or no EGL.
+        UserError: unknown camera or quality, a size below 1, or nothing can draw here.
     """
 
     def __init__(self, model: mujoco.MjModel, camera: Camera):

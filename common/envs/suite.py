@@ -29,8 +29,8 @@ class Suite:
         sparse_reward: the reward is 1 on success and else 0, whatever `step` returns.
         reward_shift: what is added to a reward before it is learned from.
         starts_differ: episodes with a fixed goal begin in different states.
-        shows_returns: returns and lengths of episodes are shown, as successes do not say it all.
-        evaluated_by_return: `tools.evaluate` judges a policy by its returns.
+        lengths_differ: episodes end before their time is up.
+        shows_returns: a run shows the returns of its episodes, as successes do not say it all.
         make_env: (id, *, seed, index, options) -> environment number `index`, whatever the worker
             that it is in. It has Gymnasium's `reset` and `step`. Where `step`'s info has neither
             `success` nor `is_success`, there is no success.
@@ -53,8 +53,8 @@ class Suite:
     sparse_reward: bool
     reward_shift: float
     starts_differ: bool
+    lengths_differ: bool
     shows_returns: bool
-    evaluated_by_return: bool
     # What workers use.
     make_env: Callable[..., Any]
     make_draw: Callable[[Any, Camera], Draw]

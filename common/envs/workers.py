@@ -27,6 +27,7 @@ from common.cores import ONE_THREAD, num_cores
 from common.envs.rendering import QUALITIES, Camera
 from common.envs.suite import Suite
 from common.errors import UserError
+from common.system import memory_file
 
 # Ctrl-C, and what terminals and schedulers send before they kill, to the whole job: the training
 # process saves and ends (common/run.py), the workers wait for it.
@@ -82,7 +83,7 @@ def _layout(
 
 
 def _map_arrays(memory_fd: int, layout: dict[str, tuple]) -> dict[str, np.ndarray]:
-    """The shared arrays in an anonymous memory file, each at a multiple of 64 bytes."""
+    """The shared arrays in a file without a name, each at a multiple of 64 bytes."""
     sizes = [-(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64
              for shape, dtype in layout.values()]
     if os.fstat(memory_fd).st_size == 0:
@@ -169,7 +170,7 @@ class VecEnv:
         frame_size = camera.size if camera else 0
         actions = (self.action_space.shape, self.action_space.dtype)
         layout = _layout(num_envs, obs_dim, actions, frame_size, draw_resets)
-        memory_fd = os.memfd_create("furl_envs")
+        memory_fd = memory_file()
         self._arrays = _map_arrays(memory_fd, layout)
         self._workers: list[tuple[subprocess.Popen, Connection]] = []
         weakref.finalize(self, _end, self._workers)
@@ -297,7 +298,6 @@ def _start_worker(memory_fd: int, options: dict) -> tuple[subprocess.Popen, Conn
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "MUJOCO_GL": "egl",
         "SDL_VIDEODRIVER": "dummy",  # pygame, which draws classic control, opens no window
         "PYGAME_HIDE_SUPPORT_PROMPT": "1",
         "FURL_ENV_WORKER": "1",

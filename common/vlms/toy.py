@@ -2,7 +2,7 @@
 MountainCar's pictures, `poses` the humanoid's.
 
 `mini` with a smaller image encoder, which sees whole pictures, and with fewer word pieces.
-`tools/mini/pretrain_toy.py` makes its weights; docs/toy.md says what they are worth.
+`tools/mini/pretrain_toy.py` makes its weights; docs/mini.md says what they are worth.
 """
 
 from pathlib import Path

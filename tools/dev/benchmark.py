@@ -41,7 +41,7 @@ from common.vlms import load_vlm
 from common.vlms.openclip_vlm import fast_precision
 from tools.benchmark import Row, tabulate, time_run
 from tools.dev.peer import PACKAGES
-from tools.paper_tables import DRQ, FURL, PIXELS, RELAY, SAC, VLM_RM
+from tools.grid.paper_tables import DRQ, FURL, PIXELS, RELAY, SAC, VLM_RM
 
 Part = Literal["environments", "frames", "workers", "embeddings", "precision", "updates", "scaling",
                "checkpoints", "furl", "baselines", "pixels", "peers"]

@@ -16,7 +16,7 @@ from PIL import Image
 from common.envs import rendering
 from common.envs.metaworld_suite import make_env, place_goal_marker
 from common.envs.metaworld_tasks import ENV_IDS, MT10, expert_action, expert_policy
-from tools.golden import difference
+from tools.shared.golden import difference
 
 KINDS = ("paper", "fast, all faces", "fast")
 TIMES = (0, 20, 40, 60)  # steps of the expert at which pictures are taken
@@ -63,19 +63,19 @@ def main(args: Args) -> None:
     half = len(sheet) // 2
     columns = [np.concatenate(part) for part in (sheet[:half], sheet[half:])]
     Image.fromarray(np.concatenate(columns, axis=1)).save(args.output.with_suffix(".png"))
-    means = np.mean([row[1:] for row in rows], axis=0)
+    differences = np.array([row[1:] for row in rows])
     lines = [
         "# Drawing: `fast` against `paper`", "",
         f"`python -m tools.dev.compare_qualities`: mean absolute difference, in steps of 1/255, of "
-        f"{len(TIMES)} moments of an expert's episode, {args.size} px, camera 2. *Lighting*: "
-        "shadow map, multisampling and reflections left out, all faces kept; *simplification*: "
-        "meshes with 5 % of their faces, the lighting the same.", "",
+        f"{len(TIMES)} moments of an expert's episode, {args.size} px, camera 2, over the "
+        f"{len(rows)} tasks. *Lighting*: shadow map, multisampling and reflections left out, all "
+        "faces kept; *simplification*: meshes with 5 % of their faces, the lighting the same.", "",
         f"![MT10 in {', '.join(KINDS)}]({args.output.with_suffix('.png').name})", "",
         f"MT10; of each task, from left to right: {'; '.join(KINDS)}.", "",
-        "| task | fast against paper | lighting alone | simplification alone |",
+        "| | fast against paper | lighting alone | simplification alone |",
         "| --- | --- | --- | --- |",
-        *(f"| {name} | {a:.2f} | {b:.2f} | {c:.2f} |" for name, a, b, c in rows),
-        "| mean | {:.2f} | {:.2f} | {:.2f} |".format(*means),
+        *("| {} | {:.2f} | {:.2f} | {:.2f} |".format(name, *over_tasks(differences, axis=0))
+          for name, over_tasks in (("mean", np.mean), ("least", np.min), ("greatest", np.max))),
     ]
     args.output.write_text("\n".join(lines) + "\n")
 

@@ -28,7 +28,6 @@ from torch.nn import functional as F
 
 from common.envs.metaworld_tasks import INSTRUCTIONS, MT10
 from common.vlms.mini import CROP_SIZE, TOKEN_DIM, Mini, load_mini, quantise, save_mini
-from tools.measures import auc, pixel_embedding
 from tools.mini.scenes import (
     COUNTERFACTUAL,
     DATA,
@@ -43,6 +42,7 @@ from tools.mini.scenes import (
     scene_distance,
 )
 from tools.mini.sentences import MT10_PARAPHRASES, OPPOSITE_SENTENCES, TRAINING_SENTENCES
+from tools.shared.measures import auc, pixel_embedding
 
 # Held out to make choices: articulated and loose objects, and their closest relatives, so that none
 # has a twin among the others.

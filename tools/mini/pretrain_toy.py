@@ -413,7 +413,7 @@ def landscape(reward: np.ndarray, pictures: Pictures, prompt: str) -> dict[str, 
 
 
 def evaluate(args: Args) -> None:
-    """Print the tables of docs/toy.md."""
+    """Print the figures of docs/mini.md."""
     kind, scenes = MODELS[args.model]
     paths = sorted(DATA.glob(f"{args.model}-seed*.safetensors"))
     models = {path.stem: load_mini(path, kind) for path in paths}

@@ -17,7 +17,7 @@ from common.envs.metaworld_suite import PHYSICS, make_env
 from common.envs.metaworld_tasks import ENV_IDS, MT10
 from common.envs.rendering import Camera, Renderer
 from common.vlms.mini import CROP_LEFT, CROP_SIZE, CROP_TOP, FRAME_SIZE
-from tools.episodes import play_episode
+from tools.reward_report.episodes import play_episode
 
 DATA = Path("data/mini")
 EVALUATION = DATA / "evaluation"  # pictures that nothing is trained on, the scenes' own colours

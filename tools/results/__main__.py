@@ -22,7 +22,6 @@ from common.cli import run_script
 from common.errors import UserError
 from common.flags import PositiveInt, check_range
 from common.logger import show
-from tools.folders import written_whole
 from tools.results.page import write_page
 from tools.results.runs import (
     Run,
@@ -32,6 +31,7 @@ from tools.results.runs import (
     separate_methods,
     write_runs,
 )
+from tools.shared.folders import written_whole
 
 
 @dataclass(frozen=True)

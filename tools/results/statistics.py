@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.stats import bootstrap, trim_mean
 
-from tools.measures import wilson_interval
+from tools.shared.measures import wilson_interval
 
 RESAMPLES = 50_000  # scores of 0 and 1 have few values: an end must not move by one of them
 MOST_VALUES = 20_000  # up to so many the distribution of a mean is computed instead

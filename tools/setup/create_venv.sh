@@ -1,13 +1,18 @@
 #!/bin/sh
 # Usage: tools/setup/create_venv.sh DIR
 # Create a virtual environment with pip in DIR, unless a working one is there. The Python is $PYTHON
-# if set, else the first of 3.11 (what the project is tested with), 3.12, 3.13 that is found.
+# if set, else the first of 3.11 (what the project is tested with), 3.12, 3.13 that is found. Stops
+# with one line where the system or all Pythons are not supported.
 set -eu
 dir=$1
 here=$(dirname "$0")
+"$here/check_system.sh"
 
+# Also not one of 32 bit, nor an Intel Mac's, which Apple silicon can run.
 supported() {
-    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+    "$1" -c 'import platform, sys
+sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.maxsize < 2**32
+         or (sys.platform == "darwin" and platform.machine() != "arm64"))' >/dev/null 2>&1
 }
 
 if supported "$dir/bin/python" && "$dir/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -22,7 +27,7 @@ for candidate in ${PYTHON:-python3.11 python3 python3.12 python3.13}; do
     fi
 done
 if [ -z "$python" ]; then
-    echo "error: no Python 3.11, 3.12 or 3.13 found (tried: ${PYTHON:-python3.11 python3 python3.12" \
+    echo "error: no Python 3.11, 3.12 or 3.13 of 64 bit found (tried: ${PYTHON:-python3.11 python3 python3.12" \
         "python3.13}); install one, or name it: make PYTHON=/path/to/python3.11" >&2
     exit 1
 fi

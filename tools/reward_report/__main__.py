@@ -1,0 +1,504 @@
+"""Should I trust this VLM with this prompt on this task? A report, without training.
+
+    python -m tools.reward_report --env-id drawer-open-v3
+    python -m tools.reward_report --env-id drawer-open-v3 --prompt "Open a drawer." long --vlm clip
+    python -m tools.reward_report --env-id drawer-close-v3 --checkpoints runs/<folder>
+
+The expert, an expert that gives up half-way and wanders, and random actions play the same goals;
+the VLM scores what is seen. Writes PNGs, one HTML page that needs nothing else, and a JSON. The
+figures are those of the FuRL paper (Fu et al., ICML 2024: 1, 2, 11, 16, 17) and of the VLM-RM paper
+(Rocamonde et al., ICLR 2024: 4a, 7), the EPIC distance is that of its Lemma 1.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from common.cli import run_script
+from common.cores import num_cores
+from common.envs.metaworld_suite import MAX_EPISODE_STEPS, goal_image, make_env
+from common.envs.metaworld_tasks import (
+    baseline_prompt_for,
+    expert_action,
+    expert_policy,
+    prompt_for,
+    resolve_env_id,
+)
+from common.envs.rendering import Camera
+from common.envs.suites import METAWORLD
+from common.errors import UserError
+from common.evaluate import EVAL_SEED_OFFSET
+from common.flags import NotNegativeInt, check_ranges
+from common.versions import git_commit, versions
+from common.vlms import VLM, load_vlm, view_for
+from common.vlms.interface import centre_view
+from tools.evaluate import __main__ as evaluate
+from tools.evaluate.trained import Trained, open_run
+from tools.reward_report.episodes import (
+    EXPERT,
+    KINDS,
+    SUBOPTIMAL,
+    WORKER_ENVIRONMENT,
+    Data,
+    Drawn,
+    Scene,
+    draw_episodes,
+)
+from tools.reward_report.page import (
+    COLUMNS,
+    cell,
+    page,
+    plot_curves,
+    plot_epic,
+    plot_frames,
+    plot_histograms,
+    plot_paths,
+    table_rows,
+)
+from tools.shared.folders import free_folder, new_folder, written_whole
+from tools.shared.measures import (
+    auc,
+    check_finite,
+    epic_distance,
+    goal_baseline_reward,
+    means_the_same,
+    pixel_embedding,
+    spearman,
+    standard_error,
+    without_nan,
+)
+
+ALPHAS = np.linspace(0, 1, 11).round(1)  # strengths of goal-baseline regularisation
+
+
+@dataclass(frozen=True)
+class Args:
+    env_id: str = "drawer-open-v3"
+    """any Meta-World v3 task"""
+    vlm: str = "mini"
+    """mini, liv, clip, or an open_clip pair such as ViT-B-32/openai"""
+    vlm_weights: str | None = None
+    """local weights file for --vlm"""
+    prompt: tuple[str, ...] = ()
+    """prompts to compare; default: the task's instruction; short, long, none as in training"""
+    baseline_prompt: str | None = None
+    """for goal-baseline regularisation; default: the task's own"""
+    checkpoints: tuple[Path, ...] = ()
+    """run folders: their reward after alignment, and the paths of their policies"""
+    episodes: int = 50
+    """goals, each played by the expert, sub-optimally and at random"""
+    steps: int = 200
+    """environment steps of an episode"""
+    every: int = 4
+    """environment steps from one picture to the next"""
+    goal: Literal["fixed", "random"] | None = None
+    """default: as the first checkpoint was trained, else random"""
+    seed: NotNegativeInt | None = None
+    """of goals and behaviour; default: the first checkpoint's fixed goal, else unseen ones"""
+    camera_id: int = 2
+    """camera of the pictures"""
+    quality: Literal["fast", "paper"] = "fast"
+    """of the pictures; paper: MuJoCo's default, slow"""
+    run_code: bool = False
+    """execute the copies of scripts in the run folders; only for folders that you trust"""
+    workers: int = 0
+    """processes that play and draw; 0: one per core; no effect on the results"""
+    output: Path | None = None
+    """new folder; default: reports/<task>__<vlm>, with -2, -3 ... behind it if that exists"""
+
+
+# ------------------------------------------------------------------------------- data
+
+
+def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarray | None) -> Data:
+    """Play, draw and embed; pictures are embedded as they come, so that few are held.
+
+    `goal`: the goal picture as it is drawn, of which the VLM sees its own view.
+    """
+    view = view_for(vlm, METAWORLD)
+    if goal is not None:
+        goal_pixels = middle_pixels(goal[None])[0]
+        goal_embedding = np.asarray(vlm.embed_images(view.crop(goal[None])))[0]
+    embeddings, pixel_distance, success, first_success, first = [], [], [], [], None
+    jobs = [(scene, number) for number in range(episodes)]
+    before = dict(os.environ)
+    os.environ.update(WORKER_ENVIRONMENT)  # which processes get as they start
+    pool = multiprocessing.get_context("spawn").Pool(workers)
+    os.environ.clear()
+    os.environ.update(before)
+    with pool:
+        for drawn in pool.imap(_draw, jobs):
+            frames = view.crop(drawn.frames)
+            flat = frames.reshape(-1, *frames.shape[2:])
+            shape = drawn.success.shape
+            embeddings.append(np.asarray(vlm.embed_images(flat)).reshape(*shape, -1))
+            if goal is not None:
+                whole = drawn.frames.reshape(-1, *drawn.frames.shape[2:])
+                distance = np.linalg.norm(middle_pixels(whole) - goal_pixels, axis=-1)
+                pixel_distance.append(distance.reshape(shape))
+            success.append(drawn.success)
+            first_success.append(drawn.first_success)
+            first = frames if first is None else first
+    stacked = np.stack(embeddings)
+    distance = goal is not None and np.linalg.norm(stacked - goal_embedding, axis=-1)
+    return Data(stacked, np.stack(pixel_distance) if goal is not None else None,
+                distance if goal is not None else None, np.stack(success),
+                np.stack(first_success), first)
+
+
+def _draw(job: tuple[Scene, int]) -> Drawn:
+    return draw_episodes(*job)
+
+
+def middle_pixels(frames: np.ndarray) -> np.ndarray:
+    """The middle three quarters of whole pictures [n, size, size, 3] at 32 px, flat."""
+    import torch
+
+    middle = centre_view(frames.shape[1]).crop(frames)
+    return pixel_embedding(torch.from_numpy(middle).permute(0, 3, 1, 2).float() / 255)
+
+
+def cosine_similarity(text: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Eq. 2 of the FuRL paper: text [D], images [..., D] -> [...]."""
+    return images @ text / np.linalg.norm(text) / np.linalg.norm(images, axis=-1)
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def measure(reward: np.ndarray, data: Data, every: int, seed: int) -> dict[str, Any]:
+    """What one reward [E, 3, n] is worth on `data`; NaN where there is nothing to measure.
+
+    spearman: of reward and time from the start to the first success, per expert episode, the mean;
+    auc: P(a success frame scores above another one), over all frames, with the 95 % interval of a
+    bootstrap over goals; auc_suboptimal: the same against sub-optimal frames alone; fooled: share
+    of sub-optimal episodes with a failure frame that scores like a success (at least the median of
+    success frames); epic: Lemma 1, the states being those of all frames.
+    """
+    progress = []
+    for episode, first in zip(reward[:, EXPERT], data.first_success[:, EXPERT], strict=True):
+        until = episode[: max(first, 0) // every + 1]
+        if len(until) > 2:
+            progress.append(spearman(np.arange(len(until)), until))
+    progress = [value for value in progress if not math.isnan(value)]
+    goal, other = reward[data.success], reward[~data.success]
+    failures = ~data.success[:, SUBOPTIMAL]
+    highest = np.where(failures, reward[:, SUBOPTIMAL], -np.inf).max(1)[failures.any(1)]
+    rng = np.random.default_rng(seed)
+    resampled = []
+    for _ in range(200):
+        rows = rng.integers(0, len(reward), len(reward))
+        chosen, labels = reward[rows], data.success[rows]
+        resampled.append(auc(chosen[labels], chosen[~labels]))
+    return {
+        "spearman": float(np.mean(progress)) if progress else math.nan,
+        "spearman_standard_error": standard_error(np.array(progress)) if progress else math.nan,
+        "auc": auc(goal, other),
+        "auc_95": [float(x) for x in np.nanpercentile(resampled, [2.5, 97.5])]
+        if np.isfinite(resampled).any() else [math.nan, math.nan],
+        "auc_suboptimal": auc(goal, reward[:, SUBOPTIMAL][failures]),
+        "fooled": float(np.mean(highest >= np.median(goal)))
+        if len(goal) and len(highest) and np.isfinite(reward).all() else math.nan,
+        "epic": epic_distance(reward.ravel(), data.success.ravel()),
+    }
+
+
+ADVICE = {
+    "raw": {
+        "good": "It can serve as a dense reward as it is.",
+        "fuzzy": "It points in the right direction, but is not to be trusted alone: add it to the "
+                 "sparse reward and align it, as FuRL does.",
+        "misleading": "Do not use it as it is: it can lead an agent away from the task. Try "
+                      "another prompt or VLM.",
+    },
+    "checkpoint": {
+        "good": "At this checkpoint the run's reward is a good guide.",
+        "fuzzy": "At this checkpoint the run's reward is a guide with gaps.",
+        "misleading": "At this checkpoint the run's reward is no guide from start to success.",
+    },
+}
+
+
+def verdict(figures: dict[str, Any], kind: str = "raw") -> tuple[str, str]:
+    """(good, fuzzy, misleading or unknown; what that means in words) for `measure`'s figures."""
+    rises, separates, fooled = figures["spearman"], figures["auc"], figures["fooled"]
+    if math.isnan(rises) or math.isnan(separates):
+        return "unknown", ("The expert did not succeed often enough in these episodes to tell (try "
+                           "more --steps), or the reward is the same everywhere.")
+    text = (f"Along the expert's way the reward {'rises' if rises >= 0.2 else 'does not rise'} "
+            f"with progress (Spearman {rises:.2f}). A success frame scores higher than another "
+            f"frame in {separates:.0%} of all pairs, where guessing gives 50%.")
+    if not math.isnan(fooled):
+        text += (f" {fooled:.0%} of the sub-optimal episodes contain a failure that scores like a "
+                 "success.")
+    level = "fuzzy"
+    if rises < 0.2 or separates < 0.6:
+        level = "misleading"
+    elif rises >= 0.7 and separates >= 0.9 and (math.isnan(fooled) or fooled <= 0.2):
+        level = "good"
+    return level, f"{text} {ADVICE.get(kind, ADVICE['raw'])[level]}"
+
+
+def epic_by_alpha(text: np.ndarray, baseline: np.ndarray, data: Data) -> list[float] | None:
+    """EPIC distance for each of ALPHAS (Figure 4a); None where both texts mean the same."""
+    if means_the_same(text, baseline):
+        return None
+    images, labels = data.embeddings.reshape(-1, len(text)), data.success.ravel()
+    return [epic_distance(goal_baseline_reward(text, baseline, images, float(alpha)), labels)
+            for alpha in ALPHAS]
+
+
+def paths(trained: Trained, env_id: str) -> dict[str, list[np.ndarray]]:
+    """End-effector paths [T, 3], m, of the policy and of the expert on the same goals (Figure 2).
+
+    The run's own goal if that is fixed, else five that it has not seen.
+    """
+    goal = trained.args.goal
+    count, seed = (1, trained.args.seed) if goal == "fixed" else (
+        5, trained.args.seed + 2 * EVAL_SEED_OFFSET)
+    played = evaluate.play(trained, count, env_id=env_id, goal=goal, seed=seed)
+    expert, policy = [], expert_policy(env_id)
+    for index in range(count):
+        env = make_env(env_id, seed=seed, index=index, goal=goal, show_goal=True)
+        obs, way, left = env.reset()[0], [], MAX_EPISODE_STEPS
+        while left > 0:
+            way.append(obs[:3].copy())
+            obs, _, _, _, info = env.step(expert_action(policy, obs))
+            left = min(left - 1, 10) if info["success"] else left - 1
+        expert.append(np.array(way))
+    return {"policy": [played.obs[:, i, :3] for i in range(count)], "expert": expert}
+
+
+# ------------------------------------------------------------------------------- main
+
+
+def check(args: Args) -> None:
+    """Raises:
+        UserError: names the flag whose value cannot work.
+    """
+    check_ranges(args)
+    if args.episodes < 2 or args.every < 1 or args.workers < 0:
+        raise UserError("--episodes must be 2 or more, --every 1 or more, --workers not negative; "
+                        f"they are {args.episodes}, {args.every} and {args.workers}")
+    if not 4 * args.every <= args.steps <= MAX_EPISODE_STEPS - 1:
+        raise UserError(f"--steps must be four times --every {args.every} or more and below "
+                        f"{MAX_EPISODE_STEPS}, not {args.steps}")
+
+
+def distinct_names(folders: list[Path]) -> list[str]:
+    """The folders' last names; where two have the same one, as cells of a grid, their parents' too.
+
+    Raises:
+        UserError: a folder is there twice.
+    """
+    if len(set(folders)) < len(folders):
+        raise UserError("--checkpoints holds a folder twice")
+    for count in range(1, max((len(folder.parts) for folder in folders), default=1) + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def open_checkpoints(args: Args, env_id: str) -> list[Trained]:
+    """The runs of --checkpoints.
+
+    Raises:
+        UserError: one is no run, or of another task, VLM, camera or quality.
+    """
+    runs = [open_run(folder, run_code=args.run_code) for folder in args.checkpoints]
+    names = distinct_names([run.folder.resolve() for run in runs])
+    runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    for run in runs:
+        if run.args.env_id != env_id:
+            raise UserError(f"{run.folder} was trained on {run.args.env_id}, not on {env_id}")
+        if not run.has_vlm:
+            continue
+        settings = {"vlm": run.config["vlm"]["name"], **run.evaluation}
+        for name in ("vlm", "camera_id", "quality"):
+            ours, theirs = getattr(args, name), settings[name]
+            if ours != theirs:
+                raise UserError(f"{run.folder} was trained with --{name.replace('_', '-')} "
+                                f"{theirs}, not {ours}")
+    return runs
+
+
+def goal_picture(env_id: str, goal: str, seed: int, camera: Camera) -> np.ndarray | None:
+    """The expert's success: with the fixed goal, or with a random one that is not played here; None
+    where the expert fails, with the fifth random goal too."""
+    seeds = [seed] if goal == "fixed" else [seed + EVAL_SEED_OFFSET + i for i in range(5)]
+    for picture_seed in seeds:
+        try:
+            return goal_image(env_id, seed=picture_seed, goal=goal, camera=camera)
+        except UserError as error:
+            if "expert fails" not in str(error):
+                raise
+    return None
+
+
+def build_rewards(
+    data: Data, texts: dict[str, np.ndarray], runs: list[Trained], vlm: VLM
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Name -> (kind, reward [E, 3, n]) of all that is compared.
+
+    Raises:
+        UserError: one of them is not finite.
+    """
+    shape = data.success.shape
+    flat = data.embeddings.reshape(-1, vlm.embed_dim)
+    rewards = {f"“{prompt}”": ("raw", cosine_similarity(text, data.embeddings))
+               for prompt, text in texts.items()}
+    rewards |= {run.name: ("checkpoint", run.vlm_reward(vlm)(flat).reshape(shape))
+                for run in runs if run.has_vlm}
+    if data.goal_distance is not None:
+        rewards[f"goal picture, {vlm.name}"] = "goal picture", -data.goal_distance
+        rewards["goal picture, raw pixels"] = "goal picture", -data.pixel_distance
+    for name, (_, reward) in rewards.items():
+        check_finite(reward, f"the reward of {name}")
+    return rewards
+
+
+def comparable(figures: dict[str, Any], meaningless: set[str]) -> list[str]:
+    """The prompts of which one may be called the best: without those that the VLM does not know,
+    or that have no AUC."""
+    return [name for name, f in figures.items()
+            if f["kind"] == "raw" and name not in meaningless and math.isfinite(f["auc"])]
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Write the report; returns what its JSON holds."""
+    start = time.monotonic()
+    check(args)
+    env_id = resolve_env_id(args.env_id)
+    prompts = list(dict.fromkeys(prompt_for(env_id, p) for p in args.prompt or (None,)))
+    baseline_prompt = baseline_prompt_for(env_id, args.baseline_prompt)
+    default = Path("reports") / f"{env_id}__{args.vlm.replace('/', '-')}"
+    output = new_folder(args.output) if args.output else free_folder(default)
+    runs = open_checkpoints(args, env_id)
+    goal, seed = args.goal, args.seed
+    if goal is None:
+        goal = "fixed" if runs and runs[0].args.goal == "fixed" else "random"
+    if seed is None:
+        seed = runs[0].args.seed if runs else 0
+        if runs and goal == "random":  # goals that neither training nor its evaluations had
+            seed += 2 * EVAL_SEED_OFFSET
+    vlm = load_vlm(args.vlm, weights=args.vlm_weights)
+    view = view_for(vlm, METAWORLD)
+    for run in runs:
+        if run.has_vlm:
+            run.check_vlm(vlm)
+            if run.view != view:
+                raise UserError(f"{run.folder} was trained on another part of the picture "
+                                f"({run.view}) than a report shows ({view})")
+    camera = Camera(view.size, args.camera_id, args.quality)
+    notes = []
+    picture = goal_picture(env_id, goal, seed, camera)
+    if picture is None:
+        notes.append("Without a goal picture: the scripted expert fails on that goal.")
+    scene = Scene(env_id, goal, seed, args.steps, args.every, camera)
+    workers = min(args.workers or num_cores(), args.episodes)
+    data = collect(scene, args.episodes, workers, vlm, picture)
+    texts = dict(zip(prompts, vlm.embed_text(prompts), strict=True))
+    baseline = vlm.embed_text([baseline_prompt])[0]
+    rewards = build_rewards(data, texts, runs, vlm)
+    meaningless = {f"“{prompt}”" for prompt in prompts if not vlm.knows(prompt)}
+
+    figures: dict[str, Any] = {}
+    for reward_name, (kind, reward) in rewards.items():
+        measured = measure(reward, data, args.every, seed)
+        level, words = verdict(measured, kind)
+        if reward_name in meaningless:
+            level, words = "unknown", (f"{vlm.name} knows no word of this prompt: all such prompts "
+                                       "are the same to it, and the figures mean nothing.")
+        figures[reward_name] = {"kind": kind, **measured, "verdict": level, "in_words": words}
+    raw = comparable(figures, meaningless)
+    if len(raw) > 1:
+        best = max(raw, key=lambda n: figures[n]["auc"])
+        notes.append(f"Of the prompts, {best} separates success best (AUC "
+                     f"{cell(figures[best]['auc'])}).")
+    plain = figures.get("goal picture, raw pixels")
+    if plain and raw and plain["auc"] >= max(figures[n]["auc"] for n in raw):
+        notes.append("A goal picture compared in raw pixels separates success as well as the best "
+                     f"of these texts, or better (AUC {cell(plain['auc'])}).")
+    for run in runs:
+        if run.has_vlm and (run.args.goal, run.args.seed) != (goal, seed):
+            notes.append(f"{run.name} was trained with goal {run.args.goal} and seed "
+                         f"{run.args.seed}; this report plays goal {goal}, seed {seed}.")
+    epic = {p: epic_by_alpha(text, baseline, data) for p, text in texts.items()}
+    epic = {p: curve for p, curve in epic.items() if curve is not None}
+    ways = {f"{run.name}, {run.env_steps:,} steps": paths(run, env_id) for run in runs}
+    succeeded = (data.first_success >= 0).mean(0)
+    goals = f"{args.episodes} random goals"
+    if goal == "fixed":
+        goals = f"one goal, {args.episodes} episodes of each behaviour"
+        notes.append("With one goal, standard errors and intervals are those of noise in the "
+                     "behaviour; other goals may differ more.")
+    results = {
+        "env_id": env_id, "instruction": prompt_for(env_id, None), "vlm": vlm.name,
+        "vlm_id": vlm.id, "goal": goal, "seed": seed,
+        "setting": f"{goals} (seed {seed}), {args.steps} steps, a picture every {args.every}; "
+                   "success: " + ", ".join(
+                       f"{kind} {share:.0%}" for kind, share in zip(KINDS, succeeded, strict=True)),
+        "success": dict(zip(KINDS, map(float, succeeded), strict=True)),
+        "success_frames": int(data.success.sum()), "frames": int(data.success.size),
+        "rewards": figures, "notes": notes, "baseline_prompt": baseline_prompt,
+        "epic_by_alpha": {"alpha": ALPHAS.tolist(), **epic},
+        "args": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()
+                 if k != "checkpoints"} | {"checkpoints": [str(c) for c in args.checkpoints]},
+        "commit": git_commit(), "versions": versions(),
+    }
+    plotted = {n: r for n, (_, r) in rewards.items()}
+    text_rewards = {n: r for n, (kind, r) in rewards.items() if kind != "goal picture"}
+    drawn: dict[str, Callable[[], Any]] = {
+        "curves": lambda: plot_curves(plotted, data, args.every),
+        "frames": lambda: plot_frames(text_rewards, data, args.every),
+        "histograms": lambda: plot_histograms(plotted, data),
+    }
+    if epic and data.success.any():
+        drawn["epic"] = lambda: plot_epic(ALPHAS, epic)
+    if ways:
+        drawn["paths"] = lambda: plot_paths(ways)
+    with written_whole(output) as folder:
+        write(folder, results, drawn)
+    print_report(results)
+    print(f"written in {time.monotonic() - start:.0f} s: {output / 'report.html'}")
+    return results
+
+
+def write(output: Path, results: dict[str, Any], drawn: dict[str, Callable[[], Any]]) -> None:
+    import matplotlib.pyplot as plt
+
+    pictures = {}
+    for name, draw in drawn.items():
+        figure = draw()
+        path = output / f"{name}.png"
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+        pictures[name] = path.read_bytes()
+    (output / "report.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
+    (output / "report.html").write_text(page(results, pictures))
+
+
+def print_report(results: dict[str, Any]) -> None:
+    print(results["setting"])
+    rows = [["reward", *COLUMNS], *table_rows(results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)))
+    for name, f in results["rewards"].items():
+        if f["kind"] != "goal picture":
+            print(f"{name}: {f['verdict']}. {f['in_words']}")
+    for note in results["notes"]:
+        print(f"note: {note}")
+
+
+if __name__ == "__main__":
+    run_script(main, Args)
