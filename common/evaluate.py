@@ -10,6 +10,7 @@ import numpy as np
 from common.envs.rendering import Camera
 from common.envs.suites import suite_for
 from common.errors import UserError
+from common.flags import Goal
 
 # Evaluation goals of random-goal runs come from another seed than the goals of training.
 EVAL_SEED_OFFSET = 1_000_003
@@ -17,7 +18,7 @@ VIDEO_CAMERA = Camera(size=256)
 VIDEO_FPS = 40  # half of Meta-World's 80 steps a second of simulated time: fast, yet readable
 
 
-def all_same(env_id: str, goal: str) -> bool:
+def all_same(env_id: str, goal: Goal) -> bool:
     """Whether all episodes of one policy's mean action are the same, so that one tells all."""
     return goal == "fixed" and not suite_for(env_id).starts_differ
 
@@ -53,7 +54,7 @@ class Evaluator:
         env_id: str,
         *,
         seed: int,
-        goal: str,
+        goal: Goal,
         num_episodes: int,
         num_envs: int | None = None,
         camera: Camera = VIDEO_CAMERA,

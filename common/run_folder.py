@@ -4,9 +4,9 @@
     <script>.py     the script as it was then
     metrics.csv     env_steps,key,value
     lock            held by the process that writes to the folder
-    tensorboard/    checkpoints/    policies/    videos/
+    tensorboard/    checkpoints/    policies/    videos/    evaluations/ (of tools.evaluate)
 
-Only this module knows these names. It is imported by programs that look after many runs, and so
+All else has these names from here. It is imported by programs that look after many runs, and so
 loads neither JAX nor torch.
 """
 
@@ -42,6 +42,7 @@ _LOCKS: dict[Path, TextIO] = {}  # the run folders that this process writes to
 
 
 # ------------------------------------------------------------------- a new run, and its lock
+
 
 def check_run_dir(run_dir: str | None) -> None:
     """Refuse a run folder that cannot be used, before anything is built; nothing is written.
