@@ -14,7 +14,7 @@ from typing import Any
 import gymnasium
 import mujoco
 import numpy as np
-from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.envs.mujoco import MujocoEnv, mujoco_rendering
 from PIL import Image
 
 from common.envs import contract, vlm_rm_tasks
@@ -23,6 +23,7 @@ from common.envs.suite import Suite
 from common.envs.workers import VecEnv
 from common.errors import UserError
 from common.flags import Goal, flag_of
+from common.system import GL
 
 DEFAULT_MAX_EPISODE_STEPS = 1_000  # where an environment has no limit
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -36,6 +37,8 @@ STATELESS = (
 )
 
 vlm_rm_tasks.register()
+# Gymnasium's own renderer does not know what draws on macOS.
+mujoco_rendering._ALL_RENDERERS.setdefault(GL, mujoco.GLContext)
 
 
 def knows(env_id: str) -> bool:
