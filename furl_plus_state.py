@@ -37,7 +37,7 @@ from common.vlms import VLM, load_vlm, view_for
 from common.vlms.task import VLMInputs, load_inputs
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-RELAY_STREAM = 1  # of random numbers on the host, beside the seed
+RELAY_STREAM = 1  # with the seed: name of a stream of random numbers on the host
 EPISODE_LENGTH = MAX_EPISODE_STEPS  # all episodes begin and end together
 
 
@@ -58,7 +58,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     tau: flags.Fraction = 0.01  # step of the target critics
     actor_tau: flags.Fraction = 0.001  # of the averaged actor, which is evaluated; 1: no average
     init_temperature: flags.PositiveFloat = 0.01  # temperature before learning
-    init_q: flags.FiniteFloat = -100.0  # what the critics say before learning; added to them
+    init_q: flags.FiniteFloat = -100.0  # added to the critics' output: values before learning
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     layer_norm: bool = True  # in the critics, against overestimated values (Ball et al., 2023)
     # --- VLM reward
@@ -88,7 +88,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     lag: flags.PositiveInt = 10  # k of Eq. 4, environment steps
     reward_margin: flags.NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
     l2_margin: flags.NotNegativeFloat = 0.2  # margin on the distance to the goal image in Eq. 5
-    embedding_buffer_size: flags.PositiveInt = 100_000  # frames for the ranking losses, each kind
+    embedding_buffer_size: flags.PositiveInt = 100_000  # frames kept of positives, of negatives
     # --- the search, and relay
     search_until: flags.NotNegativeInt = 2_500  # positive samples at which the search ends
     relay: bool = True  # --no-relay: the FuRL agent searches alone
@@ -98,36 +98,28 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
 
 
 def check_alignment(args: Args, episode_length: int) -> None:
-    """Whether the alignment can begin, and which of its flags are idle.
-
-    Raises:
-        UserError: an episode of `episode_length` actions has no place in its buffer, or Eq. 4 could
-            never take its turn.
-    """
-    frames = args.embedding_buffer_size
+    """Name flags without effect; UserError if the alignment could never begin."""
+    flags.note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
+                    "l2_margin")
+    frames, lag = args.embedding_buffer_size, args.lag
     if frames < episode_length:
         raise UserError(f"--embedding-buffer-size must hold an episode, {episode_length} frames or "
                         f"more, not {frames}")
-    flags.note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
-                    "l2_margin")
     if not args.align:
         return
     flags.note_idle(args, "goal_image", "l2_margin")
     flags.note_idle(args, "stage2", "stage2_after", "lag")
-    if not args.stage2:
-        if not args.goal_image:
-            print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
-                  "heads stay random")
-        return
-    if args.lag >= episode_length:
+    if not args.stage2 and not args.goal_image:
+        print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
+              "heads stay random")
+    if args.stage2 and lag >= episode_length:
         raise UserError(f"--lag must be below the length of an episode, {episode_length}, not "
-                        f"{args.lag}: no frame would have one to be compared with")
-    # Of a buffer full of whole episodes the first `lag` frames of each do not count.
-    most = frames * (episode_length - args.lag) // episode_length
-    if args.stage2_after > most:
+                        f"{lag}: no frame would have one to be compared with")
+    most = frames * (episode_length - lag) // episode_length  # the first `lag` do not count
+    if args.stage2 and args.stage2_after > most:
         raise UserError(f"--stage2-after must be at most {most}, not {args.stage2_after}: more "
-                        f"positives after --lag {args.lag} steps are not in an "
-                        f"--embedding-buffer-size of {frames}")
+                        f"positives after --lag {lag} steps are not in an --embedding-buffer-size "
+                        f"of {frames}")
 
 
 # ------------------------------------------------------------------------------ state

@@ -45,7 +45,7 @@ from common.run import start_run
 from common.vlms import VLM, load_vlm, view_for
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-ACTION_STREAM = 0  # of random numbers on the host, beside the seed
+ACTION_STREAM = 0  # with the seed: name of a stream of random numbers on the host
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
-    init_q: flags.FiniteFloat = 0.0  # with --task-reward: what the critics say before learning
+    init_q: flags.FiniteFloat = 0.0  # with --task-reward: added to the critics' output
     tune_temperature: bool = True  # --no-tune-temperature: it stays as it was, as in VLM-RM
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
@@ -375,7 +375,7 @@ def embed_task(vlm: VLM, args: Args) -> VLMInputs:
     if args.alpha > 0 and cosine_similarity(text, baseline[None])[0] > 0.9999:
         raise UserError(f"--baseline-prompt {prompts[1]!r} means the same as the prompt "
                         f"{prompts[0]!r} to this VLM: there is no line through both")
-    key = jax.random.split(jax.random.key(args.seed), 4)[3]  # the others are those of `main`
+    key = jax.random.fold_in(jax.random.key(args.seed), 3)  # none of those that `main` splits off
     projection = Projection(args.projection_features).init(key, text, text[None])
     return VLMInputs(text, baseline, projection)
 

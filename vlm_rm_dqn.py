@@ -43,7 +43,7 @@ from common.replay import Ring, Sizes, Transition
 from common.run import start_run
 from common.vlms import VLM, load_vlm, view_for
 
-ACTION_STREAM = 0  # of random numbers on the host, beside the seed
+ACTION_STREAM = 0  # with the seed: name of a stream of random numbers on the host
 MAX_GRADIENT_NORM = 10.0  # stable-baselines3's
 
 

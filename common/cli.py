@@ -14,14 +14,11 @@ from common.cache import keep_compiled_programs
 from common.cores import share_cores
 from common.envs.workers import WorkerError
 from common.errors import UserError
-from common.flags import flag_of, has_type, parse
+from common.flags import MAY_CHANGE, flag_of, has_type, parse
 from common.run_folder import read_config
 
 ArgsT = TypeVar("ArgsT")
 
-# What a resumed run may change; anything else would make it another run.
-MAY_CHANGE = {"resume", "total_timesteps", "eval_every", "checkpoint_every", "log_every", "track",
-              "wandb_project", "wandb_entity", "capture_video", "drop_replay"}
 # Of the disk: what a user must mend, and what may be otherwise when the run is tried again.
 DISK_ERRORS = {errno.EROFS, errno.EACCES, errno.EFBIG}
 PASSING_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}

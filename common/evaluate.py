@@ -10,6 +10,7 @@ import numpy as np
 from common.envs.rendering import Camera
 from common.envs.suites import suite_for
 from common.errors import UserError
+from common.flags import Goal
 
 # Evaluation goals of random-goal runs come from another seed than the goals of training.
 EVAL_SEED_OFFSET = 1_000_003
@@ -17,7 +18,7 @@ VIDEO_CAMERA = Camera(size=256)
 VIDEO_FPS = 40  # half of Meta-World's 80 steps a second of simulated time: fast, yet readable
 
 
-def all_same(env_id: str, goal: str) -> bool:
+def all_same(env_id: str, goal: Goal) -> bool:
     """Whether all episodes of one policy's mean action are the same, so that one tells all."""
     return goal == "fixed" and not suite_for(env_id).starts_differ
 
@@ -53,7 +54,7 @@ class Evaluator:
         env_id: str,
         *,
         seed: int,
-        goal: str,
+        goal: Goal,
         num_episodes: int,
         num_envs: int | None = None,
         camera: Camera = VIDEO_CAMERA,
@@ -78,7 +79,7 @@ class Evaluator:
             num_workers=num_workers,
         )
         self._start = self.envs.get_state()
-        self._shows_lengths = suite.shows_returns
+        self._lengths_differ = suite.lengths_differ
         self.settings = {
             "frame_stack": frame_stack, "frame_size": camera.size if frame_stack else 0,
             "camera_id": camera.id, "quality": camera.quality, "action_repeat": action_repeat,
@@ -111,8 +112,9 @@ class Evaluator:
             the means over the episodes: `eval/success_once`: success at any step (Meta-World's own
             definition); `eval/success_at_end`: at the last step (the FuRL paper's); `eval/return`:
             the sum of the task's reward, where that is sparse the number of steps in success (of
-            the policy's, if actions repeat); `eval/length`: the number of steps, where they are
-            shown. `episodes` then has these of each episode, [num_episodes], without `eval/`.
+            the policy's, if actions repeat); `eval/length`: the number of steps, where a suite's
+            episodes differ in that. `episodes` then has these of each episode, [num_episodes],
+            without `eval/`.
         """
         self.envs.set_state(self._start)
         rounds = []
@@ -126,7 +128,7 @@ class Evaluator:
         if pictures and video_path is not None:
             write_video(video_path, pictures[:: 1 if self._action_repeat > 1 else 2])
         means = {f"eval/{name}": values.mean() for name, values in self.episodes.items()}
-        if not self._shows_lengths:
+        if not self._lengths_differ:
             del means["eval/length"]
         return means
 

@@ -35,6 +35,9 @@ GOALS: tuple[Goal, ...] = typing.get_args(Goal)
 
 LARGEST = 2**31 - 1  # counters on the device are int32
 LEAST_COLUMNS = 40  # of a terminal, for a help text
+# What a resumed run may change; anything else would make it another run.
+MAY_CHANGE = {"resume", "total_timesteps", "eval_every", "checkpoint_every", "log_every", "track",
+              "wandb_project", "wandb_entity", "capture_video", "drop_replay"}
 
 
 @dataclass(frozen=True)

@@ -327,14 +327,15 @@ def test_a_squeezed_picture_keeps_its_borders():
 
 
 def test_prompts_are_table_3s():
-    assert suite.prompt_for("CartPoleEndless-v1", None) == (
+    assert suite.SUITE.prompt_for("CartPoleEndless-v1", None) == (
         "pole vertically upright on top of the cart")
-    assert suite.baseline_prompt_for("MountainCarTextured-v0", None) == "a car in the mountain"
-    assert suite.prompt_for("Reacher-v5", " touch the ball ") == "touch the ball"
+    baseline = suite.SUITE.baseline_prompt_for("MountainCarTextured-v0", None)
+    assert baseline == "a car in the mountain"
+    assert suite.SUITE.prompt_for("Reacher-v5", " touch the ball ") == "touch the ball"
     with pytest.raises(UserError, match="Reacher-v5 has no prompt of its own: give --prompt"):
-        suite.prompt_for("Reacher-v5", None)
+        suite.SUITE.prompt_for("Reacher-v5", None)
     with pytest.raises(UserError, match="--baseline-prompt must not be empty"):
-        suite.baseline_prompt_for("CartPole-v1", " ")
+        suite.SUITE.baseline_prompt_for("CartPole-v1", " ")
     for task in vlm_rm_tasks.TASKS.values():
         gymnasium.spec(task.evaluated_on)
 

@@ -26,13 +26,14 @@ OBS_DIM, ACTION_DIM = 39, 4
 OBJECT = slice(4, 7)  # of an observation: where the object is, or its part that moves, meters
 GOAL = slice(36, 39)  # zeros where the goal is hidden
 MAX_EPISODE_STEPS = 500  # Meta-World's own limit, the same for all tasks
-EXPERT_NOISE, EXPERT_STREAM = 0.1, 2  # std on `Experts`' actions; of numbers, beside the seed
+EXPERT_NOISE = 0.1  # standard deviation of what is added to the actions of `Experts`
+EXPERT_STREAM = 2  # beside the seed it names their stream of random numbers; scripts have 0 and 1
 # What tasks move in the model itself when they are reset.
 MODEL_FIELDS = ("body_pos", "body_quat", "site_pos", "site_quat", "geom_pos", "geom_quat",
                 "eq_data")
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
-# Some tasks keep views of these arrays as attributes, so that what they call an initial position
-# moves along with the simulation.
+# Arrays of the simulator, which each step changes. Some tasks have an attribute that is a view of a
+# part of one (so that an "initial position" moves). When restored it must be a view again.
 VIEWED_FIELDS = ("xpos", "xipos", "site_xpos", "geom_xpos")
 
 
@@ -181,8 +182,9 @@ def set_env_state(env, state: dict[str, Any]) -> None:
         setattr(env, name, getattr(env.data, field).reshape(-1)[start : start + size])
     env.np_random.bit_generator.state = state["rng"]
     mujoco.mj_setState(env.model, env.data, state["physics"], PHYSICS)
-    mujoco.mj_forward(env.model, env.data)  # derived quantities; it also moves the warm start ...
-    mujoco.mj_setState(env.model, env.data, state["physics"], PHYSICS)  # ... which is put back
+    mujoco.mj_forward(env.model, env.data)  # computes what depends on the state ...
+    # ... and changes a part of it, the solver's starting point for the next step: set it again.
+    mujoco.mj_setState(env.model, env.data, state["physics"], PHYSICS)
 
 
 def elapsed_steps(env) -> int:
@@ -245,23 +247,13 @@ def goal_image(env_id: str, *, seed: int, goal: Goal, camera: Camera) -> np.ndar
 
 
 SUITE = Suite(
-    resolve_env_id=resolve_env_id,
-    prompt_for=prompt_for,
-    baseline_prompt_for=baseline_prompt_for,
-    default_vlm=lambda env_id: "mini",
-    evaluated_on=lambda env_id: env_id,
-    make_vec=VecMetaWorld,
+    resolve_env_id, prompt_for, baseline_prompt_for,
+    default_vlm=lambda env_id: "mini", evaluated_on=lambda env_id: env_id, make_vec=VecMetaWorld,
     cameras=("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV"),
-    default_camera=2,  # the paper's
-    crops_border=True,  # as the authors do
+    default_camera=2, crops_border=True,  # as in the paper
+    reward_shift=-1.0,  # B.2 of the paper
+    starts_differ=False, lengths_differ=False, shows_returns=False,
     sparse_reward=True,  # Meta-World's own reward is not used
-    reward_shift=-1.0,  # B.2 of the FuRL paper
-    starts_differ=False,
-    shows_returns=False,
-    evaluated_by_return=False,
-    make_env=make_env,
-    make_draw=make_draw,
-    elapsed_steps=elapsed_steps,
-    get_env_state=get_env_state,
-    set_env_state=set_env_state,
+    make_env=make_env, make_draw=make_draw, elapsed_steps=elapsed_steps,
+    get_env_state=get_env_state, set_env_state=set_env_state,
 )

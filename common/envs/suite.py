@@ -9,57 +9,36 @@ import numpy as np
 from common.envs.rendering import Camera
 from common.errors import UserError
 
-Draw = Callable[..., np.ndarray]  # draw(env, first=False) -> uint8 [size, size, 3]
+# draw(env, first=False) -> uint8 [size, size, 3]; `first`: before an episode's first step
+Draw = Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite is a module of this folder that has one of these, named SUITE.
+    """A module of this folder that is a suite has one of these, named SUITE. `env_id` is an id as
+    `resolve_env_id` returns it; functions that raise raise UserError."""
 
-    Attributes:
-        resolve_env_id: a name as users give it -> the environment's id. Raises UserError.
-        prompt_for, baseline_prompt_for: (id, text or None for the task's own) -> the instruction,
-            and what the scene is whatever the goal. Raise UserError.
-        default_vlm: id -> the embedded VLM that knows its pictures.
-        evaluated_on: id -> the environment that its policies are evaluated on.
-        make_vec: (id, number of environments, *, seed, goal, camera, and options of `VecEnv`) ->
-            environments in worker processes, a `VecEnv`.
-        cameras, default_camera: names of what draws pictures, and the number of the usual one.
-        crops_border: whether a VLM is shown the middle of a picture only, see `view_for`.
-        sparse_reward: the reward is 1 on success and else 0, whatever `step` returns.
-        reward_shift: what is added to a reward before it is learned from.
-        starts_differ: episodes with a fixed goal begin in different states.
-        shows_returns: returns and lengths of episodes are shown, as successes do not say it all.
-        evaluated_by_return: `tools.evaluate` judges a policy by its returns.
-        make_env: (id, *, seed, index, options) -> environment number `index`, whatever the worker
-            that it is in. It has Gymnasium's `reset` and `step`. Where `step`'s info has neither
-            `success` nor `is_success`, there is no success.
-        make_draw: (environment, camera) -> what draws it; `first`: before an episode's steps.
-        elapsed_steps: environment -> physics steps since the episode began.
-        get_env_state: environment -> everything that its next steps depend on.
-        set_env_state: (environment, state) -> None, or the first observation where a new episode
-            had to begin.
-    """
-
-    resolve_env_id: Callable[[str], str]
-    prompt_for: Callable[[str, str | None], str]
-    baseline_prompt_for: Callable[[str, str | None], str]
-    default_vlm: Callable[[str], str]
-    evaluated_on: Callable[[str], str]
-    make_vec: Callable[..., Any]
-    cameras: tuple[str, ...]
-    default_camera: int
-    crops_border: bool
-    sparse_reward: bool
-    reward_shift: float
-    starts_differ: bool
-    shows_returns: bool
-    evaluated_by_return: bool
-    # What workers use.
-    make_env: Callable[..., Any]
-    make_draw: Callable[[Any, Camera], Draw]
-    elapsed_steps: Callable[[Any], int]
-    get_env_state: Callable[[Any], dict[str, Any]]
+    # For everyone.
+    resolve_env_id: Callable[[str], str]  # a name as users give it -> env_id; may raise
+    prompt_for: Callable[[str, str | None], str]  # env_id, text or None: the task's own; may raise
+    baseline_prompt_for: Callable[[str, str | None], str]  # the same of what is always in the scene
+    default_vlm: Callable[[str], str]  # env_id -> the embedded VLM that knows its pictures
+    evaluated_on: Callable[[str], str]  # env_id -> the one that its policies are evaluated on
+    make_vec: Callable[..., Any]  # env_id, num_envs, seed=, goal=, camera=, options -> VecEnv
+    cameras: tuple[str, ...]  # names of what draws pictures
+    default_camera: int  # its number
+    crops_border: bool  # a VLM is shown only the middle of a picture, see `view_for`
+    reward_shift: float  # added to a reward before it is learned from
+    starts_differ: bool  # also with a fixed goal, episodes begin in different states
+    lengths_differ: bool  # episodes may end before their time is up
+    shows_returns: bool  # a run shows returns, because successes do not say it all
+    # For workers. Where `step`'s info has neither `success` nor `is_success`, there is no success.
+    sparse_reward: bool  # the reward is 1 on success and else 0, whatever `step` returns
+    make_env: Callable[..., Any]  # env_id, seed=, index=, options -> the same in whatever worker
+    make_draw: Callable[[Any, Camera], Draw]  # for all environments of this one's task
+    elapsed_steps: Callable[[Any], int]  # physics steps since the episode began
+    get_env_state: Callable[[Any], dict[str, Any]]  # everything that the next steps depend on
+    # None, or a first observation, where the state of an episode is unknown and a new one begins.
     set_env_state: Callable[[Any, dict[str, Any]], np.ndarray | None]
 
     def check_camera(self, camera_id: int) -> None:

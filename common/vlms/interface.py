@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
     from common.envs.suite import Suite
 
-# Those that ship with the repository: module in this folder, class.
-EMBEDDED = {"mini": ("mini", "Mini"), "toy": ("toy", "Toy"), "poses": ("toy", "Poses")}
+EMBEDDED = ("mini", "toy", "poses")  # those that ship with the repository
 MAX_BATCH = 32  # frames per forward pass: RN50 needs some 50 MB each
 
 

@@ -1,6 +1,5 @@
 """`load_vlm`: a frozen VLM by its name."""
 
-import importlib
 from pathlib import Path
 
 from common.errors import UserError
@@ -47,10 +46,10 @@ def load_vlm(
     settings = {"name": name, "weights": weights and str(weights.resolve()),
                 "pretrained": pretrained, "seed": seed}
     if name in EMBEDDED:
-        from common.vlms.mini import MiniVLM
+        from common.vlms.mini import Mini, MiniVLM
+        from common.vlms.toy import Poses, Toy
 
-        module, kind_name = EMBEDDED[name]
-        kind = getattr(importlib.import_module(f"common.vlms.{module}"), kind_name)
+        kind = {"mini": Mini, "toy": Toy, "poses": Poses}[name]
         vlm: VLM = MiniVLM(weights, pretrained, torch.device(device), seed, kind)
     else:
         from common.vlms.openclip_vlm import load_open_clip

@@ -21,7 +21,7 @@ class Toy(Mini):
     """The image and the text encoder."""
 
     weights = Path(__file__).with_name("toy.safetensors")
-    view = f"{FRAME_SIZE}px"
+    seen = f"{FRAME_SIZE}px"
     frame_size = FRAME_SIZE
 
     def build_image_encoder(self) -> None:

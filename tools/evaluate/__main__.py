@@ -360,7 +360,7 @@ def main(args: Args) -> dict[str, Any]:
                         f"{args.episodes} and {args.videos}")
     check_ranges(args)
     trained = open_run(args.run, args.step, args.run_code)
-    if suite_for(trained.args.env_id).evaluated_by_return:
+    if suite_for(trained.args.env_id).shows_returns:
         return evaluate_returns(trained, args)
     env_id = resolve_env_id(args.env_id or trained.args.env_id)
     goal = args.goal or trained.args.goal

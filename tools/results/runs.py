@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import MAY_CHANGE, flag_of
 from common.envs.metaworld_tasks import ENV_IDS
 from common.errors import UserError
+from common.flags import MAY_CHANGE, flag_of
 from common.names import distinct_name, file_name, folder_name
 from common.run_folder import CONFIG, METRICS, read_config, read_metrics
 
