@@ -283,6 +283,7 @@ class Progress:
     total: int | None = None
     speed: float | None = None  # steps a second, lately
     success: float | None = None  # eval/success_once of the last evaluation
+    mean_return: float | None = None  # its eval/return
 
     @property
     def seconds_left(self) -> float | None:
@@ -339,4 +340,5 @@ def read_progress(run_dir: Path) -> Progress:
     values = {key: value for _, key, value in rows}
     steps = rows[-1][0] if rows else 0
     return Progress(max(steps, saved_steps(run_dir) or 0), planned_steps(run_dir),
-                    values.get("time/steps_per_second"), values.get("eval/success_once"))
+                    values.get("time/steps_per_second"), values.get("eval/success_once"),
+                    values.get("eval/return"))

@@ -478,6 +478,8 @@ def test_folders_are_replaced_whole_or_joined(tmp_path):
     assert write("b", fails=True) == ["a"] and write("b") == ["b"]
     assert write("c", keep=True) == ["b", "c"] and write("d", True, keep=True) == ["b", "c"]
     assert folders.writable_folder(folder) == folder
+    assert folders.free_folder(folder) == tmp_path / "out-2"
+    assert folders.free_folder(tmp_path / "new") == tmp_path / "new"
     with pytest.raises(UserError, match="is no folder: choose another --output"):
         folders.writable_folder(folder / "c")
 

@@ -294,6 +294,16 @@ def test_a_run_that_someone_was_quicker_to_start_is_waited_for(tmp_path, monkeyp
     assert (cell_folder / "starts").read_text() == "x"
 
 
+@pytest.mark.parametrize(("task", "success", "mean_return", "shown"), [
+    ("reach-v3", 0.0, 0.0, "success 0%"), ("CartPole-v1", 0.0, 312.25, "return 312.2"),
+    ("Humanoid-v5", 0.25, 90.0, "success 25%"), ("reach-v3", None, None, "-"),
+])
+def test_success_is_shown_where_it_exists(task, success, mean_return, shown):
+    run = run_folder.Progress(success=success, mean_return=mean_return)
+    assert grid.last_evaluation(task, run) == shown
+    assert Cell(f"method/{task}/0", "", (), Path()).task == task
+
+
 def test_progress_is_read_from_the_folder(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"args": {"env_id": "reach-v3", "total_timesteps": 3000}}')

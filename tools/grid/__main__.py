@@ -27,12 +27,12 @@ from typing import Annotated, Any, Literal, TextIO
 import tyro
 
 from common.cores import OVERRIDE
-from common.envs.metaworld_tasks import MT10, resolve_env_id
+from common.envs.metaworld_tasks import ENV_IDS, MT10, resolve_env_id
 from common.errors import UserError
 from common.flags import RunArgs, parse
 from common.logger import format_duration
 from common.names import LONGEST, distinct_name, marked
-from common.run_folder import is_finished, is_in_use, read_progress
+from common.run_folder import Progress, is_finished, is_in_use, read_progress
 from tools.grid.cells import Cell, Outcome
 from tools.grid.engines import RayEngine, SlurmEngine, share_of
 from tools.grid.paper_tables import METHODS, PRESETS, TABLES, Method
@@ -263,6 +263,13 @@ def write_grid(output: Path, grid: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------- progress
 
 
+def last_evaluation(task: str, run: Progress) -> str:
+    """A run's success, or its return where the environment may know no success."""
+    if run.success or (task in ENV_IDS and run.success is not None):
+        return f"success {run.success:.0%}"
+    return "-" if run.mean_return is None else f"return {run.mean_return:.4g}"
+
+
 class Screen:
     """A table that refreshes itself on a terminal, and lines where nobody watches."""
 
@@ -305,7 +312,7 @@ class Screen:
             rows.append((
                 cell.name, f"{run.steps:,}/{run.total or 0:,}",
                 "-" if run.speed is None else f"{run.speed:.0f}",
-                "-" if run.success is None else f"{run.success:.0%}",
+                last_evaluation(cell.task, run),
                 "-" if run.seconds_left is None else format_duration(run.seconds_left),
             ))
         counts = Counter(outcome.state for outcome in self.outcomes.values())
@@ -313,14 +320,15 @@ class Screen:
         summary = ", ".join([*(f"{n} {state}" for state, n in sorted(counts.items())),
                              f"{len(running)} running", f"{waiting} waiting or starting"])
         if not self.live:
-            for name, steps, speed, success, left in rows:
-                self.say(f"running   {name}: {steps} steps, {speed} steps/s, success {success}, "
-                         f"{left} left")
+            for name, steps, speed, evaluation, left in rows:
+                self.say(f"running   {name}: {steps} steps, {speed} steps/s, last evaluation: "
+                         f"{evaluation}, {left} left")
             self.say(summary)
             return
         from rich.table import Table
 
-        table = Table("run", "steps", "steps/s", "success", "time left", caption=summary)
+        table = Table("run", "steps", "steps/s", "last evaluation", "time left",
+                      caption=summary)
         for row in rows[: self.ROWS]:
             table.add_row(*row)
         self.live.update(table, refresh=True)

@@ -33,6 +33,10 @@ class Cell:
     flags: tuple[str, ...]
     folder: Path
 
+    @property
+    def task(self) -> str:
+        return "/".join(self.name.split("/")[1:-1])  # an environment's id may hold one
+
     def command(self) -> list[str]:
         """What a user would type after `python`: to begin, or to go on where it was saved."""
         if saved_steps(self.folder) is not None:

@@ -62,7 +62,7 @@ from tools.reward_report.page import (
     plot_paths,
     table_rows,
 )
-from tools.shared.folders import new_folder, written_whole
+from tools.shared.folders import free_folder, new_folder, written_whole
 from tools.shared.measures import (
     auc,
     check_finite,
@@ -111,7 +111,7 @@ class Args:
     workers: int = 0
     """processes that play and draw; 0: one per core; no effect on the results"""
     output: Path | None = None
-    """new folder; default: reports/<task>__<vlm>"""
+    """new folder; default: reports/<task>__<vlm>, with -2, -3 ... behind it if that exists"""
 
 
 # ------------------------------------------------------------------------------- data
@@ -382,8 +382,8 @@ def main(args: Args) -> dict[str, Any]:
     env_id = resolve_env_id(args.env_id)
     prompts = list(dict.fromkeys(prompt_for(env_id, p) for p in args.prompt or (None,)))
     baseline_prompt = baseline_prompt_for(env_id, args.baseline_prompt)
-    name = f"{env_id}__{args.vlm.replace('/', '-')}"
-    output = new_folder(args.output or Path("reports") / name)
+    default = Path("reports") / f"{env_id}__{args.vlm.replace('/', '-')}"
+    output = new_folder(args.output) if args.output else free_folder(default)
     runs = open_checkpoints(args, env_id)
     goal, seed = args.goal, args.seed
     if goal is None:

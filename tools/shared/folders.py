@@ -1,5 +1,6 @@
 """Folders of results, which are written whole or not at all."""
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,16 @@ def new_folder(path: Path) -> Path:
     if path.exists():
         raise UserError(f"{path} exists: choose another --output")
     return writable_folder(path)
+
+
+def free_folder(path: Path) -> Path:
+    """The first of `path`, `path`-2, `path`-3 ... where nothing is yet; it is not made yet.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return writable_folder(next(p for p in itertools.chain([path], names) if not p.exists()))
 
 
 def writable_folder(path: Path) -> Path:
