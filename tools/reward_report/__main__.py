@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +41,6 @@ from common.flags import NotNegativeInt, check_ranges
 from common.versions import git_commit, versions
 from common.vlms import VLM, load_vlm, view_for
 from common.vlms.interface import centre_view
-from tools.evaluate import __main__ as evaluate
 from tools.evaluate.trained import Trained, open_run
 from tools.reward_report.episodes import (
     EXPERT,
@@ -264,7 +264,10 @@ def paths(trained: Trained, env_id: str) -> dict[str, list[np.ndarray]]:
     goal = trained.args.goal
     count, seed = (1, trained.args.seed) if goal == "fixed" else (
         5, trained.args.seed + 2 * EVAL_SEED_OFFSET)
-    played = evaluate.play(trained, count, env_id=env_id, goal=goal, seed=seed)
+    where = {"env_id": env_id, "goal": goal, "seed": seed}
+    with closing(trained.evaluator(num_episodes=count, **where)) as evaluator:
+        evaluator(trained.policy)
+    states = trained.play_again(np.array(evaluator.actions), **where).states
     expert, policy = [], expert_policy(env_id)
     for index in range(count):
         env = make_env(env_id, seed=seed, index=index, goal=goal, show_goal=True)
@@ -274,7 +277,7 @@ def paths(trained: Trained, env_id: str) -> dict[str, list[np.ndarray]]:
             obs, _, _, _, info = env.step(expert_action(policy, obs))
             left = min(left - 1, 10) if info["success"] else left - 1
         expert.append(np.array(way))
-    return {"policy": [played.obs[:, i, :3] for i in range(count)], "expert": expert}
+    return {"policy": [states[:, i, :3] for i in range(count)], "expert": expert}
 
 
 # ------------------------------------------------------------------------------- main
