@@ -23,8 +23,6 @@ from common.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Those that ship with the repository: module in this folder, class.
-EMBEDDED = {"mini": ("mini", "Mini"), "toy": ("toy", "Toy"), "poses": ("toy", "Poses")}
 MAX_BATCH = 32  # frames per forward pass: RN50 needs some 50 MB each
 
 
