@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +48,6 @@ from tools.reward_report.episodes import (
     SUBOPTIMAL,
     WORKER_ENVIRONMENT,
     Data,
-    Drawn,
     Scene,
     draw_episodes,
 )
@@ -74,6 +74,7 @@ from tools.shared.measures import (
     standard_error,
     without_nan,
 )
+from tools.shared.plots import plt
 
 ALPHAS = np.linspace(0, 1, 11).round(1)  # strengths of goal-baseline regularisation
 
@@ -127,14 +128,13 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
         goal_pixels = middle_pixels(goal[None])[0]
         goal_embedding = np.asarray(vlm.embed_images(view.crop(goal[None])))[0]
     embeddings, pixel_distance, success, first_success, first = [], [], [], [], None
-    jobs = [(scene, number) for number in range(episodes)]
     before = dict(os.environ)
-    os.environ.update(WORKER_ENVIRONMENT)  # which processes get as they start
+    os.environ.update(WORKER_ENVIRONMENT)  # the pool's processes start with these
     pool = multiprocessing.get_context("spawn").Pool(workers)
     os.environ.clear()
     os.environ.update(before)
     with pool:
-        for drawn in pool.imap(_draw, jobs):
+        for drawn in pool.imap(partial(draw_episodes, scene), range(episodes)):
             frames = view.crop(drawn.frames)
             flat = frames.reshape(-1, *frames.shape[2:])
             shape = drawn.success.shape
@@ -151,10 +151,6 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
     return Data(stacked, np.stack(pixel_distance) if goal is not None else None,
                 distance if goal is not None else None, np.stack(success),
                 np.stack(first_success), first)
-
-
-def _draw(job: tuple[Scene, int]) -> Drawn:
-    return draw_episodes(*job)
 
 
 def middle_pixels(frames: np.ndarray) -> np.ndarray:
@@ -473,8 +469,6 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def write(output: Path, results: dict[str, Any], drawn: dict[str, Callable[[], Any]]) -> None:
-    import matplotlib.pyplot as plt
-
     pictures = {}
     for name, draw in drawn.items():
         figure = draw()
