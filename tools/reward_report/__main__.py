@@ -446,9 +446,7 @@ def main(args: Args) -> dict[str, Any]:
         "success_frames": int(data.success.sum()), "frames": int(data.success.size),
         "rewards": figures, "notes": notes, "baseline_prompt": baseline_prompt,
         "epic_by_alpha": {"alpha": ALPHAS.tolist(), **epic},
-        "args": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()
-                 if k != "checkpoints"} | {"checkpoints": [str(c) for c in args.checkpoints]},
-        "commit": git_commit(), "versions": versions(),
+        "args": asdict(args), "commit": git_commit(), "versions": versions(),
     }
     plotted = {n: r for n, (_, r) in rewards.items()}
     text_rewards = {n: r for n, (kind, r) in rewards.items() if kind != "goal picture"}
@@ -476,7 +474,8 @@ def write(output: Path, results: dict[str, Any], drawn: dict[str, Callable[[], A
         figure.savefig(path, dpi=120)
         plt.close(figure)
         pictures[name] = path.read_bytes()
-    (output / "report.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
+    text = json.dumps(without_nan(results), indent=1, default=str)  # paths become text
+    (output / "report.json").write_text(text + "\n")
     (output / "report.html").write_text(page(results, pictures))
 
 
