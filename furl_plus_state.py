@@ -38,8 +38,6 @@ from common.vlms.task import VLMInputs, load_inputs
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
 RELAY_STREAM = 1  # of random numbers on the host, beside the seed
 EPISODE_LENGTH = metaworld.MAX_EPISODE_STEPS  # all episodes begin and end together
-UNIFORM = partial(jax.random.uniform, shape=(metaworld.ACTION_DIM,), minval=-1)
-NORMAL = partial(jax.random.normal, shape=(metaworld.ACTION_DIM,))
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     learning_rate: flags.PositiveFloat = 3e-4  # Adam's, for all networks
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
+    actor_tau: flags.Fraction = 0.001  # of the averaged actor, which is evaluated; 1: no average
     init_temperature: flags.PositiveFloat = 0.01  # temperature before learning
     init_q: flags.FiniteFloat = -100.0  # what the critics say before learning; added to them
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
@@ -77,7 +76,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     entropy: Literal["never", "search", "always"] = "search"  # when targets count the entropy
     # --- exploration
     hold_steps: flags.PositiveInts = (1, 2, 4, 8, 1, 2, 4, 16)  # of the same noise, by environment
-    quiet_envs: flags.NotNegativeInt = 2  # environments without noise on the FuRL agent's actions
+    quiet_envs: flags.NotNegativeInt = 2  # environments in which the evaluated policy acts
     demos: flags.NotNegativeInt = 0  # environments whose first episode the scripted expert plays
     # --- alignment
     align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
@@ -110,7 +109,8 @@ class AgentState:
 
 
 class FuRLState(NamedTuple):
-    furl: AgentState  # learns from r_task and the VLM's reward, and is evaluated
+    furl: AgentState  # learns from r_task and the VLM's reward
+    mean_actor: dict  # its actor, averaged over updates, which is evaluated
     relay: AgentState  # learns from r_task and the object's displacement
     projection: dict  # W_L and W_I
     projection_opt: optax.OptState
@@ -411,7 +411,7 @@ def init_state(key: jax.Array, sizes: Sizes, args: Args) -> FuRLState:
     projection = Projection(args.projection_features).init(projection_key, text, images)
     opt = optax.adam(args.learning_rate).init(projection)
     furl, relay = (init_agent(agent_key, sizes, args) for agent_key in (furl_key, relay_key))
-    return FuRLState(furl, relay, projection, opt)
+    return FuRLState(furl, jax.tree.map(jnp.copy, furl.params["actor"]), relay, projection, opt)
 
 
 def init_buffers(sizes: Sizes, args: Args) -> Buffers:
@@ -470,7 +470,8 @@ def update_once(
         | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
         | {"reward/task_mean": buffers.transitions.data.reward[slots].mean()} | reward_metrics
     )
-    return state._replace(furl=furl, relay=relay), metrics
+    average = optax.incremental_update(furl.params["actor"], state.mean_actor, args.actor_tau)
+    return state._replace(furl=furl, mean_actor=average, relay=relay), metrics
 
 
 @partial(jax.jit, static_argnames=("args", "phase"), donate_argnames="state")
@@ -516,13 +517,10 @@ def choose_phase(buffers: Buffers, args: Args) -> Phase:
 
 @partial(jax.jit, static_argnames=("draw", "args"))
 def held_noise(draw: Callable, key: jax.Array, env_steps: int, args: Args) -> jax.Array:
-    """`draw(key)` for each environment, held for as many steps as its --hold-steps says.
-
-    White noise on actions that move the hand by at most 1 cm diffuses; held noise travels.
-    """
+    """`draw(key, shape)` for each environment, held for as many steps as its --hold-steps says."""
     hold = jnp.resize(jnp.array(args.hold_steps), args.num_envs)
     number = jnp.arange(args.num_envs) + args.num_envs * (env_steps // args.num_envs // hold)
-    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(number)
+    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i), (metaworld.ACTION_DIM,)))(number)
 
 
 @partial(jax.jit, static_argnames=("args", "relaying"))
@@ -532,16 +530,18 @@ def act(
 ) -> jax.Array:
     """Both agents sample for all obs [num_envs, obs_dim], a mask [num_envs] selects.
 
-    In the quiet environments the FuRL agent acts by its mean: the replay sees where that leads.
+    In the quiet environments the evaluated policy acts: the replay sees where that leads.
     """
-    noises = (held_noise(NORMAL, k, env_steps, args) for k in jax.random.split(key, 3))
-    furl_noise, relay_noise, more_noise = noises
+    furl_noise, relay_noise, more_noise = (
+        held_noise(jax.random.normal, k, env_steps, args) for k in jax.random.split(key, 3)
+    )
 
     def explore(agent: AgentState, noise: jax.Array) -> jax.Array:
         mean, log_std = agent.actor.apply(agent.params["actor"], obs)
         return jnp.tanh(mean + jnp.exp(log_std) * noise)
 
-    furl_action = explore(state.furl, furl_noise.at[: args.quiet_envs].set(0))
+    quiet = jnp.arange(args.num_envs)[:, None] < args.quiet_envs
+    furl_action = jnp.where(quiet, policy(state, obs), explore(state.furl, furl_noise))
     if not relaying:
         return furl_action
     relay_action = explore(state.relay, relay_noise) + args.relay_noise * more_noise
@@ -550,8 +550,8 @@ def act(
 
 @jax.jit
 def policy(state: FuRLState, obs: jax.Array) -> jax.Array:
-    """The evaluated agent's mean action for obs [n, obs_dim]: [n, action_dim]."""
-    mean, _ = state.furl.actor.apply(state.furl.params["actor"], obs)
+    """The averaged actor's mean action for obs [n, obs_dim]: [n, action_dim]."""
+    mean, _ = state.furl.actor.apply(state.mean_actor, obs)
     return jnp.tanh(mean)
 
 
@@ -619,7 +619,7 @@ def main(args: Args) -> dict[str, float]:
         # Act, and let the environments step and draw ...
         episode, time = divmod(env_steps // args.num_envs, EPISODE_LENGTH)
         if env_steps < args.learning_starts:
-            action = held_noise(UNIFORM, random_key, env_steps, args)
+            action = 2 * held_noise(jax.random.uniform, random_key, env_steps, args) - 1
         else:
             use_relay = relay_acts(episode, time, args)
             action = act(state, obs, use_relay, act_key, env_steps, args, phase.relaying)

@@ -73,7 +73,7 @@ def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host:
             stop = min(first + rows_per_file, total)
             file = f"rings/{name}-{first:010d}-{stop:010d}.npz"
             leaves = jax.tree.leaves(read_rows(ring, first, stop))
-            files[file] = _write_npz(root / file, {str(i): x for i, x in enumerate(leaves)})
+            files[file] = write_npz(root / file, {str(i): x for i, x in enumerate(leaves)})
     arrays: dict[str, np.ndarray] = {}
     structure = {"tree": [np.asarray(x) for x in jax.tree.leaves(tree)], "host": host}
     encoded = _encode(structure, arrays)
@@ -84,7 +84,7 @@ def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host:
     for stale in (folder, temporary):
         shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir()
-    digest = _write_npz(temporary / "state.npz", arrays)
+    digest = write_npz(temporary / "state.npz", arrays)
     manifest = {"format": FORMAT, "env_steps": env_steps, "state": digest, "files": files,
                 "totals": totals}
     manifest["digest"] = _digest(manifest)
@@ -185,7 +185,7 @@ def unflatten(leaves: list[np.ndarray], tree: Any) -> Any:
 
 def space_needed(rings: dict[str, Ring], total_timesteps: int) -> int:
     """Bytes that a run's last checkpoint needs; of `rings` only shapes and dtypes are looked at."""
-    need = 200 * 2**20  # networks, environments, curves, videos
+    need = 400 * 2**20  # networks, environments, policies, curves, videos
     for ring in rings.values():
         stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(ring.data))
         need += int(stored * min(1.0, total_timesteps / ring.capacity))
@@ -317,7 +317,7 @@ def _row_range(file: str) -> tuple[int, int]:
     return int(start), int(stop)
 
 
-def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> str:
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> str:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return _write_bytes(path, buffer.getbuffer())

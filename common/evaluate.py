@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,13 @@ VIDEO_CAMERA = Camera(size=256)
 VIDEO_FPS = 40  # half of Meta-World's 80 steps a second of simulated time: fast, yet readable
 
 
+def all_same(env_id: str, goal: str) -> bool:
+    """Whether all episodes of one policy's mean action are the same, so that one tells all."""
+    return goal == "fixed" and not suite_for(env_id).EPISODES_DIFFER
+
+
 class Evaluator:
-    """Evaluates a policy on the same episodes each time it is called.
+    """Plays a policy's evaluation episodes, the same ones each time.
 
     Episodes are those of the suite's `evaluated_on`, for most tasks the same task. A fixed goal is
     that of the run's seed; random goals, and what else differs between episodes, are drawn once,
@@ -25,8 +31,9 @@ class Evaluator:
 
     Args:
         env_id, seed, goal: as for training.
-        num_episodes: played side by side, one environment each; 0: 1 where all episodes of the mean
-            action are the same, as with Meta-World's fixed goals, else 10 (B.2).
+        num_episodes: 0: 1 where all are the same, as with Meta-World's fixed goals, else 10 (B.2).
+        num_envs: environments side by side, which with the seed decide what is drawn for an
+            episode; default: one for each episode.
         camera: what draws the frames; a video of a policy that sees states has its own size.
         capture_video: draw, so that the first episode can be written as a video.
         frame_stack: 0: the policy sees states; K: the last K frames, the newest last.
@@ -36,7 +43,9 @@ class Evaluator:
 
     Attributes:
         settings: what a policy must be shown to be evaluated in the same way elsewhere.
-        returns: of the episodes of the last call, [num_episodes].
+        episodes: the measures of each episode of the last call, see `play`.
+        actions: the policy's in the first episode of each environment in the last call, a list of
+            [num_envs, action_dim], or of [num_envs]; `episodes["length"]` says how many count.
     """
 
     def __init__(
@@ -46,6 +55,7 @@ class Evaluator:
         seed: int,
         goal: str,
         num_episodes: int,
+        num_envs: int | None = None,
         camera: Camera = VIDEO_CAMERA,
         capture_video: bool = False,
         frame_stack: int = 0,
@@ -56,18 +66,19 @@ class Evaluator:
         if not frame_stack:
             camera = camera._replace(size=VIDEO_CAMERA.size)
         suite = suite_for(env_id)
-        all_same = not suite.EPISODES_DIFFER and goal == "fixed"
+        same = all_same(env_id, goal)
+        self._num_episodes = num_episodes or (1 if same else 10)
         self.envs = suite.make_vec(
             suite.evaluated_on(env_id),
-            num_episodes or (1 if all_same else 10),
-            seed=seed if all_same else seed + seed_offset,
+            min(num_envs or self._num_episodes, self._num_episodes),
+            seed=seed if same else seed + seed_offset,
             goal=goal,
             camera=camera if capture_video or frame_stack else None,
             action_repeat=action_repeat,
             num_workers=num_workers,
         )
         self._start = self.envs.get_state()
-        self._episodes_differ = suite.EPISODES_DIFFER
+        self._lengths_differ = suite.EPISODES_DIFFER
         self.settings = {
             "frame_stack": frame_stack, "frame_size": camera.size if frame_stack else 0,
             "camera_id": camera.id, "quality": camera.quality, "action_repeat": action_repeat,
@@ -77,7 +88,7 @@ class Evaluator:
     def __call__(
         self, policy: Callable[[np.ndarray], np.ndarray], video_path: Path | None = None
     ) -> dict[str, float]:
-        """Play one episode in each environment; see `play`."""
+        """Play all episodes at once; see `play`."""
         playing = self.play(policy, video_path)
         while True:
             try:
@@ -88,8 +99,8 @@ class Evaluator:
     def play(
         self, policy: Callable[[np.ndarray], np.ndarray], video_path: Path | None = None
     ) -> Generator[None, None, dict[str, float]]:
-        """Play one episode in each environment, step by step: while the environments take a step,
-        the caller has its turn, and decides when they take the next one.
+        """Play the episodes, step by step: while the environments take a step, the caller has its
+        turn, and decides when they take the next one.
 
         Args:
             policy: mean action [n, action_dim], or best one [n], for observations [n, obs_dim],
@@ -97,15 +108,34 @@ class Evaluator:
             video_path: where to write the first episode (.mp4), if frames are drawn.
 
         Returns:
-            `eval/success_once`: share of episodes with success at any step (Meta-World's own
-            definition); `eval/success_at_end`: at the last step (the FuRL paper's);
-            `eval/return`: mean sum of the task's reward, where that is sparse the number of steps
-            in success (of the policy's, if actions repeat); `eval/length`: mean number of steps,
-            where a suite's episodes differ in that.
+            the means over the episodes: `eval/success_once`: success at any step (Meta-World's own
+            definition); `eval/success_at_end`: at the last step (the FuRL paper's); `eval/return`:
+            the sum of the task's reward, where that is sparse the number of steps in success (of
+            the policy's, if actions repeat); `eval/length`: the number of steps, where a suite's
+            episodes differ in that. `episodes` then has these of each episode, [num_episodes],
+            without `eval/`.
         """
         self.envs.set_state(self._start)
+        rounds = []
+        for _ in range(-(-self._num_episodes // self.envs.num_envs)):
+            rounds.append((yield from self._play_round(policy)))
+        measures, (self.actions, *_), (pictures, *_) = zip(*rounds, strict=True)
+        self.episodes = {
+            name: np.concatenate([measured[name] for measured in measures])[: self._num_episodes]
+            for name in measures[0]
+        }
+        if pictures and video_path is not None:
+            write_video(video_path, pictures[:: 1 if self._action_repeat > 1 else 2])
+        means = {f"eval/{name}": values.mean() for name, values in self.episodes.items()}
+        if not self._lengths_differ:
+            del means["eval/length"]
+        return means
+
+    def _play_round(self, policy: Callable[[np.ndarray], np.ndarray]) -> Generator[None, None, Any]:
+        """One episode in each environment: (its measures, each [num_envs]; the actions, see the
+        class; the pictures of the first environment's episode, if frames are drawn)."""
         obs, frames = self.envs.reset()
-        pictures = [] if frames is None else [frames[0]]
+        actions, pictures = [], [] if frames is None else [frames[0]]
         if self._frame_stack:  # an episode begins with its first frame, repeated
             obs = np.concatenate([frames] * self._frame_stack, -1)
         num_envs = self.envs.num_envs
@@ -113,7 +143,8 @@ class Evaluator:
         returns, lengths = np.zeros((2, num_envs))
         running = np.ones(num_envs, bool)  # in the first episode
         while running.any():
-            self.envs.step_async(np.asarray(policy(obs)))
+            actions.append(np.asarray(policy(obs)))
+            self.envs.step_async(actions[-1])
             yield
             step = self.envs.step_wait()
             obs = np.concatenate([obs[..., 3:], step.frames], -1) if self._frame_stack else step.obs
@@ -124,15 +155,9 @@ class Evaluator:
             if step.frames is not None and running[0]:
                 pictures.append(step.frames[0])
             running &= ~step.ended
-        self.returns = returns
-        if pictures and video_path is not None:
-            write_video(video_path, pictures[:: 1 if self._action_repeat > 1 else 2])
-        evaluation = {
-            "eval/success_once": success_once.mean(),
-            "eval/success_at_end": success_at_end.mean(),
-            "eval/return": returns.mean(),
-        }
-        return evaluation | ({"eval/length": lengths.mean()} if self._episodes_differ else {})
+        measures = {"success_once": success_once, "success_at_end": success_at_end,
+                    "return": returns, "length": lengths}
+        return measures, actions, pictures
 
     @property
     def episode_length(self) -> int:

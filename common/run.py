@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import checkpoint
+from common import checkpoint, policies
 from common.cli import note_untrained, script_name, source_file, steps_per_iteration
 from common.envs.rendering import gl_info
 from common.envs.suites import suite_for
@@ -44,6 +44,7 @@ class PendingEvaluation(NamedTuple):
     env_steps: int  # of the policy that is evaluated
     steps_per_iteration: int  # steps of its episodes in each iteration of training
     video_path: Path | None
+    arrays: dict[str, jax.Array]  # of the policy; filled at its first action
 
 
 copy_arrays = jax.jit(partial(jax.tree.map, jnp.copy))
@@ -136,6 +137,7 @@ class Run:
             obs = envs.set_state(host["envs"])
             if not envs.resumes_episodes:
                 self._succeeded[:], self._returns[:] = False, 0
+            policies.drop_after(self.dir, self.env_steps)
             self._logger = self._open_logger(resume_from=self.env_steps)
             self._logger.say(f"resumed at {self.env_steps:,} steps")
             if not envs.resumes_episodes:
@@ -207,19 +209,27 @@ class Run:
         self._returns = np.where(step.ended, 0, self._returns)
 
     def evaluate(self, policy: Callable[[Any, jax.Array], jax.Array], state: Any) -> None:
-        """Evaluate `policy(state, obs)`, as it is now, while training goes on.
+        """Evaluate `policy(state, obs)`, as it is now, while training goes on, and keep it.
 
         The episodes are played on in each of the following iterations, and have ended before the
         next evaluation begins and before a checkpoint is saved. Rows of metrics that come in
         between wait until then, so that rows stay in order.
         """
         self._finish_evaluation()
-        # A copy, because an update takes the state's memory for the next one.
-        playing = self._evaluator.play(partial(policy, copy_arrays(state)), self.video_path())
+        state = copy_arrays(state)  # because an update takes its memory for the next one
+        arrays: dict[str, jax.Array] = {}
+
+        def act(obs: np.ndarray) -> jax.Array:
+            if not arrays:
+                arrays.update(policies.arrays_used(policy, state, obs))
+            return policy(state, obs)
+
+        playing = self._evaluator.play(act, self.video_path())
         iterations = max(1, self.args.eval_every // steps_per_iteration(self.args))
         # One more than its episodes have, which ends it; so it ends before the next one begins.
         steps = -(-(self._evaluator.episode_length + 1) // iterations)
-        self._pending = PendingEvaluation(playing, self.env_steps, steps, self.video_path())
+        self._pending = PendingEvaluation(
+            playing, self.env_steps, steps, self.video_path(), arrays)
 
     def _play_on(self, steps: int) -> None:
         """Play `steps` more of the pending evaluation, and log it if it ends."""
@@ -241,6 +251,8 @@ class Run:
         self.evaluation = {key: float(value) for key, value in evaluation.items()}
         self.logger.log(env_steps, self.evaluation)
         self.logger.log_video(env_steps, video_path)
+        if self._pending is not None:
+            policies.save(self.dir, env_steps, self._pending.arrays, self.args.eval_every)
         self._write_waiting_rows()
 
     def _write_waiting_rows(self) -> None:

@@ -4,7 +4,7 @@
     <script>.py     the script as it was then
     metrics.csv     env_steps,key,value
     lock            held by the process that writes to the folder
-    tensorboard/    checkpoints/    videos/
+    tensorboard/    checkpoints/    policies/    videos/
 
 Only this module knows these names. It is imported by programs that look after many runs, and so
 loads neither JAX nor torch.
@@ -31,7 +31,8 @@ from common.system import is_locked
 from common.versions import git_commit, versions
 
 CONFIG, METRICS, LOCK = "config.json", "metrics.csv", "lock"
-CHECKPOINTS, TENSORBOARD, VIDEOS = "checkpoints", "tensorboard", "videos"
+CHECKPOINTS, POLICIES = "checkpoints", "policies"
+TENSORBOARD, VIDEOS = "tensorboard", "videos"
 METRICS_HEADER = "env_steps,key,value\n"
 TAIL_BYTES = 65_536  # of metrics.csv: holds the last evaluation
 
@@ -301,6 +302,15 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def steps_of(checkpoint: Path) -> int:
     """Environment steps done when a checkpoint was saved."""
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def policy_file(run_dir: Path, env_steps: int) -> Path:
+    return run_dir / POLICIES / f"{env_steps:010d}.npz"
+
+
+def kept_policies(run_dir: Path) -> dict[int, Path]:
+    """The files of the policies that a run has kept, by their environment steps, ascending."""
+    return {int(path.stem): path for path in sorted((run_dir / POLICIES).glob("*.npz"))}
 
 
 def saved_steps(run_dir: Path) -> int | None:

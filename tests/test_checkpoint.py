@@ -484,7 +484,7 @@ def test_rings_are_saved_in_small_files(tmp_path, monkeypatch):
 
 def test_check_space_counts_what_the_run_can_fill(tmp_path, monkeypatch):
     row_bytes = 4 + 2 * 2
-    base = 200 * 2**20
+    base = 400 * 2**20
 
     def with_free(free):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)

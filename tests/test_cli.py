@@ -13,6 +13,7 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -24,13 +25,14 @@ from conftest import ROOT
 
 import common.run
 import furl_sac_state
-from common import checkpoint, cli, flags, logger, replay, run_folder, system, versions
+from common import checkpoint, cli, flags, logger, policies, replay, run_folder, system, versions
 from common.envs import metaworld
 from common.envs.workers import Step, WorkerError
 from common.errors import ShortageError, UserError
 from common.logger import Logger
 from common.replay import Sizes
 from common.run import Run, start_run
+from common.run_folder import kept_policies
 from furl_sac_state import Args
 
 GOOD = Args(env_id="drawer-open-v3", num_envs=4, total_timesteps=400, log_every=100)
@@ -1040,8 +1042,8 @@ def test_training_goes_on_beside_an_evaluation(tmp_path):
     """An iteration has 4 steps, an evaluation comes every 40: three steps of it in each iteration.
     Rows are in order, and the policy is that of the step at which it was asked for."""
     run, evaluator = evaluating(tmp_path, eval_every=40)
-    state = {"w": jnp.ones(3)}
-    add = jax.jit(lambda state: {"w": state["w"] + 1}, donate_argnums=0)
+    state = {"w": jnp.ones(3), "optimizer": jnp.ones(3)}
+    add = jax.jit(partial(jax.tree.map, lambda x: x + 1), donate_argnums=0)
     for _ in run.iterations():
         state = add(state)  # takes the state's memory, as an update does
         if run.is_due(40):
@@ -1061,6 +1063,11 @@ def test_training_goes_on_beside_an_evaluation(tmp_path):
     assert [row[0] for row in rows if row[1] == "eval/success_once"] == [40, 80]
     assert [row[0] for row in rows if row[1] == "losses/q"] == [16, 32, 48, 64, 80]
     assert run.evaluation == {"eval/success_once": 21.5, "eval/success_at_end": 21.5}
+    # The policies are kept, as they were then, without what they do not act by.
+    for env_steps, weight in ((40, 11), (80, 21)):
+        with np.load(run.dir / f"policies/00000000{env_steps}.npz") as kept:
+            assert kept.files == ["w"]
+            np.testing.assert_array_equal(kept["w"], [weight] * 3)
 
 
 def test_a_run_that_fails_keeps_the_rows_that_waited(tmp_path):
@@ -1105,6 +1112,8 @@ def test_a_run_is_resumed_with_its_counts(tmp_path, capsys, resumes_episodes, su
     save(run, 100, {"w": jnp.ones(2)}, Rings(ring), envs)
     at(run, 200).log_evaluation({"eval/success_once": 0.0, "eval/success_at_end": 0.0})
     run.close()
+    for env_steps in (100, 200):
+        policies.save(run.dir, env_steps, {"w": jnp.ones(2)}, 100)
 
     resumed = resume(run.dir)
     assert resumed.dir == run.dir
@@ -1128,6 +1137,7 @@ def test_a_run_is_resumed_with_its_counts(tmp_path, capsys, resumes_episodes, su
     assert rows[200, "charts/success_once"] == success_once
     assert (200, "eval/success_once") not in rows, "the killed run's row"
     assert rows[100, "eval/success_once"] == 1
+    assert list(kept_policies(run.dir)) == [100], "the other will be made again"
 
 
 @pytest.fixture

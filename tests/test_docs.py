@@ -107,7 +107,7 @@ def complaint(words: list[str], copies: set[str], capsys: pytest.CaptureFixture)
 
 @pytest.mark.parametrize("name", PAGES)
 def test_links(name):
-    """Files and anchors that a page links to exist."""
+    """Files and anchors that a page links to exist, and so do files that it names."""
     page, text = ROOT / name, FENCE.sub("", PAGES[name])
     wrong = []
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -117,6 +117,9 @@ def test_links(name):
         target = (page.parent / path).resolve() if path else page
         if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
             wrong.append(link)
+    if name in CURRENT:
+        named = re.findall(r"`((?:common|docs|results|tests|tools)/[\w/]+(?:\.\w+)?)`", text)
+        wrong += [file for file in named if not (ROOT / file).exists()]
     assert not wrong
 
 

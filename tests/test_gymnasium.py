@@ -358,6 +358,16 @@ def test_evaluation_is_on_the_original(close):
     assert found["eval/return"] == found["eval/length"] == np.mean(returns)
     assert found == evaluate(lambda obs: np.ones(3, int)), "the same episodes each time"
     assert found["eval/success_once"] == 0
+    np.testing.assert_array_equal(evaluate.episodes["length"], returns)
+    assert np.shape(evaluate.actions) == (max(returns), 3)
+    # Two side by side, in two rounds: of the fourth episode nothing is counted.
+    rounds = close(Evaluator(
+        "CartPoleEndless-v1", seed=0, goal="fixed", num_episodes=3, num_envs=2))
+    found = rounds(lambda obs: np.ones(2, int))
+    np.testing.assert_array_equal(rounds.episodes["length"][:2], returns[:2])
+    assert rounds.episodes["return"].shape == (3,)
+    assert found["eval/return"] == rounds.episodes["return"].mean()
+    assert np.shape(rounds.actions) == (max(returns[:2]), 2), "those of the first round"
 
 
 # -------------------------------------------------------------------------------- DQN

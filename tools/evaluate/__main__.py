@@ -323,12 +323,12 @@ def returns_of(
     seed: int,
 ) -> dict[str, Any]:
     """What the JSON holds of an evaluation that has been played, whose means are `means`."""
-    error = standard_error(evaluate.returns) if args.episodes > 1 else None
+    error = standard_error(evaluate.episodes["return"]) if args.episodes > 1 else None
     low, high = wilson_interval(round(means["eval/success_at_end"] * args.episodes), args.episodes)
     return {
         "env_id": env_id, "seed": seed, "env_steps": trained.env_steps, "episodes": args.episodes,
         "return": {"mean": means["eval/return"], "standard_error": error,
-                   "each": evaluate.returns.tolist()},
+                   "each": evaluate.episodes["return"].tolist()},
         "length": means["eval/length"], "success_once": means["eval/success_once"],
         "success_at_end": {"mean": means["eval/success_at_end"], "wilson_95": [low, high]},
         "run": {key: trained.config.get(key) for key in RUN_FACTS},

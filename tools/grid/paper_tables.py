@@ -135,7 +135,7 @@ PRESETS = {
     # window-close (docs/lab_notes.md); the same for all methods, as far as a script has the flag.
     "laptop": Preset("--total-timesteps 120000 --batch-size 64 --learning-rate 3e-4 "
                      "--init-q -100 --layer-norm --init-temperature 0.01 --stage2-after 2500 "
-                     "--eval-every 2000", {"clip": "--vlm clip"}),
+                     "--eval-every 2000 --draw-every 4", {"clip": "--vlm clip"}),
     # FuRL plus's own defaults, written out to be on record, with the embedded VLM.
     "plus": Preset("--total-timesteps 80000 --eval-every 2000", {"clip": "--vlm clip"}),
     "none": Preset(vlms={"clip": "--vlm clip"}),

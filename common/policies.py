@@ -1,0 +1,122 @@
+"""The policies of a run's evaluations, kept so that one that is lost again is not lost.
+
+`policies/<env_steps>.npz` holds the arrays of the state that the script's `policy` acts by, under
+their names in the state, such as `furl/params/actor/params/MLP_0/Dense_0/kernel`. What else is in a
+state (critics, optimizers, projection heads) is in checkpoints alone.
+"""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from common.checkpoint import CheckpointError, write_npz
+from common.run_folder import kept_policies, policy_file, read_metrics
+
+MOST = 100  # policies kept
+MOST_BYTES = 200 * 2**20  # of them together: 24 of those of furl_drq_pixels.py
+
+
+def arrays_used(policy: Callable, state: Any, obs: Any) -> dict[str, jax.Array]:
+    """The arrays of `state` that `policy(state, obs)` depends on, by their names in it.
+
+    JAX's own program of the policy tells which they are, so no script has to.
+    """
+    try:
+        program = jax.make_jaxpr(policy)(state, obs).jaxpr
+        _, used = dce_jaxpr(program, [True] * len(program.outvars))
+    except Exception:  # JAX cannot look into every function: this one may use them all
+        used = itertools.repeat(True)
+    return {name: x for (name, x), is_used in zip(_named(state), used, strict=False) if is_used}
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+            for path, leaf in jax.tree.leaves_with_path(tree)]
+
+
+def save(run_dir: Path, env_steps: int, arrays: dict[str, jax.Array], eval_every: int) -> None:
+    """Write the policy of an evaluation whose rows are in metrics.csv, and thin out what is there.
+
+    Args:
+        run_dir: the run folder.
+        env_steps: of the policy.
+        arrays: see `arrays_used`.
+        eval_every: steps from one evaluation to the next.
+
+    Raises:
+        OSError: the disk is full or read-only; what was saved before is untouched.
+    """
+    path = policy_file(run_dir, env_steps)
+    path.parent.mkdir(exist_ok=True)
+    write_npz(path, arrays)
+    _thin_out(run_dir, env_steps, eval_every, max(1, min(MOST, MOST_BYTES // path.stat().st_size)))
+
+
+def _thin_out(run_dir: Path, newest: int, eval_every: int, most: int) -> None:
+    """Keep at most `most` policies: the best one of each 2, 4, 8 ... evaluations in a row.
+
+    So the best of all always stays, and what stays does not depend on where a run was resumed.
+    """
+    def number(env_steps: int) -> int:  # of the evaluation, from 0
+        return max(env_steps // eval_every - 1, 0)
+
+    stretch = 1
+    while number(newest) // stretch >= most:
+        stretch *= 2
+    if stretch == 1:
+        return
+    kept, of = kept_policies(run_dir), scores(run_dir)
+    for _, group in itertools.groupby(kept, lambda steps: number(steps) // stretch):
+        *worse, _ = sorted(group, key=lambda steps: (of.get(steps, NO_SCORE), steps))
+        for env_steps in worse:
+            kept[env_steps].unlink()
+
+
+NO_SCORE = (-np.inf, -np.inf)
+
+
+def scores(run_dir: Path) -> dict[int, tuple[float, float]]:
+    """(success_once, return) of a run's own evaluations by their steps; of two the larger is the
+    better one."""
+    rows = read_metrics(run_dir).rows
+    success, returns = ({steps: value for steps, key, value in rows if key == name}
+                        for name in ("eval/success_once", "eval/return"))
+    return {steps: (success[steps], returns[steps]) for steps in success.keys() & returns.keys()}
+
+
+def drop_after(run_dir: Path, env_steps: int) -> None:
+    """Delete the policies that a run made beyond the checkpoint from which it goes on."""
+    for steps, path in kept_policies(run_dir).items():
+        if steps > env_steps:
+            path.unlink()
+
+
+def load(run_dir: Path, env_steps: int, template: Any) -> Any:
+    """The state of which a policy is kept; NaN, or 0 in whole numbers, where nothing is.
+
+    Args:
+        template: pytree of arrays or ShapeDtypeStructs, the state's structure and shapes.
+
+    Raises:
+        CheckpointError: the policy is of another structure or shape.
+        OSError, ValueError, BadZipFile: the file cannot be read, or is damaged.
+    """
+    with np.load(policy_file(run_dir, env_steps), allow_pickle=False) as file:
+        stored = dict(file)
+    leaves = []
+    for name, x in _named(template):
+        array = stored.pop(name, None)
+        if array is None:
+            array = np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype)
+        elif array.shape != x.shape:
+            raise CheckpointError("its networks have other shapes than this script's")
+        leaves.append(jnp.asarray(array))
+    if stored:
+        raise CheckpointError(f"this script's state has no {', '.join(stored)}")
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
