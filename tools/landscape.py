@@ -25,6 +25,7 @@ from common.flags import NotNegativeInt, PositiveInt, Share, check_ranges
 from common.vlms import load_vlm, view_for
 from tools.shared.folders import writable_folder, written_whole
 from tools.shared.measures import check_baseline, check_finite, goal_baseline_reward, spearman
+from tools.shared.plots import plt
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,6 @@ def main(args: Args) -> None:
         check_baseline(*np.asarray(vlm.embed_text(texts)), texts, args.alpha)
     view = view_for(vlm, GYMNASIUM)
     writable_folder(args.output)
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False
-    from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, len(axes), figsize=(4.5 * len(axes), 3.6), squeeze=False,
                                   layout="constrained")

@@ -32,6 +32,7 @@ from tools.shared.measures import (
     epic_distance,
     goal_baseline_reward,
 )
+from tools.shared.plots import plt
 
 NOISE = 12.0  # largest standard deviation of a joint's angle in a state, degrees
 
@@ -102,12 +103,6 @@ def main(args: Args) -> None:
         check_baseline(*np.asarray(vlm.embed_text(prompts)), prompts, args.alpha)
     writable_folder(args.output)
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False
-    from matplotlib import pyplot as plt
-
     names = [f"{vlm}, {look}" for vlm in vlms for look in args.look]
     histograms, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.2),
                                       squeeze=False, layout="constrained")
@@ -128,10 +123,7 @@ def main(args: Args) -> None:
             sheets[look] = sheet(pictures, is_goal)
             print(f"{look}: {len(pictures)} states, {is_goal.sum()} of them {args.pose}")
             name = f"{vlm_name}, {look}"
-            images = np.concatenate([
-                vlm.embed_images(view.crop(part))
-                for part in np.array_split(pictures, -(-len(pictures) // 64))
-            ])
+            images = np.asarray(vlm.embed_images(view.crop(pictures)))
             text, baseline = np.asarray(vlm.embed_text(prompts))
             for alpha in args.alpha:
                 reward = check_finite(goal_baseline_reward(text, baseline, images, alpha),

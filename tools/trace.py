@@ -124,7 +124,7 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
     waiter = ThreadPoolExecutor(1)
 
     def traced_act(*args):
-        with recorder.span(MAIN, "wait for actions"):  # the last updates come first
+        with recorder.span(MAIN, "wait for actions"):  # and for the updates before them
             return jax.block_until_ready(act(*args))
 
     def wait(start: int, metrics: Any) -> None:
@@ -144,7 +144,7 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
 
 def keep_last(events: list, iterations: int) -> tuple[list, int, int]:
     """Events of the last iterations, which begin as actions are sent; (events, start, end)."""
-    pauses = [event[2:] for event in events if event[1] == "evaluate"]  # it has steps of its own
+    pauses = [event[2:] for event in events if event[1] == "evaluate"]  # it acts as well
     sent = sorted(
         start for _, name, start, _ in events
         if name == "send actions" and not any(begin < start < end for begin, end in pauses)
@@ -224,7 +224,7 @@ def main(args: Args, flags: list[str]) -> None:
         workers.WORKER_MODULE = "tools.trace"
         script_args = parse_args(script.Args, [*flags, "--run-dir", f"{folder}/run"])
         iteration = script_args.steps_per_iteration
-        # Then a few iterations for what is compiled.
+        # Seven iterations more than asked for: in the first ones functions are compiled.
         steps = (-(-args.first // iteration) + 5 + args.iterations + 2) * iteration
         script_args = replace(script_args, total_timesteps=steps)
         waiter = wrap_script(recorder, script)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from common.envs.suite import Suite
 
-EMBEDDED = ("mini", "toy", "poses")  # those that ship with the repository
 MAX_BATCH = 32  # frames per forward pass: RN50 needs some 50 MB each
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from common.errors import UserError
-from common.vlms.interface import EMBEDDED, VLM
+from common.vlms.interface import VLM
 
 
 def load_vlm(
@@ -45,12 +45,12 @@ def load_vlm(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {"name": name, "weights": weights and str(weights.resolve()),
                 "pretrained": pretrained, "seed": seed}
-    if name in EMBEDDED:
-        from common.vlms.mini import Mini, MiniVLM
-        from common.vlms.toy import Poses, Toy
+    from common.vlms.toy import EMBEDDED
 
-        kind = {"mini": Mini, "toy": Toy, "poses": Poses}[name]
-        vlm: VLM = MiniVLM(weights, pretrained, torch.device(device), seed, kind)
+    if name in EMBEDDED:
+        from common.vlms.mini import MiniVLM
+
+        vlm: VLM = MiniVLM(weights, pretrained, torch.device(device), seed, EMBEDDED[name])
     else:
         from common.vlms.openclip_vlm import load_open_clip
 

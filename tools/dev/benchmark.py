@@ -39,13 +39,13 @@ from common.pixels import PICTURE_SIZE
 from common.replay import Sizes
 from common.vlms import load_vlm
 from common.vlms.openclip_vlm import fast_precision
+from tools import ROOT
 from tools.benchmark import Row, tabulate, time_run
 from tools.dev.peer import PACKAGES
 from tools.grid.paper_tables import DRQ, FURL, PIXELS, RELAY, SAC, VLM_RM
 
 Part = Literal["environments", "frames", "workers", "embeddings", "precision", "updates", "scaling",
                "checkpoints", "furl", "baselines", "pixels", "peers"]
-ROOT = Path(__file__).resolve().parent.parent.parent
 PARTS: tuple[Part, ...] = get_args(Part)
 TASK = "drawer-open-v3"
 
@@ -365,10 +365,7 @@ def measure_checkpoints(rounds: int) -> Iterator[Row]:
 
 def plot_scaling(rows: list[Row], path: Path) -> None:
     """Both halves of `measure_scaling` as one picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from tools.shared.plots import plt
 
     figures = {what: float(figure.split()[0].replace(",", ""))
                for what, figure, _ in rows if figure != "-"}

@@ -1,7 +1,7 @@
 """Open a run folder and give what was learned: the policy, and the VLM reward where there is one.
 
-Shared by `tools.evaluate` and `tools.reward_report`. Nothing in the folder is changed, and no
-replay is allocated. Any script will do that has what `Script` asks for.
+`tools.evaluate` and `tools.reward_report` use it. It writes nothing into the folder and needs no
+memory for the run's replay. It opens runs of any script that defines the names of `Script`.
 """
 
 import importlib.util
@@ -27,8 +27,8 @@ from common.evaluate import Evaluator
 from common.replay import Sizes
 from common.run_folder import checkpoints, kept_policies, read_config, steps_of
 from common.vlms import VLM, View, load_vlm
+from tools import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCH = 20  # of Meta-World's environments side by side; it decides which goals are drawn
 Reward = Callable[[np.ndarray], np.ndarray]  # image embeddings [n, D] -> r_VLM [n]
 

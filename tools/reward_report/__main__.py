@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +49,6 @@ from tools.reward_report.episodes import (
     SUBOPTIMAL,
     WORKER_ENVIRONMENT,
     Data,
-    Drawn,
     Scene,
     draw_episodes,
 )
@@ -75,6 +75,7 @@ from tools.shared.measures import (
     standard_error,
     without_nan,
 )
+from tools.shared.plots import plt
 
 ALPHAS = np.linspace(0, 1, 11).round(1)  # strengths of goal-baseline regularisation
 
@@ -128,14 +129,13 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
         goal_pixels = middle_pixels(goal[None])[0]
         goal_embedding = np.asarray(vlm.embed_images(view.crop(goal[None])))[0]
     embeddings, pixel_distance, success, first_success, first = [], [], [], [], None
-    jobs = [(scene, number) for number in range(episodes)]
     before = dict(os.environ)
-    os.environ.update(WORKER_ENVIRONMENT)  # which processes get as they start
+    os.environ.update(WORKER_ENVIRONMENT)  # the pool's processes start with these
     pool = multiprocessing.get_context("spawn").Pool(workers)
     os.environ.clear()
     os.environ.update(before)
     with pool:
-        for drawn in pool.imap(_draw, jobs):
+        for drawn in pool.imap(partial(draw_episodes, scene), range(episodes)):
             frames = view.crop(drawn.frames)
             flat = frames.reshape(-1, *frames.shape[2:])
             shape = drawn.success.shape
@@ -152,10 +152,6 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
     return Data(stacked, np.stack(pixel_distance) if goal is not None else None,
                 distance if goal is not None else None, np.stack(success),
                 np.stack(first_success), first)
-
-
-def _draw(job: tuple[Scene, int]) -> Drawn:
-    return draw_episodes(*job)
 
 
 def middle_pixels(frames: np.ndarray) -> np.ndarray:
@@ -454,9 +450,7 @@ def main(args: Args) -> dict[str, Any]:
         "success_frames": int(data.success.sum()), "frames": int(data.success.size),
         "rewards": figures, "notes": notes, "baseline_prompt": baseline_prompt,
         "epic_by_alpha": {"alpha": ALPHAS.tolist(), **epic},
-        "args": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()
-                 if k != "checkpoints"} | {"checkpoints": [str(c) for c in args.checkpoints]},
-        "commit": git_commit(), "versions": versions(),
+        "args": asdict(args), "commit": git_commit(), "versions": versions(),
     }
     plotted = {n: r for n, (_, r) in rewards.items()}
     text_rewards = {n: r for n, (kind, r) in rewards.items() if kind != "goal picture"}
@@ -477,8 +471,6 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def write(output: Path, results: dict[str, Any], drawn: dict[str, Callable[[], Any]]) -> None:
-    import matplotlib.pyplot as plt
-
     pictures = {}
     for name, draw in drawn.items():
         figure = draw()
@@ -486,7 +478,8 @@ def write(output: Path, results: dict[str, Any], drawn: dict[str, Callable[[], A
         figure.savefig(path, dpi=120)
         plt.close(figure)
         pictures[name] = path.read_bytes()
-    (output / "report.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
+    text = json.dumps(without_nan(results), indent=1, default=str)  # paths become text
+    (output / "report.json").write_text(text + "\n")
     (output / "report.html").write_text(page(results, pictures))
 
 
