@@ -37,7 +37,7 @@ def test_speed_of_a_run(tmp_path):
         "folder.mkdir()\n"
         "rows = ['env_steps,key,value', *(f'{500 * n},time/steps_per_second,{n}'\n"
         "                                 for n in range(1, 7))]\n"
-        "(folder / 'metrics.csv').write_text('\\n'.join(rows))\n"
+        "(folder / 'metrics.csv').write_text('\\n'.join(rows) + '\\n')\n"
     )
     speed, _ = time_run(script, ["--run-dir", "elsewhere"], tmp_path / "run", warm_up=1000)
     assert speed == 4  # of 3, 4 and 5

@@ -474,6 +474,18 @@ def test_the_figure_has_a_panel_for_each_task_and_for_the_mean():
     assert curves.plot_curves(Results(no_time), by_time=True) is None
 
 
+def test_one_figure_of_several_folders(tmp_path, capsys):
+    write_run(tmp_path / "a", "push-v3", 0, [0, 1])
+    write_run(tmp_path / "b", "push-v3", 0, [0, 1, 1], script="sac_baseline")
+    figure = tmp_path / "curves.png"
+    runs = run_tool(tmp_path / "a", tmp_path / "b", budget=200, figure=figure)
+    assert [run.budget for run in runs] == [200, 200]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "curves.png"}
+    with pytest.raises(UserError, match="cannot be written: Format 'foo' is not"):
+        run_tool(tmp_path / "a", figure=tmp_path / "curves.foo")
+
+
 # ---------------------------------------------------------------------- Weights & Biases
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")

@@ -65,6 +65,17 @@ def test_a_mac_is_asked_for_what_it_has(mac):
         f"cgl {os.cpu_count()} None", "0 2"]
 
 
+def test_gymnasiums_own_pictures_on_a_mac(mac):
+    code = (
+        "from common.envs import gymnasium as suite; from common.envs.rendering import Camera;"
+        "env = suite.make_env('Reacher-v5', seed=0, index=0, frame_size=64);"
+        "picture = suite.make_draw(env, Camera(64))(env);"
+        "print(picture.std() > 10, picture.tobytes().hex())"
+    )
+    picture = run(["-c", code], mac)
+    assert picture.startswith("True") and picture == run(["-c", code], dict(os.environ))
+
+
 def test_the_processor_of_a_mac(monkeypatch, tmp_path):
     sysctl = tmp_path / "sysctl"
     sysctl.write_text("#!/bin/sh\necho $1.brand_string: Apple M1\n")

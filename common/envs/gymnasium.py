@@ -14,13 +14,14 @@ from typing import Any
 import gymnasium
 import mujoco
 import numpy as np
-from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.envs.mujoco import MujocoEnv, mujoco_rendering
 from PIL import Image
 
 from common.envs import contract, vlm_rm_tasks
 from common.envs.rendering import Camera, prepare_gl
 from common.envs.workers import VecEnv
 from common.errors import UserError
+from common.system import GL
 
 EPISODES_DIFFER = True  # in their first state and their length
 SPARSE_REWARD = False
@@ -40,6 +41,8 @@ STATELESS = (
 )
 
 vlm_rm_tasks.register()
+# Gymnasium's own renderer does not know what draws on macOS.
+mujoco_rendering._ALL_RENDERERS.setdefault(GL, mujoco.GLContext)
 
 
 def knows(env_id: str) -> bool:

@@ -5,6 +5,7 @@
     python -m tools.results runs/c --label SAC --output results/mine          # added to those
     python -m tools.results wandb:entity/furl --output results/from-wandb
     python -m tools.results results/mine                       # again, from the CSVs alone
+    python -m tools.results results/a results/b --budget 80000 --figure success.png
 
 Writes <output>/<method>/<task>.csv (seed,env_steps,success_once,success_at_end) beside a JSON with
 commands, commits, versions and hardware; README.md and table.csv; curves over steps and wall-clock
@@ -22,6 +23,7 @@ from common.cli import run_script
 from common.errors import UserError
 from common.flags import PositiveInt, check_range
 from common.logger import show
+from tools.results.curves import plot_curves
 from tools.results.page import write_page
 from tools.results.runs import (
     Run,
@@ -31,6 +33,7 @@ from tools.results.runs import (
     separate_methods,
     write_runs,
 )
+from tools.results.summary import Results
 from tools.shared.folders import written_whole
 
 
@@ -47,6 +50,8 @@ class Args:
     """
     budget: int | None = None
     """take each run as it was after so many environment steps"""
+    figure: Path | None = None
+    """write only the curves over environment steps, to this .png, .svg or .pdf"""
 
 
 def main(args: Args) -> list[Run]:
@@ -66,6 +71,14 @@ def main(args: Args) -> list[Run]:
         if title is None and about:
             title = about.get("title") or f"{about['name']}, preset {about['preset']}"
         runs += found
+    if args.figure is not None:
+        runs = check_runs(name_methods(runs), args.budget)
+        try:
+            plot_curves(Results(runs), by_time=False).savefig(args.figure, dpi=200)
+        except (OSError, ValueError) as error:  # no such folder, or a suffix that is no picture's
+            raise UserError(f"--figure {args.figure} cannot be written: {error}") from None
+        show(f"written: {args.figure}")
+        return runs
     if output is None:
         raise UserError("say where to write: --output results/<name>")
     kept = kept_runs(output, args)

@@ -81,7 +81,8 @@ def plot_curves(results: Results, by_time: bool):
     longest = max(x[-1] for x, _ in data.values())
     unit, scale = (("hours", 3600) if longest > 7200 else ("minutes", 60)) if by_time else (
         ("million", 1e6) if longest >= 1e6 else ("thousand", 1e3))
-    columns = min(4, len(panels))
+    columns = min((4, 3), key=lambda n: -len(panels) % n)  # with the fewest gaps
+    columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     with plt.rc_context({"svg.hashsalt": "furl", "svg.fonttype": "path", "font.size": 8}):
         figure, axes = plt.subplots(
