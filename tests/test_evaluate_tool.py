@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import furl_drq_pixels as drq
 import furl_sac_state as furl
@@ -29,6 +30,7 @@ from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.replay import Sizes
 from common.run_folder import kept_policies
+from tools import filmstrip
 from tools.evaluate import __main__ as evaluate
 from tools.evaluate import video
 from tools.evaluate.trained import Trained, open_run
@@ -572,3 +574,34 @@ def test_bad_input_ends_with_one_line_and_status_2(
     monkeypatch.chdir(tmp_path)
     refused(evaluate, [folder if f == "RUN" else f for f in flags], message)
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------ filmstrip
+
+
+def test_a_filmstrip_shows_before_and_after(trained, tmp_path, monkeypatch, capsys):
+    """A column for each run, titles above, steps on the left; a border where there is success."""
+    ends = []
+
+    def last_frame(trained):
+        ends.append(trained.env_steps)
+        return np.full((filmstrip.SIZE, filmstrip.SIZE, 3), 50, np.uint8), len(ends) % 2 == 0
+
+    real = filmstrip.last_frame
+    monkeypatch.setattr(filmstrip, "last_frame", last_frame)
+    folder, output = trained("furl")[0], tmp_path / "strip.png"
+    filmstrip.main(filmstrip.Args((folder, folder), output))
+    first, newest = min(kept_policies(folder)), checkpoint.read_newest(folder)[0]
+    assert ends == [first, newest] * 2
+    picture = np.asarray(Image.open(output))
+    cell = filmstrip.SIZE + filmstrip.GAP
+    assert picture.shape == (filmstrip.TOP + 2 * cell, filmstrip.LEFT + 2 * cell, 3)
+    corners = [[picture[filmstrip.TOP + cell * j, filmstrip.LEFT + cell * i].tolist()
+                for i in (0, 1)] for j in (0, 1)]
+    assert corners == [[[50] * 3] * 2, [[0x2e, 0x7d, 0x32]] * 2]
+    frame, _ = real(open_run(folder))
+    assert frame.shape == (filmstrip.SIZE, filmstrip.SIZE, 3) and frame.std() > 10
+    with pytest.raises(UserError, match="has no policies/"):
+        filmstrip.main(filmstrip.Args((tmp_path,)))
+    with pytest.raises(UserError, match="cannot be written: unknown file extension"):
+        filmstrip.main(filmstrip.Args((folder,), tmp_path / "strip.foo"))
