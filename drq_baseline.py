@@ -17,7 +17,7 @@ Deviations from the paper, and choices where it is silent, are those of furl_drq
     code divides by 255 and initialises orthogonally.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -29,22 +29,23 @@ import optax
 from flax import struct
 
 from common import flags, pixels, replay
-from common.cli import check_args, run_script
+from common.cli import run_script
 from common.convolution import convolve, few_at_a_time
-from common.envs import metaworld
+from common.envs.metaworld_suite import MAX_EPISODE_STEPS
 from common.envs.rendering import Camera
+from common.envs.suites import METAWORLD
 from common.evaluate import Evaluator
 from common.replay import Ring, Sizes, Transition
 from common.run import start_run
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-ACTION_STREAM = 0  # of random numbers on the host, beside the seed
+ACTION_STREAM = 0  # with the seed: name of a stream of random numbers on the host
 
 
 @dataclass(frozen=True)
 class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs: common/flags.py
     # --- environment
-    goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
+    goal: flags.Goal = "fixed"  # fixed: hidden, one per seed
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
     camera_id: flags.NotNegativeInt = 2  # camera of the frames
     action_repeat: flags.PositiveInt = 2  # physics steps per action
@@ -56,7 +57,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
-    init_q: flags.FiniteFloat = 0.0  # what the critics say before learning; added to them
+    init_q: flags.FiniteFloat = 0.0  # added to the critics' output: their values before learning
     hidden_features: flags.PositiveInts = (256, 256, 256)  # hidden layers of actor and critics
     layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
     frame_stack: flags.PositiveInt = 3  # pictures that the policy sees, the newest last
@@ -65,8 +66,12 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     encoder_dim: flags.PositiveInt = 50  # numbers that actor and critics get of a stack of pictures
 
     @property
+    def steps_per_iteration(self) -> int:
+        return self.num_envs * self.action_repeat
+
+    @property
     def layout(self) -> pixels.Layout:
-        length = metaworld.MAX_EPISODE_STEPS // self.action_repeat  # actions
+        length = pixels.actions_per_episode(MAX_EPISODE_STEPS, self.action_repeat)
         return pixels.Layout(self.num_envs, length, self.frame_stack)
 
 
@@ -353,9 +358,12 @@ def policy(agent: AgentState, frames: jax.Array) -> jax.Array:
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = pixels.check_args(check_args(args, metaworld), metaworld.MAX_EPISODE_STEPS)
+    args = flags.check_args(args, METAWORLD)
+    args = replace(args, buffer_size=pixels.whole_blocks(args.buffer_size, args.layout))
+    flags.check_replay(args, args.buffer_size, args.learning_starts)
+    METAWORLD.check_camera(args.camera_id)
     camera = Camera(pixels.PICTURE_SIZE, args.camera_id, args.quality)
-    envs = metaworld.VecMetaWorld(
+    envs = METAWORLD.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         action_repeat=args.action_repeat, draw_resets=True,
     )

@@ -17,7 +17,7 @@ Defaults are the paper's Table 5. Deviations are those of furl_sac_state.py, and
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -29,10 +29,12 @@ import optax
 from flax import struct
 
 from common import flags, pixels, replay
-from common.cli import check_alignment, check_args, note_idle, run_script
+from common.cli import run_script
 from common.convolution import convolve, few_at_a_time
-from common.envs import metaworld
+from common.envs.metaworld_suite import MAX_EPISODE_STEPS
 from common.envs.rendering import Camera
+from common.envs.suites import METAWORLD
+from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
@@ -40,13 +42,13 @@ from common.vlms import VLM, load_vlm, view_for
 from common.vlms.task import VLMInputs, load_inputs
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-ACTION_STREAM, RELAY_STREAM = 0, 1  # of random numbers on the host, beside the seed
+ACTION_STREAM, RELAY_STREAM = 0, 1  # with the seed: names of streams of random numbers on the host
 
 
 @dataclass(frozen=True)
 class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs: common/flags.py
     # --- environment
-    goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
+    goal: flags.Goal = "fixed"  # fixed: hidden, one per seed
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
     camera_id: flags.NotNegativeInt = 2  # camera of the frames
     action_repeat: flags.PositiveInt = 2  # physics steps per action
@@ -58,7 +60,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
-    init_q: flags.FiniteFloat = 0.0  # what the critics say before learning; added to them
+    init_q: flags.FiniteFloat = 0.0  # added to the critics' output: their values before learning
     hidden_features: flags.PositiveInts = (256, 256, 256)  # hidden layers of actor and critics
     layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
     frame_stack: flags.PositiveInt = 3  # pictures that the policy sees, the newest last
@@ -81,7 +83,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     lag: flags.PositiveInt = 10  # k of Eq. 4, frames
     reward_margin: flags.NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
     l2_margin: flags.NotNegativeFloat = 0.2  # margin on the distance to the goal image in Eq. 5
-    embedding_buffer_size: flags.PositiveInt = 100_000  # frames for the ranking losses, each kind
+    embedding_buffer_size: flags.PositiveInt = 100_000  # frames kept of positives, of negatives
     # --- relay
     relay: bool = True  # --no-relay: the VLM agent explores alone
     relay_periods: flags.PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
@@ -89,9 +91,38 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
 
     @property
+    def steps_per_iteration(self) -> int:
+        return self.num_envs * self.action_repeat
+
+    @property
     def layout(self) -> pixels.Layout:
-        length = metaworld.MAX_EPISODE_STEPS // self.action_repeat  # actions
+        length = pixels.actions_per_episode(MAX_EPISODE_STEPS, self.action_repeat)
         return pixels.Layout(self.num_envs, length, self.frame_stack)
+
+
+def check_alignment(args: Args, episode_length: int) -> None:
+    """Name flags without effect; UserError if the alignment could never begin."""
+    flags.note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
+                    "l2_margin")
+    frames, lag = args.embedding_buffer_size, args.lag
+    if frames < episode_length:
+        raise UserError(f"--embedding-buffer-size must hold an episode, {episode_length} frames or "
+                        f"more, not {frames}")
+    if not args.align:
+        return
+    flags.note_idle(args, "goal_image", "l2_margin")
+    flags.note_idle(args, "stage2", "stage2_after", "lag")
+    if not args.stage2 and not args.goal_image:
+        print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
+              "heads stay random")
+    if args.stage2 and lag >= episode_length:
+        raise UserError(f"--lag must be below the length of an episode, {episode_length}, not "
+                        f"{lag}: no frame would have one to be compared with")
+    most = frames * (episode_length - lag) // episode_length  # the first `lag` do not count
+    if args.stage2 and args.stage2_after > most:
+        raise UserError(f"--stage2-after must be at most {most}, not {args.stage2_after}: more "
+                        f"positives after --lag {lag} steps are not in an --embedding-buffer-size "
+                        f"of {frames}")
 
 
 # ------------------------------------------------------------------------------ state
@@ -558,15 +589,18 @@ def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array],
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = pixels.check_args(check_args(args, metaworld), metaworld.MAX_EPISODE_STEPS)
+    args = flags.check_args(args, METAWORLD)
+    args = replace(args, buffer_size=pixels.whole_blocks(args.buffer_size, args.layout))
+    flags.check_replay(args, args.buffer_size, args.learning_starts)
+    METAWORLD.check_camera(args.camera_id)
     check_alignment(args, args.layout.episode_length)
-    note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
-    prompt = metaworld.prompt_for(args.env_id, args.prompt)
+    flags.note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
+    prompt = METAWORLD.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
-    view = view_for(vlm)
+    view = view_for(vlm, METAWORLD)
     camera = Camera(view.size, args.camera_id, args.quality)
     vlm_inputs = load_inputs(vlm, args)
-    envs = metaworld.VecMetaWorld(
+    envs = METAWORLD.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         action_repeat=args.action_repeat, draw_resets=True,
     )

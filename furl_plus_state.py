@@ -24,9 +24,10 @@ import optax
 from flax import struct
 
 from common import flags, replay
-from common.cli import check_alignment, check_args, note_idle, run_script
-from common.envs import metaworld
+from common.cli import run_script
+from common.envs.metaworld_suite import ACTION_DIM, MAX_EPISODE_STEPS, OBJECT, Experts
 from common.envs.rendering import Camera
+from common.envs.suites import METAWORLD
 from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import Evaluator
@@ -36,8 +37,8 @@ from common.vlms import VLM, load_vlm, view_for
 from common.vlms.task import VLMInputs, load_inputs
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-RELAY_STREAM = 1  # of random numbers on the host, beside the seed
-EPISODE_LENGTH = metaworld.MAX_EPISODE_STEPS  # all episodes begin and end together
+RELAY_STREAM = 1  # with the seed: name of a stream of random numbers on the host
+EPISODE_LENGTH = MAX_EPISODE_STEPS  # all episodes begin and end together
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     total_timesteps: flags.PositiveInt = 80_000  # environment steps, summed over the environments
     eval_every: flags.PositiveInt = 2_000  # environment steps between evaluations
     # --- environment
-    goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
+    goal: flags.Goal = "fixed"  # fixed: hidden, one per seed
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
     camera_id: flags.NotNegativeInt = 2  # camera of the VLM's frames
     # --- SAC
@@ -57,7 +58,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     tau: flags.Fraction = 0.01  # step of the target critics
     actor_tau: flags.Fraction = 0.001  # of the averaged actor, which is evaluated; 1: no average
     init_temperature: flags.PositiveFloat = 0.01  # temperature before learning
-    init_q: flags.FiniteFloat = -100.0  # what the critics say before learning; added to them
+    init_q: flags.FiniteFloat = -100.0  # added to the critics' output: values before learning
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     layer_norm: bool = True  # in the critics, against overestimated values (Ball et al., 2023)
     # --- VLM reward
@@ -87,13 +88,38 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     lag: flags.PositiveInt = 10  # k of Eq. 4, environment steps
     reward_margin: flags.NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
     l2_margin: flags.NotNegativeFloat = 0.2  # margin on the distance to the goal image in Eq. 5
-    embedding_buffer_size: flags.PositiveInt = 100_000  # frames for the ranking losses, each kind
+    embedding_buffer_size: flags.PositiveInt = 100_000  # frames kept of positives, of negatives
     # --- the search, and relay
     search_until: flags.NotNegativeInt = 2_500  # positive samples at which the search ends
     relay: bool = True  # --no-relay: the FuRL agent searches alone
     relay_periods: flags.PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
     relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
     relay_bonus: flags.NotNegativeFloat = 1.0  # weight of displaced objects in its reward
+
+
+def check_alignment(args: Args, episode_length: int) -> None:
+    """Name flags without effect; UserError if the alignment could never begin."""
+    flags.note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
+                    "l2_margin")
+    frames, lag = args.embedding_buffer_size, args.lag
+    if frames < episode_length:
+        raise UserError(f"--embedding-buffer-size must hold an episode, {episode_length} frames or "
+                        f"more, not {frames}")
+    if not args.align:
+        return
+    flags.note_idle(args, "goal_image", "l2_margin")
+    flags.note_idle(args, "stage2", "stage2_after", "lag")
+    if not args.stage2 and not args.goal_image:
+        print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
+              "heads stay random")
+    if args.stage2 and lag >= episode_length:
+        raise UserError(f"--lag must be below the length of an episode, {episode_length}, not "
+                        f"{lag}: no frame would have one to be compared with")
+    most = frames * (episode_length - lag) // episode_length  # the first `lag` do not count
+    if args.stage2 and args.stage2_after > most:
+        raise UserError(f"--stage2-after must be at most {most}, not {args.stage2_after}: more "
+                        f"positives after --lag {lag} steps are not in an --embedding-buffer-size "
+                        f"of {frames}")
 
 
 # ------------------------------------------------------------------------------ state
@@ -313,7 +339,7 @@ def positives_loss(
 
 def displacement(obs: jax.Array, first_obs: jax.Array) -> jax.Array:
     """How far the object is from where the episode began, d / (d + 0.1 m), obs [..., 39]."""
-    distance = jnp.linalg.norm((obs - first_obs)[..., metaworld.OBJECT], axis=-1)
+    distance = jnp.linalg.norm((obs - first_obs)[..., OBJECT], axis=-1)
     return distance / (distance + 0.1)
 
 
@@ -520,7 +546,7 @@ def held_noise(draw: Callable, key: jax.Array, env_steps: int, args: Args) -> ja
     """`draw(key, shape)` for each environment, held for as many steps as its --hold-steps says."""
     hold = jnp.resize(jnp.array(args.hold_steps), args.num_envs)
     number = jnp.arange(args.num_envs) + args.num_envs * (env_steps // args.num_envs // hold)
-    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i), (metaworld.ACTION_DIM,)))(number)
+    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i), (ACTION_DIM,)))(number)
 
 
 @partial(jax.jit, static_argnames=("args", "relaying"))
@@ -573,20 +599,22 @@ def check_own_flags(args: Args) -> None:
                         f"explores, not {args.quiet_envs}")
     if args.clip_targets and args.gamma == 1:
         raise UserError("--gamma must be below 1, or there are no bounds for --clip-targets")
-    note_idle(args, "relay", "relay_periods", "relay_noise", "relay_bonus")
+    flags.note_idle(args, "relay", "relay_periods", "relay_noise", "relay_bonus")
 
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_args(args, metaworld, whole_episodes=True)
+    args = flags.check_args(args, METAWORLD)
+    flags.check_replay(args, args.buffer_size, args.learning_starts, EPISODE_LENGTH)
+    METAWORLD.check_camera(args.camera_id)
     check_alignment(args, EPISODE_LENGTH)
     check_own_flags(args)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
-    view = view_for(vlm)
+    view = view_for(vlm, METAWORLD)
     camera = Camera(view.size, args.camera_id, args.quality)
     vlm_inputs = load_inputs(vlm, args)
-    experts = metaworld.Experts(args.env_id, args.demos, seed=args.seed, goal=args.goal)
-    envs = metaworld.VecMetaWorld(
+    experts = Experts(args.env_id, args.demos, seed=args.seed, goal=args.goal)
+    envs = METAWORLD.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         draw_resets=True, draw_every=args.draw_every,
     )
@@ -597,7 +625,7 @@ def main(args: Args) -> dict[str, float]:
     sizes = Sizes(envs.obs_dim, envs.action_dim, vlm.embed_dim)
     init_key, random_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 4)
     state, buffers = init_state(init_key, sizes, args), init_buffers(sizes, args)
-    prompt = metaworld.prompt_for(args.env_id, args.prompt)
+    prompt = METAWORLD.prompt_for(args.env_id, args.prompt)
     run = start_run(args, buffers, sizes, envs, evaluate, vlm=vlm, view=view, prompt=prompt)
 
     def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:

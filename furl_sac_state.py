@@ -32,10 +32,12 @@ import optax
 from flax import struct
 
 from common import flags, replay
-from common.cli import check_alignment, check_args, note_idle, run_script
-from common.envs import metaworld
+from common.cli import run_script
+from common.envs.metaworld_suite import MAX_EPISODE_STEPS
 from common.envs.rendering import Camera
+from common.envs.suites import METAWORLD
 from common.envs.workers import Step
+from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
@@ -43,13 +45,13 @@ from common.vlms import VLM, load_vlm, view_for
 from common.vlms.task import VLMInputs, load_inputs
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-ACTION_STREAM, RELAY_STREAM = 0, 1  # of random numbers on the host, beside the seed
+ACTION_STREAM, RELAY_STREAM = 0, 1  # with the seed: names of streams of random numbers on the host
 
 
 @dataclass(frozen=True)
 class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs: common/flags.py
     # --- environment
-    goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
+    goal: flags.Goal = "fixed"  # fixed: hidden, one per seed
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
     camera_id: flags.NotNegativeInt = 2  # camera of the VLM's frames
     # --- SAC
@@ -60,7 +62,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
-    init_q: flags.FiniteFloat = 0.0  # what the critics say before learning; added to them
+    init_q: flags.FiniteFloat = 0.0  # added to the critics' output: their values before learning
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
     # --- VLM reward
@@ -79,12 +81,37 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     lag: flags.PositiveInt = 10  # k of Eq. 4, environment steps
     reward_margin: flags.NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
     l2_margin: flags.NotNegativeFloat = 0.2  # margin on the distance to the goal image in Eq. 5
-    embedding_buffer_size: flags.PositiveInt = 100_000  # frames for the ranking losses, each kind
+    embedding_buffer_size: flags.PositiveInt = 100_000  # frames kept of positives, of negatives
     # --- relay
     relay: bool = True  # --no-relay: the VLM agent explores alone
     relay_periods: flags.PositiveInts = (50, 100, 150, 200)  # T_s: steps until the agents change
     relay_until: flags.NotNegativeInt = 2_500  # positive samples at which relaying ends (Figure 5)
     relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
+
+
+def check_alignment(args: Args, episode_length: int) -> None:
+    """Name flags without effect; UserError if the alignment could never begin."""
+    flags.note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
+                    "l2_margin")
+    frames, lag = args.embedding_buffer_size, args.lag
+    if frames < episode_length:
+        raise UserError(f"--embedding-buffer-size must hold an episode, {episode_length} frames or "
+                        f"more, not {frames}")
+    if not args.align:
+        return
+    flags.note_idle(args, "goal_image", "l2_margin")
+    flags.note_idle(args, "stage2", "stage2_after", "lag")
+    if not args.stage2 and not args.goal_image:
+        print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
+              "heads stay random")
+    if args.stage2 and lag >= episode_length:
+        raise UserError(f"--lag must be below the length of an episode, {episode_length}, not "
+                        f"{lag}: no frame would have one to be compared with")
+    most = frames * (episode_length - lag) // episode_length  # the first `lag` do not count
+    if args.stage2 and args.stage2_after > most:
+        raise UserError(f"--stage2-after must be at most {most}, not {args.stage2_after}: more "
+                        f"positives after --lag {lag} steps are not in an --embedding-buffer-size "
+                        f"of {frames}")
 
 
 # ------------------------------------------------------------------------------ state
@@ -474,15 +501,17 @@ def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array],
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_args(args, metaworld, whole_episodes=True)
-    check_alignment(args, metaworld.MAX_EPISODE_STEPS)
-    note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
-    prompt = metaworld.prompt_for(args.env_id, args.prompt)
+    args = flags.check_args(args, METAWORLD)
+    flags.check_replay(args, args.buffer_size, args.learning_starts, MAX_EPISODE_STEPS)
+    METAWORLD.check_camera(args.camera_id)
+    check_alignment(args, MAX_EPISODE_STEPS)
+    flags.note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
+    prompt = METAWORLD.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
-    view = view_for(vlm)
+    view = view_for(vlm, METAWORLD)
     camera = Camera(view.size, args.camera_id, args.quality)
     vlm_inputs = load_inputs(vlm, args)
-    envs = metaworld.VecMetaWorld(
+    envs = METAWORLD.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         draw_every=args.draw_every,
     )

@@ -34,9 +34,10 @@ import optax
 from flax import struct
 
 from common import flags, replay
-from common.cli import check_args, run_script
-from common.envs import metaworld
+from common.cli import run_script
+from common.envs.metaworld_suite import MAX_EPISODE_STEPS
 from common.envs.rendering import Camera
+from common.envs.suites import METAWORLD
 from common.envs.workers import Step
 from common.evaluate import Evaluator
 from common.replay import Ring, Sizes, Transition
@@ -44,13 +45,13 @@ from common.run import start_run
 from common.vlms import VLM, load_vlm, view_for
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-ACTION_STREAM, RELAY_STREAM = 0, 1  # of random numbers on the host, beside the seed
+ACTION_STREAM, RELAY_STREAM = 0, 1  # with the seed: names of streams of random numbers on the host
 
 
 @dataclass(frozen=True)
 class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs: common/flags.py
     # --- environment
-    goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
+    goal: flags.Goal = "fixed"  # fixed: hidden, one per seed
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
     camera_id: flags.NotNegativeInt = 2  # camera of the VLM's frames
     # --- SAC
@@ -61,7 +62,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
-    init_q: flags.FiniteFloat = 0.0  # what the critics say before learning; added to them
+    init_q: flags.FiniteFloat = 0.0  # added to the critics' output: their values before learning
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
     # --- VLM reward
@@ -348,7 +349,7 @@ def policy(state: RelayState, obs: jax.Array) -> jax.Array:
 
 def load_reward(state: RelayState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
     """The VLM reward of the run, before its weight rho: embeddings [n, D] -> [n]."""
-    text = jnp.asarray(vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0])
+    text = jnp.asarray(vlm.embed_text([METAWORLD.prompt_for(args.env_id, args.prompt)])[0])
     return jax.jit(partial(cosine_similarity, text))
 
 
@@ -357,13 +358,15 @@ def load_reward(state: RelayState, vlm: VLM, args: Args) -> Callable[[jax.Array]
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_args(args, metaworld, whole_episodes=True)
-    prompt = metaworld.prompt_for(args.env_id, args.prompt)
+    args = flags.check_args(args, METAWORLD)
+    flags.check_replay(args, args.buffer_size, args.learning_starts, MAX_EPISODE_STEPS)
+    METAWORLD.check_camera(args.camera_id)
+    prompt = METAWORLD.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     text = jnp.asarray(vlm.embed_text([prompt])[0])
-    view = view_for(vlm)
+    view = view_for(vlm, METAWORLD)
     camera = Camera(view.size, args.camera_id, args.quality)
-    envs = metaworld.VecMetaWorld(
+    envs = METAWORLD.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         draw_every=args.draw_every,
     )

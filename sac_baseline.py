@@ -28,23 +28,22 @@ import optax
 from flax import struct
 
 from common import flags, replay
-from common.cli import check_args, run_script
-from common.envs import metaworld
+from common.cli import run_script
 from common.envs.metaworld_envpool import EnvPoolMetaWorld
-from common.envs.suites import suite_for
+from common.envs.suites import METAWORLD, suite_for
 from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import Ring, Sizes, Transition
 from common.run import start_run
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-ACTION_STREAM = 0  # of random numbers on the host, beside the seed
+ACTION_STREAM = 0  # with the seed: name of a stream of random numbers on the host
 
 
 @dataclass(frozen=True)
 class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs: common/flags.py
     # --- environment
-    goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
+    goal: flags.Goal = "fixed"  # fixed: hidden, one per seed
     engine: Literal["metaworld", "envpool"] = "metaworld"  # envpool: faster, random goals only
     # --- SAC
     learning_starts: flags.NotNegativeInt = 10_000  # random steps before the first update
@@ -54,9 +53,13 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
-    init_q: flags.FiniteFloat = 0.0  # what the critics say before learning; added to them
+    init_q: flags.FiniteFloat = 0.0  # added to the critics' output: their values before learning
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
+
+    @property
+    def reward_shift(self) -> float:  # of the task's reward; minus one on Meta-World (B.2)
+        return suite_for(self.env_id).reward_shift
 
 
 # ------------------------------------------------------------------------------ state
@@ -225,8 +228,7 @@ def update_once(
     sample_key, agent_key = jax.random.split(key)
     slots = replay.sample_slots(buffers.transitions, sample_key, args.batch_size)
     batch: Transition = replay.take(buffers.transitions, slots)
-    # On Meta-World minus one, constant shaping (B.2).
-    task_reward = batch.reward + suite_for(args.env_id).REWARD_SHIFT
+    task_reward = batch.reward + args.reward_shift
     agent, metrics = update_agent(agent, batch, task_reward, agent_key, args)
     metrics = {f"losses/{name}": value for name, value in metrics.items()}
     return agent, metrics | {"reward/task_mean": batch.reward.mean()}
@@ -269,8 +271,9 @@ def policy(agent: AgentState, obs: jax.Array) -> jax.Array:
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     suite = suite_for(args.env_id)  # Meta-World or Gymnasium
-    args = check_args(args, suite)
-    if args.engine == "envpool" and suite is not metaworld:
+    args = flags.check_args(args, suite)
+    flags.check_replay(args, args.buffer_size, args.learning_starts)
+    if args.engine == "envpool" and suite is not METAWORLD:
         raise UserError(f"--engine envpool has Meta-World's tasks, not {args.env_id}")
     make_vec = EnvPoolMetaWorld if args.engine == "envpool" else suite.make_vec
     envs = make_vec(args.env_id, args.num_envs, seed=args.seed, goal=args.goal)

@@ -22,7 +22,7 @@ furl_sac_state.py (the page has all of them):
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -34,7 +34,7 @@ import optax
 from flax import struct
 
 from common import flags, replay
-from common.cli import check_args, run_script
+from common.cli import run_script
 from common.envs.rendering import Camera
 from common.envs.suites import suite_for
 from common.envs.workers import Step
@@ -45,13 +45,13 @@ from common.run import start_run
 from common.vlms import VLM, load_vlm, view_for
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-ACTION_STREAM = 0  # of random numbers on the host, beside the seed
+ACTION_STREAM = 0  # with the seed: name of a stream of random numbers on the host
 
 
 @dataclass(frozen=True)
 class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs: common/flags.py
     # --- environment
-    goal: Literal["fixed", "random", "random-hidden"] = "fixed"  # fixed: hidden, one per seed
+    goal: flags.Goal = "fixed"  # fixed: hidden, one per seed
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
     camera_id: flags.NotNegativeInt | None = None  # of the VLM's frames; default: the suite's, 2
     # --- SAC
@@ -62,7 +62,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     gamma: flags.Fraction = 0.99  # discount factor
     tau: flags.Fraction = 0.01  # step of the target critics
     init_temperature: flags.PositiveFloat = 0.1  # temperature before learning
-    init_q: flags.FiniteFloat = 0.0  # with --task-reward: what the critics say before learning
+    init_q: flags.FiniteFloat = 0.0  # with --task-reward: added to the critics' output
     tune_temperature: bool = True  # --no-tune-temperature: it stays as it was, as in VLM-RM
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
@@ -79,6 +79,10 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     draw_every: flags.PositiveInt = 1  # a frame is drawn every K-th step, and stands until the next
     projection: bool = False  # through randomly initialised, fixed projection heads: LIV-Proj
     projection_features: flags.PositiveInts = (256, 64)  # layers of both projection heads
+
+    @property
+    def reward_shift(self) -> float:  # of the task's reward; minus one on Meta-World (B.2)
+        return suite_for(self.env_id).reward_shift
 
 
 # ------------------------------------------------------------------------------ state
@@ -315,9 +319,7 @@ def update_once(
     batch: Transition = replay.take(buffers.transitions, slots)
     reward = vlm_rewards = vlm_reward(batch.embedding.astype(jnp.float32), vlm, args)
     if args.task_reward:
-        # On Meta-World minus one, constant shaping (B.2).
-        task_reward = batch.reward + suite_for(args.env_id).REWARD_SHIFT
-        reward = task_reward + args.rho * vlm_rewards  # Eq. 1
+        reward = batch.reward + args.reward_shift + args.rho * vlm_rewards  # Eq. 1
     agent, metrics = update_agent(agent, batch, reward, agent_key, args)
     metrics = {f"losses/{name}": value for name, value in metrics.items()}
     metrics |= {"reward/vlm_mean": vlm_rewards.mean(), "reward/vlm_std": vlm_rewards.std()}
@@ -373,7 +375,7 @@ def embed_task(vlm: VLM, args: Args) -> VLMInputs:
     if args.alpha > 0 and cosine_similarity(text, baseline[None])[0] > 0.9999:
         raise UserError(f"--baseline-prompt {prompts[1]!r} means the same as the prompt "
                         f"{prompts[0]!r} to this VLM: there is no line through both")
-    key = jax.random.split(jax.random.key(args.seed), 4)[3]  # the others are those of `main`
+    key = jax.random.fold_in(jax.random.key(args.seed), 3)  # none of those that `main` splits off
     projection = Projection(args.projection_features).init(key, text, text[None])
     return VLMInputs(text, baseline, projection)
 
@@ -389,11 +391,17 @@ def load_reward(agent: AgentState, vlm: VLM, args: Args) -> Callable[[jax.Array]
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     suite = suite_for(args.env_id)  # Meta-World or Gymnasium
-    args = check_args(args, suite)
+    args = flags.check_args(args, suite)
+    flags.check_replay(args, args.buffer_size, args.learning_starts)
+    if args.vlm is None:
+        args = replace(args, vlm=suite.default_vlm(args.env_id))
+    if args.camera_id is None:
+        args = replace(args, camera_id=suite.default_camera)
+    suite.check_camera(args.camera_id)
     prompt, baseline_prompt = prompts_of(args)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     vlm_inputs = embed_task(vlm, args)
-    view = view_for(vlm, suite.CUTS_BORDER)
+    view = view_for(vlm, suite)
     camera = Camera(view.size, args.camera_id, args.quality)
     envs = suite.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,

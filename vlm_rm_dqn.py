@@ -21,7 +21,7 @@ has all of them):
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -33,9 +33,9 @@ import optax
 from flax import struct
 
 from common import flags, replay
-from common.cli import check_args, run_script
-from common.envs import gymnasium as suite
+from common.cli import run_script
 from common.envs.rendering import Camera
+from common.envs.suites import GYMNASIUM
 from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import Evaluator
@@ -43,7 +43,7 @@ from common.replay import Ring, Sizes, Transition
 from common.run import start_run
 from common.vlms import VLM, load_vlm, view_for
 
-ACTION_STREAM = 0  # of random numbers on the host, beside the seed
+ACTION_STREAM = 0  # with the seed: name of a stream of random numbers on the host
 MAX_GRADIENT_NORM = 10.0  # stable-baselines3's
 
 
@@ -247,9 +247,9 @@ def policy(agent: AgentState, obs: jax.Array) -> jax.Array:
 
 def prompts_of(args: Args) -> tuple[str, str]:
     """Goal and baseline, which is empty where nothing looks at it."""
-    prompt = suite.prompt_for(args.env_id, args.prompt)
+    prompt = GYMNASIUM.prompt_for(args.env_id, args.prompt)
     if args.alpha > 0:
-        return prompt, suite.baseline_prompt_for(args.env_id, args.baseline_prompt)
+        return prompt, GYMNASIUM.baseline_prompt_for(args.env_id, args.baseline_prompt)
     if args.baseline_prompt is not None:
         raise UserError("--baseline-prompt has no effect without --alpha: give one above 0")
     return prompt, ""
@@ -275,7 +275,10 @@ def load_reward(agent: AgentState, vlm: VLM, args: Args) -> Callable[[jax.Array]
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
-    args = check_args(args, suite)
+    args = flags.check_args(args, GYMNASIUM)
+    flags.check_replay(args, args.buffer_size, args.learning_starts)
+    if args.vlm is None:
+        args = replace(args, vlm=GYMNASIUM.default_vlm(args.env_id))
     if not args.vlm_reward and (args.prompt or args.baseline_prompt or args.alpha):
         raise UserError("--prompt, --baseline-prompt and --alpha have no effect with "
                         "--no-vlm-reward")
@@ -290,9 +293,9 @@ def main(args: Args) -> dict[str, float]:
             args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed
         )
         vlm_inputs = embed_task(vlm, args)
-        view = view_for(vlm, suite.CUTS_BORDER)
-        camera = Camera(view.size, suite.DEFAULT_CAMERA, "fast")
-    envs = suite.VecGymnasium(
+        view = view_for(vlm, GYMNASIUM)
+        camera = Camera(view.size, GYMNASIUM.default_camera, "fast")
+    envs = GYMNASIUM.make_vec(
         args.env_id, args.num_envs, seed=args.seed, camera=camera, draw_every=args.draw_every
     )
     if not envs.discrete:

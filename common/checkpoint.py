@@ -27,7 +27,7 @@ import numpy as np
 
 from common.errors import ShortageError, UserError
 from common.replay import Ring, add_rows, read_rows, row_bytes
-from common.run_folder import CHECKPOINTS, checkpoint_folder, checkpoints, steps_of
+from common.run_folder import CHECKPOINTS, checkpoint_folder, checkpoints
 
 KEEP = 2  # checkpoints kept: the newest, and the one before in case the newest is damaged
 FORMAT = 5  # raised when what the scripts save changes: they would misread an older one
@@ -151,16 +151,12 @@ def read_newest(
         (env_steps, leaves of the tree given to `save`, host); see `unflatten`.
 
     Raises:
-        UserError: no checkpoint can be used, or none has that number of steps.
+        UserError: no checkpoint can be used.
         OSError: the disk cannot be read.
     """
     folders = checkpoints(run_dir)
     if env_steps is not None:
-        kept = [steps_of(folder) for folder in folders]
-        if env_steps not in kept:
-            names = ", ".join(map(str, sorted(kept))) or "none"
-            raise UserError(f"{run_dir} has no checkpoint of step {env_steps}; kept are: {names}")
-        folders = [folders[kept.index(env_steps)]]
+        folders = [checkpoint_folder(run_dir, env_steps)]
 
     def read(folder: Path) -> tuple[int, list[np.ndarray], Any]:
         manifest, structure = _read_state(folder)

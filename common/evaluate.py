@@ -10,6 +10,7 @@ import numpy as np
 from common.envs.rendering import Camera
 from common.envs.suites import suite_for
 from common.errors import UserError
+from common.flags import Goal
 
 # Evaluation goals of random-goal runs come from another seed than the goals of training.
 EVAL_SEED_OFFSET = 1_000_003
@@ -17,9 +18,9 @@ VIDEO_CAMERA = Camera(size=256)
 VIDEO_FPS = 40  # half of Meta-World's 80 steps a second of simulated time: fast, yet readable
 
 
-def all_same(env_id: str, goal: str) -> bool:
+def all_same(env_id: str, goal: Goal) -> bool:
     """Whether all episodes of one policy's mean action are the same, so that one tells all."""
-    return goal == "fixed" and not suite_for(env_id).EPISODES_DIFFER
+    return goal == "fixed" and not suite_for(env_id).starts_differ
 
 
 class Evaluator:
@@ -53,7 +54,7 @@ class Evaluator:
         env_id: str,
         *,
         seed: int,
-        goal: str,
+        goal: Goal,
         num_episodes: int,
         num_envs: int | None = None,
         camera: Camera = VIDEO_CAMERA,
@@ -78,7 +79,7 @@ class Evaluator:
             num_workers=num_workers,
         )
         self._start = self.envs.get_state()
-        self._lengths_differ = suite.EPISODES_DIFFER
+        self._lengths_differ = suite.lengths_differ
         self.settings = {
             "frame_stack": frame_stack, "frame_size": camera.size if frame_stack else 0,
             "camera_id": camera.id, "quality": camera.quality, "action_repeat": action_repeat,

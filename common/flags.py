@@ -1,20 +1,26 @@
-"""The flags that all scripts have, and the types that give a flag its range.
+"""The flags that all scripts have, their checks, and the types that give a flag its range.
 
 A script writes the range of a flag as its type, for example `rho: NotNegativeFloat = 0.05`. Flags
-of plain types (`int`, `float`, `str`, `bool`, tuples of them) may have any value.
+of plain types (`int`, `float`, `str`, `bool`, tuples of them) may have any value. What else can be
+wrong with a flag of its own a script checks itself.
 """
 
+import dataclasses
 import math
 import os
 import shutil
 import types
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, MinLen, Predicate
 
 from common.errors import UserError
+from common.run_folder import check_run_dir
+
+if TYPE_CHECKING:
+    from common.envs.suite import Suite
 
 PositiveInt = Annotated[int, Ge(1)]
 NotNegativeInt = Annotated[int, Ge(0)]
@@ -24,9 +30,14 @@ NotNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Gt(0), Le(1)]
 Share = Annotated[float, Ge(0), Le(1)]
 PositiveInts = Annotated[tuple[PositiveInt, ...], MinLen(1)]
+Goal = Literal["fixed", "random", "random-hidden"]  # of Meta-World's tasks, see `VecMetaWorld`
+GOALS: tuple[Goal, ...] = typing.get_args(Goal)
 
 LARGEST = 2**31 - 1  # counters on the device are int32
 LEAST_COLUMNS = 40  # of a terminal, for a help text
+# What a resumed run may change; anything else would make it another run.
+MAY_CHANGE = {"resume", "total_timesteps", "eval_every", "checkpoint_every", "log_every", "track",
+              "wandb_project", "wandb_entity", "capture_video", "drop_replay"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,18 @@ class RunArgs:
     @property
     def updates_per_iteration(self) -> int:
         return round(self.utd * self.num_envs)
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Environment steps that all environments together take between two actions."""
+        return self.num_envs
+
+
+ArgsT = TypeVar("ArgsT", bound=RunArgs)
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def parse(args_type: Any, argv: list[str] | None = None, **options: Any) -> Any:
@@ -128,3 +151,80 @@ def check_range(value: Any, kind: Any, flag: str) -> None:
         raise UserError(f"{flag} must be at most {LARGEST}, not {value}")
     if not math.isfinite(value):
         raise UserError(f"{flag} must be a finite number, not {value}")
+
+
+def check_ranges(args: Any) -> None:
+    """Raises:
+        UserError: a flag is outside the range that its type gives.
+    """
+    kinds = typing.get_type_hints(type(args), include_extras=True)
+    for field in dataclasses.fields(args):
+        check_range(getattr(args, field.name), kinds[field.name], flag_of(field.name))
+
+
+def check_args(args: ArgsT, suite: "Suite") -> ArgsT:
+    """`args` with the task's full name and as many steps as whole iterations take.
+
+    Checks the flags of `RunArgs`, and the ranges that the script gives its own as their types.
+
+    Raises:
+        UserError: names the first flag whose value cannot work, and what can.
+    """
+    check_ranges(args)
+    args = dataclasses.replace(args, env_id=suite.resolve_env_id(args.env_id))
+    updates = args.utd * args.num_envs
+    whole = round(updates) if math.isfinite(updates) else 0
+    if not 1 <= whole <= LARGEST or abs(updates - whole) > 1e-6:
+        nearest = min(max(whole, 1), LARGEST) / args.num_envs
+        raise UserError(f"--utd {args.utd!r} x --num-envs {args.num_envs} gives {updates:.10g} "
+                        f"updates per iteration: it must be a whole number from 1 to {LARGEST}, "
+                        f"as with --utd {nearest!r}")
+    if not args.resume:
+        check_run_dir(args.run_dir)
+    iteration = args.steps_per_iteration
+    whole = -(-args.total_timesteps // iteration) * iteration
+    if whole > LARGEST:
+        raise UserError(f"--total-timesteps must be at most {LARGEST}, not {whole}")
+    if whole != args.total_timesteps:
+        print(f"note: --total-timesteps {args.total_timesteps} becomes {whole}, whole iterations "
+              f"of {iteration} steps")
+    return dataclasses.replace(args, total_timesteps=whole)
+
+
+def check_replay(
+    args: RunArgs, buffer_size: int, learning_starts: int, episode_length: int | None = None
+) -> None:
+    """For scripts with a replay: whether it is large enough; a line if nothing will be trained.
+
+    Args:
+        args: after `check_args`.
+        buffer_size: transitions in the replay.
+        learning_starts: environment steps before the first update.
+        episode_length: actions in an episode, where whole episodes are looked at in the replay.
+
+    Raises:
+        UserError: it cannot hold a step, or an episode, of each environment.
+    """
+    least = args.num_envs * (episode_length or 1)
+    if buffer_size < least:
+        what = "an episode" if episode_length else "a step"
+        raise UserError(f"--buffer-size must hold {what} of each of {args.num_envs} environments, "
+                        f"{least} transitions or more, not {buffer_size}")
+    if args.total_timesteps - args.steps_per_iteration < max(learning_starts, 1):
+        print(f"note: nothing is trained: --total-timesteps {args.total_timesteps} must be above "
+              f"--learning-starts {learning_starts}, until which actions are random")
+
+
+def note_idle(args: Any, switch: str, *names: str) -> None:
+    """Say so if flags were given another value than their default, but another one switches off
+    all that they are for.
+
+    Args:
+        args: the script's.
+        switch: field of a flag of the kind `--no-relay`.
+        names: fields of the flags that only matter with it.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    idle = [flag_of(name) for name in names if getattr(args, name) != defaults[name]]
+    if idle and not getattr(args, switch):
+        print(f"note: without effect beside {flag_of(f'no_{switch}')}: {', '.join(idle)}")

@@ -5,16 +5,14 @@ All episodes begin and end together, so rows come in blocks of `num_envs`: block
 step.
 """
 
-from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from common import replay
-from common.cli import check_episodes_fit
 from common.envs.workers import Step
 from common.errors import UserError
 from common.replay import Ring, Sizes, Transition
@@ -138,21 +136,16 @@ def sample(
     )
 
 
-def check_args(args: Any, max_episode_steps: int) -> Any:
-    """A script's arguments, with room for whole steps of all environments in the replay.
-
-    Args:
-        args: with `action_repeat`, `layout`, and what `common.cli.check_episodes_fit` looks at.
-        max_episode_steps: of the environments, physics steps.
+def actions_per_episode(max_episode_steps: int, action_repeat: int) -> int:
+    """Actions in an episode of so many physics steps, each for `action_repeat` of them.
 
     Raises:
-        UserError: names the flag whose value cannot work, and what can.
+        UserError: the last action would be cut short.
     """
-    if max_episode_steps % args.action_repeat:
+    if max_episode_steps % action_repeat:
         raise UserError(f"--action-repeat must divide {max_episode_steps}, the steps of an "
-                        f"episode, not {args.action_repeat}")
-    check_episodes_fit(args, args.layout.episode_length)
-    return replace(args, buffer_size=whole_blocks(args.buffer_size, args.layout))
+                        f"episode, not {action_repeat}")
+    return max_episode_steps // action_repeat
 
 
 def whole_blocks(buffer_size: int, layout: Layout) -> int:

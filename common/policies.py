@@ -6,6 +6,7 @@ state (critics, optimizers, projection heads) is in checkpoints alone.
 """
 
 import itertools
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from common.checkpoint import CheckpointError, write_npz
+from common import checkpoint
+from common.checkpoint import CheckpointError
+from common.errors import UserError
 from common.run_folder import kept_policies, policy_file, read_metrics
 
 MOST = 100  # policies kept
@@ -54,7 +57,7 @@ def save(run_dir: Path, env_steps: int, arrays: dict[str, jax.Array], eval_every
     """
     path = policy_file(run_dir, env_steps)
     path.parent.mkdir(exist_ok=True)
-    write_npz(path, arrays)
+    checkpoint.write_npz(path, arrays)
     _thin_out(run_dir, env_steps, eval_every, max(1, min(MOST, MOST_BYTES // path.stat().st_size)))
 
 
@@ -97,26 +100,32 @@ def drop_after(run_dir: Path, env_steps: int) -> None:
             path.unlink()
 
 
-def load(run_dir: Path, env_steps: int, template: Any) -> Any:
-    """The state of which a policy is kept; NaN, or 0 in whole numbers, where nothing is.
-
-    Args:
-        template: pytree of arrays or ShapeDtypeStructs, the state's structure and shapes.
+def read(run_dir: Path, env_steps: int) -> dict[str, np.ndarray]:
+    """The arrays of a policy that is kept, see `arrays_used`.
 
     Raises:
-        CheckpointError: the policy is of another structure or shape.
-        OSError, ValueError, BadZipFile: the file cannot be read, or is damaged.
+        UserError: the file is damaged, or cannot be read.
     """
-    with np.load(policy_file(run_dir, env_steps), allow_pickle=False) as file:
-        stored = dict(file)
-    leaves = []
-    for name, x in _named(template):
-        array = stored.pop(name, None)
-        if array is None:
-            array = np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype)
-        elif array.shape != x.shape:
-            raise CheckpointError("its networks have other shapes than this script's")
-        leaves.append(jnp.asarray(array))
-    if stored:
-        raise CheckpointError(f"this script's state has no {', '.join(stored)}")
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+    path = policy_file(run_dir, env_steps)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def unflatten(arrays: dict[str, np.ndarray], tree: Any) -> Any:
+    """The state, in the structure of `tree`, of which a policy's `arrays` are known.
+
+    The rest is NaN, or 0 in whole numbers, so that whatever depends on it can be told.
+
+    Raises:
+        CheckpointError: a shape differs, or there is no place for an array.
+    """
+    rest, leaves = dict(arrays), []
+    for name, x in _named(tree):
+        unknown = np.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0
+        leaves.append(jnp.asarray(rest.pop(name, np.full(x.shape, unknown, x.dtype))))
+    if rest:
+        raise CheckpointError(f"this script's state has no {', '.join(rest)}")
+    return checkpoint.unflatten(leaves, tree)

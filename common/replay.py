@@ -183,7 +183,7 @@ def newest_episode(steps: Ring, env: jax.Array, num_envs: int, episode_length: i
         num_envs, episode_length: of the episodes, which have all ended in that step.
 
     Raises:
-        ValueError: the ring cannot hold the episodes; `common.cli.check_episodes_fit` says so
+        ValueError: the ring cannot hold the episodes, which scripts refuse
             before a run begins.
     """
     if steps.capacity < num_envs * episode_length:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import checkpoint, policies
-from common.cli import note_untrained, script_name, source_file, steps_per_iteration
+from common.cli import script_name, source_file
 from common.envs.rendering import gl_info
 from common.envs.suites import suite_for
 from common.envs.workers import STOP_SIGNALS, Step
@@ -74,7 +74,7 @@ class Run:
         self.env_steps = 0  # done when the current iteration ends
         self._succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
         self._finished: list[bool] = []  # success_once of the episodes since the last row
-        self._shows_returns = suite_for(args.env_id).EPISODES_DIFFER  # else successes say it all
+        self._shows_returns = suite_for(args.env_id).shows_returns
         self._returns = np.zeros(args.num_envs)  # of the running episodes
         self._finished_returns: list[float] = []
         self.evaluation: dict[str, float] = {}  # the last one
@@ -151,7 +151,7 @@ class Run:
 
     def iterations(self) -> Iterator[int]:
         """The environment steps done before each iteration, up to the run's end."""
-        iteration = steps_per_iteration(self.args)
+        iteration = self.args.steps_per_iteration
         for env_steps in range(self.env_steps, self.args.total_timesteps, iteration):
             if self._pending is not None:
                 self._play_on(self._pending.steps_per_iteration)
@@ -191,7 +191,7 @@ class Run:
         """True when this iteration has passed a multiple of `every`, and at the run's end."""
         if self.env_steps == self.args.total_timesteps:
             return True
-        before = self.env_steps - steps_per_iteration(self.args)
+        before = self.env_steps - self.args.steps_per_iteration
         return every > 0 and self.env_steps // every > before // every
 
     def video_path(self) -> Path | None:
@@ -225,7 +225,7 @@ class Run:
             return policy(state, obs)
 
         playing = self._evaluator.play(act, self.video_path())
-        iterations = max(1, self.args.eval_every // steps_per_iteration(self.args))
+        iterations = max(1, self.args.eval_every // self.args.steps_per_iteration)
         # One more than its episodes have, which ends it; so it ends before the next one begins.
         steps = -(-(self._evaluator.episode_length + 1) // iterations)
         self._pending = PendingEvaluation(
@@ -355,7 +355,6 @@ def start_run(
         facts: what else belongs into config.json, e.g. the prompt.
     """
     source = source_file(type(args))
-    note_untrained(args)
     if args.resume:
         run_dir = Path(args.resume)
         run = Run(args, run_dir, read_config(run_dir), envs, evaluate)

@@ -4,12 +4,13 @@
     <script>.py     the script as it was then
     metrics.csv     env_steps,key,value
     lock            held by the process that writes to the folder
-    tensorboard/    checkpoints/    policies/    videos/
+    tensorboard/    checkpoints/    policies/    videos/    evaluations/ (of tools.evaluate)
 
-Only this module knows these names. It is imported by programs that look after many runs, and so
+All else has these names from here. It is imported by programs that look after many runs, and so
 loads neither JAX nor torch.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import itertools
@@ -20,6 +21,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -41,6 +43,7 @@ _LOCKS: dict[Path, TextIO] = {}  # the run folders that this process writes to
 
 # ------------------------------------------------------------------- a new run, and its lock
 
+
 def check_run_dir(run_dir: str | None) -> None:
     """Refuse a run folder that cannot be used, before anything is built; nothing is written.
 
@@ -48,18 +51,26 @@ def check_run_dir(run_dir: str | None) -> None:
         UserError: it cannot be written, is in use, or already holds a run.
     """
     path = Path(run_dir or "runs")
-    try:
+    with _writing(path):
         if run_dir and (path.resolve() in _LOCKS or holds_run(path)):
             raise UserError(f"{path} already holds a run: continue it with --resume "
                             f"{shlex.quote(str(path))}, or choose another --run-dir")
         existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         if not existing.is_dir():
-            raise UserError(f"{path} is not a free folder: choose another --run-dir")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+            raise FileExistsError
+        tempfile.TemporaryFile(dir=existing).close()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Whatever prevents the block from writing a run folder becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileExistsError:
+        raise UserError(f"{path} is not a free folder: choose another --run-dir") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        if isinstance(error, UserError):
-            raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write the run folder {path}: {reason}; choose another "
                         "--run-dir") from error
@@ -75,23 +86,16 @@ def create_run_dir(run_dir: str | None, env_id: str, script: str, seed: int) -> 
         UserError: it cannot be written, is in use, or already holds a run.
     """
     check_run_dir(run_dir)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{file_name(env_id)}__{script}__{seed}__{stamp}"
-    path = Path(run_dir) if run_dir else Path("runs") / name
-    try:
+    name = f"{file_name(env_id)}__{script}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path(run_dir or Path("runs") / name)
+    with _writing(path):
         if run_dir:
             path.mkdir(parents=True, exist_ok=True)
         else:
             path = make_free_folder(path)
         lock_run_dir(path)
         if not (path / CONFIG).exists():
-            with open(path / CONFIG, "x"):  # decides where a file system has no locks
-                pass
-    except FileExistsError:
-        raise UserError(f"{path} is not a free folder: choose another --run-dir") from None
-    except OSError as error:
-        raise UserError(f"cannot write the run folder {path}: {error.strerror}; choose another "
-                        "--run-dir") from error
+            open(path / CONFIG, "x").close()  # decides where a file system has no locks
     return path
 
 

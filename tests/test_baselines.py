@@ -18,7 +18,7 @@ import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
 from common import replay
 from common.cli import run_script
-from common.envs.metaworld import VecMetaWorld
+from common.envs.metaworld_suite import VecMetaWorld
 from common.envs.metaworld_tasks import MT10, baseline_prompt_for, prompt_for
 from common.errors import UserError
 from common.replay import Sizes, Transition

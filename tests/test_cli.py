@@ -26,7 +26,7 @@ from conftest import ROOT
 import common.run
 import furl_sac_state
 from common import checkpoint, cli, flags, logger, policies, replay, run_folder, system, versions
-from common.envs import metaworld
+from common.envs.suites import METAWORLD
 from common.envs.workers import Step, WorkerError
 from common.errors import ShortageError, UserError
 from common.logger import Logger
@@ -36,6 +36,14 @@ from common.run_folder import kept_policies
 from furl_sac_state import Args
 
 GOOD = Args(env_id="drawer-open-v3", num_envs=4, total_timesteps=400, log_every=100)
+
+
+def checked(args: Args) -> Args:
+    """What a script on Meta-World does first."""
+    args = flags.check_args(args, METAWORLD)
+    flags.check_replay(args, args.buffer_size, args.learning_starts)
+    METAWORLD.check_camera(args.camera_id)
+    return args
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +109,7 @@ def rows_of(run_dir: Path) -> list[list[str]]:
 ])
 def test_a_value_that_cannot_work_is_named(change, flag):
     with pytest.raises(UserError, match=rf"{flag}(\s|$)") as caught:
-        cli.check_args(replace(GOOD, **change), metaworld)
+        checked(replace(GOOD, **change))
     assert "\n" not in str(caught.value)
 
 
@@ -114,7 +122,7 @@ def test_a_value_that_cannot_work_is_named(change, flag):
     {"num_envs": 10, "utd": 0.3},  # 3 updates, though not in binary
 ])
 def test_values_at_their_limits_work(change):
-    assert cli.check_args(replace(GOOD, **change), metaworld) == replace(GOOD, **change)
+    assert checked(replace(GOOD, **change)) == replace(GOOD, **change)
 
 
 @dataclass(frozen=True)
@@ -139,8 +147,7 @@ class MyArgs(Args):
     ("words", ()), ("words", ("",)),
 ])
 def test_a_users_own_flag_of_a_plain_type_is_never_refused(name, value):
-    checked = cli.check_args(MyArgs(num_envs=4, **{name: value}), metaworld)
-    assert getattr(checked, name) is value
+    assert getattr(checked(MyArgs(num_envs=4, **{name: value})), name) is value
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -148,7 +155,7 @@ def test_a_users_own_flag_of_a_plain_type_is_never_refused(name, value):
 ])
 def test_a_users_own_flag_has_the_range_of_its_type(name, value):
     with pytest.raises(UserError, match=f"^--{name} must"):
-        cli.check_args(MyArgs(num_envs=4, **{name: value}), metaworld)
+        checked(MyArgs(num_envs=4, **{name: value}))
 
 
 def test_a_users_own_flags_on_the_command_line():
@@ -162,9 +169,14 @@ def test_a_users_own_flags_on_the_command_line():
 ])
 def test_buffers_that_are_too_small_for_whole_episodes(change, flag):
     least = {"buffer_size": 2000, "embedding_buffer_size": 500}
-    cli.check_episodes_fit(replace(GOOD, **least), 500)
+
+    def check(args: Args) -> None:
+        flags.check_replay(args, args.buffer_size, args.learning_starts, 500)
+        furl_sac_state.check_alignment(args, 500)
+
+    check(replace(GOOD, **least))
     with pytest.raises(UserError, match=f"^{flag} must hold an episode"):
-        cli.check_episodes_fit(replace(GOOD, **least | change), 500)
+        check(replace(GOOD, **least | change))
 
 
 @pytest.mark.parametrize(("utd", "num_envs", "message"), [
@@ -175,7 +187,7 @@ def test_buffers_that_are_too_small_for_whole_episodes(change, flag):
 def test_what_utd_would_work_is_said(utd, num_envs, message):
     args = replace(GOOD, utd=utd, num_envs=num_envs, total_timesteps=num_envs)
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-        assert cli.check_args(args, metaworld).updates_per_iteration == round(utd * num_envs)
+        assert flags.check_args(args, METAWORLD).updates_per_iteration == round(utd * num_envs)
 
 
 @pytest.mark.parametrize(("stored", "flag"), [
@@ -210,9 +222,9 @@ def test_help_in_a_narrow_terminal(monkeypatch, capsys):
 ])
 def test_an_alignment_that_could_not_begin(change, message, capsys):
     for good in ({"lag": 499}, {"embedding_buffer_size": 1000, "stage2_after": 980}):
-        cli.check_alignment(replace(GOOD, **good), 500)
+        furl_sac_state.check_alignment(replace(GOOD, **good), 500)
     with pytest.raises(UserError, match=message):
-        cli.check_alignment(replace(GOOD, **change), 500)
+        furl_sac_state.check_alignment(replace(GOOD, **change), 500)
     assert capsys.readouterr().out == ""
 
 
@@ -225,8 +237,8 @@ def test_an_alignment_that_could_not_begin(change, message, capsys):
     ({"align": False, "relay": False}, ""),
 ])
 def test_flags_that_others_switch_off_are_named(change, note, capsys):
-    cli.check_alignment(replace(GOOD, **change), 500)
-    cli.note_idle(replace(GOOD, **change), "relay", "relay_periods", "relay_until")
+    furl_sac_state.check_alignment(replace(GOOD, **change), 500)
+    flags.note_idle(replace(GOOD, **change), "relay", "relay_periods", "relay_until")
     out = capsys.readouterr().out
     assert note in out and len(out.splitlines()) == bool(note)
 
@@ -236,13 +248,17 @@ def test_flags_that_others_switch_off_are_named(change, note, capsys):
 ])
 def test_a_run_that_trains_nothing_says_so(total, starts, untrained, capsys):
     """With four environments: the first update comes after the first action beyond the start."""
-    cli.note_untrained(replace(GOOD, total_timesteps=total, learning_starts=starts))
+    flags.check_replay(replace(GOOD, total_timesteps=total), GOOD.buffer_size, starts)
     assert ("nothing is trained: --total-timesteps" in capsys.readouterr().out) == untrained
 
 
 @dataclass(frozen=True)
 class RepeatingArgs(Args):
     action_repeat: int = 2
+
+    @property
+    def steps_per_iteration(self) -> int:
+        return self.num_envs * self.action_repeat
 
 
 @pytest.mark.parametrize(("args", "whole", "iteration"), [
@@ -252,12 +268,13 @@ class RepeatingArgs(Args):
     (RepeatingArgs(num_envs=4, total_timesteps=404), 408, 8),
 ])
 def test_steps_are_rounded_up_to_whole_iterations(args, whole, iteration, capsys):
-    assert cli.check_args(args, metaworld) == replace(args, total_timesteps=whole)
+    assert flags.check_args(args, METAWORLD) == replace(args, total_timesteps=whole)
     assert capsys.readouterr().out == (
         f"note: --total-timesteps {args.total_timesteps} becomes {whole}, whole iterations of "
         f"{iteration} steps\n"
     )
-    assert cli.check_args(replace(args, total_timesteps=whole), metaworld).total_timesteps == whole
+    args = replace(args, total_timesteps=whole)
+    assert flags.check_args(args, METAWORLD).total_timesteps == whole
     assert capsys.readouterr().out == "", "nothing is rounded, so nothing is said"
 
 
@@ -289,10 +306,9 @@ def test_what_cannot_work_is_refused_before_anything_is_built(
     def build(*args, **kwargs):
         raise AssertionError("something is built")
 
-    for name in ("load_vlm", "Evaluator", "start_run"):
+    for name in ("load_vlm", "load_inputs", "Evaluator", "start_run"):
         monkeypatch.setattr(furl_sac_state, name, build)
-    for name in ("goal_image", "VecMetaWorld"):
-        monkeypatch.setattr(metaworld, name, build)
+    monkeypatch.setattr(furl_sac_state, "METAWORLD", replace(METAWORLD, make_vec=build))
     refused(furl_sac_state, flags, message)
     assert content == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     with pytest.raises(AssertionError, match="something is built"):  # what would be next
@@ -306,15 +322,15 @@ def test_a_default_run_folder_that_cannot_be_written(tmp_path, monkeypatch, code
 
     monkeypatch.setattr(run_folder.tempfile, "TemporaryFile", refuse)
     with pytest.raises(UserError, match=f"folder runs: {os.strerror(code)}.*--run-dir"):
-        cli.check_args(GOOD, metaworld)
-    cli.check_args(replace(GOOD, resume="its own folder"), metaworld)
+        flags.check_args(GOOD, METAWORLD)
+    flags.check_args(replace(GOOD, resume="its own folder"), METAWORLD)
 
 
 def test_the_task_gets_its_full_name():
     for name in ("drawer-open", "drawer-open-v2", "drawer-open-v3"):
-        assert cli.check_args(replace(GOOD, env_id=name), metaworld).env_id == "drawer-open-v3"
+        assert flags.check_args(replace(GOOD, env_id=name), METAWORLD).env_id == "drawer-open-v3"
     with pytest.raises(UserError, match="drawer-open-v3"):
-        cli.check_args(replace(GOOD, env_id="drawer-opne-v3"), metaworld)
+        flags.check_args(replace(GOOD, env_id="drawer-opne-v3"), METAWORLD)
 
 
 def test_flags_become_arguments():
@@ -841,8 +857,7 @@ def test_start_run_writes_config_and_says_where(tmp_path, capsys):
     at(run, 100).log_evaluation({"eval/success_once": 0.0, "eval/success_at_end": 0.0})
     run.close()
     out = capsys.readouterr().out
-    assert out.startswith("note: nothing is trained: --total-timesteps 400 must be above --learn")
-    assert f"run folder: {tmp_path / 'run'}" in out and "prompt: Go." in out
+    assert out.startswith(f"run folder: {tmp_path / 'run'}") and "prompt: Go." in out
     config = run_folder.read_config(tmp_path / "run")
     assert config["script"] == "furl_sac_state" and config["jax_devices"]
     assert config["sizes"] == {"obs": 39, "action": 4, "embedding": 8}

@@ -18,7 +18,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common import cli
+from common.envs.suites import METAWORLD, suite_for
 from common.errors import UserError
+from common.flags import flag_of
 
 WORDS = ["", "x", "-", "nan", "none", "None", "drawer-open-v2", "reach", "runs/\0", "a b", "ü", "1",
          "taken", "file", "file/below"]
@@ -89,8 +91,11 @@ def folder(tmp_path, monkeypatch):
 def test_arguments_are_possible_or_refused_by_name(name, folder, monkeypatch):
     """Whatever a script builds first is replaced, so that its `main` ends after its checks."""
     script = importlib.import_module(name)
-    for name_of_it in ("VecMetaWorld", "make_vec"):
-        monkeypatch.setattr(f"common.envs.metaworld.{name_of_it}", reach)
+    if hasattr(script, "METAWORLD"):
+        monkeypatch.setattr(script, "METAWORLD", dataclasses.replace(METAWORLD, make_vec=reach))
+    if hasattr(script, "suite_for"):
+        monkeypatch.setattr(script, "suite_for", lambda env_id: dataclasses.replace(
+            suite_for(env_id), make_vec=reach))
     for builder in ("load_vlm", "Evaluator"):
         monkeypatch.setattr(script, builder, reach, raising=False)
     monkeypatch.setattr(script, "EnvPoolMetaWorld", reach, raising=False)
@@ -127,11 +132,11 @@ def test_arguments_are_possible_or_refused_by_name(name, folder, monkeypatch):
                    if getattr(args, field) != getattr(asked, field)]
         outcomes["rounded"] += bool(rounded)
         for field in rounded:
-            most = getattr(asked, field) + cli.steps_per_iteration(args)
+            most = getattr(asked, field) + args.steps_per_iteration
             assert getattr(asked, field) < getattr(args, field) < most
         lines = [line for line in printed.getvalue().splitlines() if " becomes " in line]
         flags = [line.split()[1] for line in lines]
-        assert flags == [cli.flag_of(field) for field in rounded], printed.getvalue()
+        assert flags == [flag_of(field) for field in rounded], printed.getvalue()
 
     check()
     assert outcomes["accepted"] > 20 and outcomes["refused"] > 20, outcomes
@@ -142,7 +147,7 @@ def must_be_possible(args) -> None:
     """What the scripts compute first from their arguments."""
     assert args.updates_per_iteration >= 1
     assert 1 <= args.total_timesteps < 2**31
-    assert args.total_timesteps % cli.steps_per_iteration(args) == 0
+    assert args.total_timesteps % args.steps_per_iteration == 0
     assert args.buffer_size >= args.num_envs >= 1
     if hasattr(args, "embedding_buffer_size"):  # whole episodes are copied from ring to ring
         first = hasattr(args, "frame_stack")  # the pictures that episodes begin with

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common import cores
-from common.envs.metaworld import VecMetaWorld
+from common.envs.metaworld_suite import VecMetaWorld
 from common.errors import UserError
 
 

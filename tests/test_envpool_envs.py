@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from common.envs.metaworld import VecMetaWorld, make_env
 from common.envs.metaworld_envpool import EnvPoolMetaWorld, envpool_id
+from common.envs.metaworld_suite import VecMetaWorld, make_env
 from common.envs.metaworld_tasks import ENV_IDS, MT10, expert_action, expert_policy
 from common.errors import UserError
 

@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from common.envs.metaworld import (
+from common.envs.metaworld_suite import (
     VecMetaWorld,
     get_env_state,
     goal_image,
@@ -234,7 +234,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     program = tmp_path / "parent.py"
     program.write_text(
         "import os, signal\n"
-        "from common.envs.metaworld import VecMetaWorld\n"
+        "from common.envs.metaworld_suite import VecMetaWorld\n"
         "envs = VecMetaWorld('reach-v3', 2, seed=0, num_workers=2)\n"
         "print(*[process.pid for process, _ in envs._workers], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

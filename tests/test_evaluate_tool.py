@@ -21,15 +21,17 @@ import relay_baseline as relay
 import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
 from common import checkpoint, pixels
-from common.envs.metaworld import VecMetaWorld, goal_image
+from common.envs.metaworld_suite import goal_image
 from common.envs.metaworld_tasks import expert_action, expert_policy
 from common.envs.rendering import Camera
 from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.replay import Sizes
+from common.run_folder import kept_policies
 from tools.evaluate import __main__ as evaluate
-from tools.evaluate.trained import open_run
+from tools.evaluate import video
+from tools.evaluate.trained import Trained, open_run
 from tools.shared import folders
 from tools.shared.measures import (
     auc,
@@ -114,15 +116,21 @@ def test_summary_by_hand():
     success = np.zeros((3, 4), bool)
     success[1:, 0] = True
     success[1, 1] = True
-    figures = evaluate.summarise(success, independent=True)
+    episodes = {"success_once": success.any(0), "success_at_end": success[-1],
+                "return": success.sum(0), "length": np.full(4, 3)}
+    figures = evaluate.summarise(episodes, independent=True)
     assert figures["success_once"]["rate"] == 0.5 and figures["success_at_end"]["rate"] == 0.25
     assert figures["success_once"]["wilson_95"] == pytest.approx(wilson_interval(2, 4))
     assert figures["return"]["mean"] == 0.75  # 2, 1, 0, 0
     assert figures["return"]["standard_error"] == pytest.approx((2.75 / 3) ** 0.5 / 2)
     assert figures["per_episode"]["return"] == [2, 1, 0, 0]
-    one = evaluate.summarise(success[:, :1], independent=False)
+    assert figures["length"] == {"mean": 3, "standard_error": 0}
+    one = evaluate.summarise({k: v[:1] for k, v in episodes.items()}, independent=False)
     assert one["success_once"]["wilson_95"] is None and one["return"]["standard_error"] is None
-    assert "100.0%   -" in evaluate.table(one)
+    assert "100.0%   -" in evaluate.table(one) and "length" not in evaluate.table(one)
+    none = {k: v[2:] for k, v in episodes.items()}
+    shown = evaluate.table(evaluate.summarise(none, independent=True), lengths=True)
+    assert "length" in shown and "success" not in shown, "the environment may know no success"
 
 
 # ---------------------------------------------------------------------------- a run opened
@@ -244,8 +252,73 @@ def test_a_kept_checkpoint_is_chosen_by_its_steps(trained):
     assert old.env_steps == 12
     obs = np.ones((1, 39), np.float32)
     assert np.abs(old.policy(obs) - open_run(folder).policy(obs)).max() > 1e-6
-    with pytest.raises(UserError, match="no checkpoint of step 5; kept are: 12, 16"):
+    with pytest.raises(UserError, match="no policy of step 5; kept are: 12, 16"):
         open_run(folder, 5)
+
+
+@pytest.mark.parametrize("name", ["furl", "drq", "sac", "vlm-rm"])
+def test_a_kept_policy_is_that_of_its_checkpoint(name, trained, tmp_path):
+    """And is there when the checkpoint is not; a reward that was learned is then unknown."""
+    folder = copy_of(trained(name)[0], tmp_path)
+    [env_steps] = kept_policies(folder)
+    whole = open_run(folder, env_steps)
+    shutil.rmtree(folder / f"checkpoints/step_{env_steps:010d}")
+    kept = open_run(folder, env_steps)
+    assert kept.env_steps == env_steps and open_run(folder).env_steps < env_steps
+    obs = np.ones((2, 112, 112, 9), np.uint8) if name == "drq" else np.ones((2, 39), np.float32)
+    np.testing.assert_array_equal(kept.policy(obs), whole.policy(obs))
+    if kept.has_vlm:
+        reward = kept.vlm_reward(kept.vlm)(np.ones((1, kept.vlm.embed_dim)))
+        assert np.isfinite(reward) == (name == "vlm-rm"), "which learns none"
+
+
+@pytest.fixture
+def evaluated(trained, tmp_path):
+    """A run folder with the policies of steps 1 to 8 and 16, and rows of metrics of each."""
+    folder = copy_of(trained("furl")[0], tmp_path)
+    rows = "".join(
+        f"{step},eval/success_once,{int(step in (3, 5, 6))}\n{step},eval/return,{step % 6}\n"
+        for step in range(1, 9))
+    rows += "2,reward/vlm_mean,0.5\n5,reward/vlm_mean,0.25\n7,reward/vlm_mean,0.5\n"
+    (folder / "metrics.csv").write_text("env_steps,key,value\n" + rows)
+    policy = folder / "policies/0000000016.npz"
+    for step in range(1, 9):
+        shutil.copy(policy, policy.with_name(f"000000000{step}.npz"))
+    return folder
+
+
+def test_the_best_of_the_kept_policies(evaluated, five_steps, capsys):
+    """By success, then by return (steps 3, 5 and 6 have 3, 5 and 0); by the VLM reward of the row
+    at the policy or before it, of equal ones the latest."""
+    best = evaluate.main(evaluate.Args(evaluated, best=True, videos=0))
+    assert best["env_steps"] == 5 and best["evaluation"]["best"]
+    assert "--best: step 5 of 9 kept policies: success_once 100%, return 5.0" in (
+        capsys.readouterr().out)
+    rewarded = evaluate.main(evaluate.Args(evaluated, best_reward=True, videos=0))
+    assert rewarded["env_steps"] == 16
+    assert "--best-reward: step 16 of 9 kept policies: VLM reward 0.5000" in (
+        capsys.readouterr().out)
+    assert evaluate.training_rewards(evaluated, [1, 2, 6]) == {2: 0.5, 6: 0.25}
+    (evaluated / "policies/0000000005.npz").write_bytes(b"PK")
+    for args, message in [
+        ({"step": 9}, "no policy of step 9; 10 are kept, the nearest are: 4, 5, 6, 7, 8, 12"),
+        ({"step": 3, "best": True}, "give one of --step, --best and --best-reward"),
+        ({"best": True}, "0000000005.npz cannot be read"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            evaluate.main(evaluate.Args(evaluated, **args))
+
+
+def test_a_run_with_nothing_to_choose_from(evaluated):
+    (evaluated / "metrics.csv").write_text("env_steps,key,value\n")
+    with pytest.raises(UserError, match=r"has no VLM reward \(reward/vlm_mean\) for --best-rew"):
+        evaluate.chosen_step(evaluate.Args(evaluated, best_reward=True))
+    with pytest.raises(UserError, match="has no evaluations for --best to choose by"):
+        evaluate.chosen_step(evaluate.Args(evaluated, best=True))
+    shutil.rmtree(evaluated / "policies")  # as of an older run, whose last checkpoint still is one
+    with pytest.raises(UserError, match="has no policies/ for --best to choose from"):
+        evaluate.chosen_step(evaluate.Args(evaluated, best=True))
+    assert open_run(evaluated).env_steps == 16
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
@@ -351,19 +424,32 @@ def test_a_fixed_goal_is_played_once_as_the_script_evaluates_it(trained, tmp_pat
     assert stored["env_steps"] == 160 and stored["run"]["args"]["env_id"] == "drawer-close-v3"
     assert stored["video_curve"].startswith("VLM reward")
     frames = imageio.mimread(tmp_path / "out/episode_0.mp4", memtest=False)
-    assert len(frames) == 25 and frames[0].shape[1] == evaluate.VIDEO_SIZE
+    assert len(frames) == 25 and frames[0].shape[1] == video.SIZE
     with pytest.raises(UserError, match="exists: choose another --output"):
         evaluate.main(evaluate.Args(folder, output=tmp_path / "out"))
 
 
-def fake_episodes(trained, num_episodes, **where) -> evaluate.Episodes:
-    return evaluate.Episodes(np.ones((5, num_episodes), bool), np.zeros((5, num_episodes, 4)),
-                             np.zeros((6, num_episodes, 39)))
+@pytest.fixture
+def five_steps(monkeypatch):
+    """Evaluations of five steps with a success in each, by nobody."""
+
+    class FiveSteps:
+        def __init__(self, trained, env_id, num_episodes, **where):
+            measures = ("success_once", "success_at_end", "return", "length")
+            self.episodes = {name: np.full(num_episodes, 5) for name in measures}
+            self.episodes |= {name: np.ones(num_episodes, bool) for name in measures[:2]}
+
+        def __call__(self, policy):
+            pass
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(Trained, "evaluator", lambda *args, **where: FiveSteps(*args, **where))
 
 
-def test_evaluations_are_in_the_runs_own_folder(trained, tmp_path, monkeypatch, capsys):
+def test_evaluations_are_in_the_runs_own_folder(trained, tmp_path, five_steps):
     """So a grid's cells, which have numbers for names, do not collide; the same is replaced."""
-    monkeypatch.setattr(evaluate, "play", fake_episodes)
     for method in "ab":
         shutil.copytree(trained("furl")[0], tmp_path / method / "0")
     for goal in ("fixed", "random", "random"):
@@ -398,12 +484,13 @@ def test_folders_are_replaced_whole_or_joined(tmp_path):
         folders.writable_folder(folder / "c")
 
 
-def test_a_video_that_cannot_be_made_costs_only_itself(trained, tmp_path, monkeypatch, capsys):
+def test_a_video_that_cannot_be_made_costs_only_itself(
+    trained, tmp_path, five_steps, monkeypatch, capsys
+):
     def fail(trained, episodes, count, folder, **where):
         (folder / "episode_0.mp4").write_bytes(b"half of it")
         raise WorkerError("no EGL here")
 
-    monkeypatch.setattr(evaluate, "play", fake_episodes)
     monkeypatch.setattr(evaluate, "film", fail)
     results = evaluate.main(evaluate.Args(trained("furl")[0], output=tmp_path / "out"))
     assert "note: without a video: no EGL here" in capsys.readouterr().out
@@ -423,49 +510,49 @@ def test_random_goals_are_new_and_the_same_each_time(trained, tmp_path):
     assert [f.name for f in (tmp_path / "one").iterdir()] == ["evaluation.json"]
 
 
-def expert(env_id: str) -> SimpleNamespace:
+def expert(env_id: str) -> Trained:
     """A run whose policy is the scripted expert, which sees the goal."""
     policy = expert_policy(env_id)
-    settings = {"frame_stack": 0, "camera_id": 2, "quality": "fast", "action_repeat": 1}
-    return SimpleNamespace(
-        args=SimpleNamespace(), evaluation=settings, has_vlm=False,
-        policy=lambda obs: np.stack([expert_action(policy, o) for o in obs]),
-    )
+    settings = {"frame_stack": 0, "frame_size": 0, "camera_id": 2, "quality": "fast",
+                "action_repeat": 1}
+    script = SimpleNamespace(
+        policy=lambda state, obs: np.stack([expert_action(policy, o) for o in obs]))
+    return Trained(Path(), {"evaluation": settings}, script, SimpleNamespace(env_id=env_id), 0,
+                   None, "expert")
 
 
-def test_the_expert_succeeds_and_its_video_shows_the_same_episodes(monkeypatch):
-    """Five episodes in rounds of two; the frames are those of the actions played again."""
-    monkeypatch.setattr(evaluate, "BATCH", 2)
+def test_the_expert_succeeds_and_is_played_again(monkeypatch):
+    """Five episodes in rounds of two; those of the first round again, by their actions alone."""
+    monkeypatch.setattr("tools.evaluate.trained.BATCH", 2)
     where = {"env_id": "drawer-close-v3", "goal": "random", "seed": 5}
-    episodes = evaluate.play(expert("drawer-close-v3"), 5, **where)
-    assert episodes.success.shape == (500, 5) and episodes.actions.shape == (500, 5, 4)
-    assert episodes.obs.shape == (501, 5, 39)
-    assert evaluate.summarise(episodes.success, True)["success_once"]["rate"] == 1
-    goals = episodes.obs[0, :, 36:39]
-    assert len(np.unique(goals, axis=0)) == 5
-    frames = evaluate.draw_again(
-        expert("drawer-close-v3"), episodes.actions[:40, :1], 64, **where)
-    envs = VecMetaWorld(**where, num_envs=2, camera=Camera(64))
-    envs.reset()
-    for t in range(40):
-        step = envs.step(episodes.actions[t, :2])
-        np.testing.assert_array_equal(step.final_obs, episodes.obs[t + 1, :2])
-        np.testing.assert_array_equal(step.frames[0], frames[t, 0])
-    envs.close()
+    seen = []
+    run = expert("drawer-close-v3")
+    with contextlib.closing(run.evaluator(num_episodes=5, **where)) as evaluator:
+        evaluator(lambda obs: seen.append(obs) or run.policy(obs))
+    assert np.shape(evaluator.actions) == (500, 2, 4) and np.shape(seen) == (1500, 2, 39)
+    assert evaluate.summarise(evaluator.episodes, True)["success_once"]["rate"] == 1
+    assert (evaluator.episodes["length"] == 500).all()
+    goals = np.concatenate([seen[t][:, 36:39] for t in (0, 500, 1000)])
+    assert len(np.unique(goals, axis=0)) == 6
+    again = run.play_again(np.array(evaluator.actions[:40]), 64, **where)
+    np.testing.assert_array_equal(again.states, seen[:41])
+    assert again.frames.shape == (40, 2, 64, 64, 3)
+    assert (again.frames[0] != again.frames[-1]).any()
+    assert again.success.shape == again.reward.shape == (40, 2)
 
 
 def test_pictures_of_the_video():
     """The curve grows, success is marked, and a long instruction gets more lines."""
     frames = np.full((5, 160, 160, 3), 200, np.uint8)
     success = np.array([False, False, False, False, True])
-    pictures = evaluate.compose(frames, np.arange(5.0), success, "Open.", "reward", every=2)
+    pictures = video.compose(frames, np.arange(5.0), success, "Open.", "reward", every=2)
     assert len(pictures) == 3 and all(p.shape == pictures[0].shape for p in pictures)
     assert pictures[0].shape[1] == 160 and pictures[0].shape[0] % 8 == 0
-    curve = [(p[-evaluate.CURVE_HEIGHT + 34:] == [21, 101, 192]).all(-1).sum() for p in pictures]
+    curve = [(p[-video.CURVE_HEIGHT + 34:] == [21, 101, 192]).all(-1).sum() for p in pictures]
     assert 0 < curve[0] < curve[1] < curve[2]
     green = [(p == [46, 125, 50]).all(-1).any() for p in pictures]
     assert green == [False, False, True]
-    constant = evaluate.compose(frames, np.zeros(5), success, "word " * 40, "reward", every=9)
+    constant = video.compose(frames, np.zeros(5), success, "word " * 40, "reward", every=9)
     assert constant[0].shape[0] > pictures[0].shape[0] and len(constant) == 2
 
 

@@ -301,8 +301,7 @@ def test_bad_input_ends_with_status_2(flags, message, tmp_path, monkeypatch, cap
 def test_the_replay_holds_whole_steps_of_all_environments(capsys):
     """A stack is found by counting rows back, which needs a multiple of the environments."""
     for size, whole in ((20_001, 20_008), (20_007, 20_008), (20_008, 20_008)):
-        args = pixels.check_args(replace(Args(), buffer_size=size), 500)
-        assert args.buffer_size == whole
+        assert pixels.whole_blocks(size, Args().layout) == whole
         note = f"note: --buffer-size {size} becomes {whole}, whole steps of 8 environments\n"
         assert capsys.readouterr().out == (note if size != whole else "")
 

@@ -12,7 +12,7 @@ import pytest
 
 import furl_plus_state as script
 from common import replay
-from common.envs import metaworld
+from common.envs import metaworld_suite as metaworld
 from common.errors import UserError
 from common.replay import Sizes, Transition
 from furl_plus_state import Args, Batch, Phase, VLMInputs

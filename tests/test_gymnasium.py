@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium
+import imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,16 +17,18 @@ import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
 import vlm_rm_dqn as dqn
 from common import checkpoint, replay
-from common.envs import gymnasium as suite
-from common.envs import metaworld, vlm_rm_tasks
+from common.envs import gymnasium_suite as suite
+from common.envs import vlm_rm_tasks
 from common.envs.rendering import Camera
-from common.envs.suites import suite_for
+from common.envs.suites import GYMNASIUM, METAWORLD, suite_for
 from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, Evaluator
 from common.replay import Sizes, Transition
+from common.run_folder import kept_policies
 from tools import landscape
 from tools.evaluate import __main__ as evaluate_tool
+from tools.evaluate.trained import Trained
 
 OWN = str(Path(__file__).parent)  # where `environments` is
 
@@ -55,9 +58,9 @@ def first_seed(seed: int, index: int) -> int:
 
 def test_which_suite_knows_an_id():
     for env_id in ("CartPole-v1", "CartPoleEndless-v1", "Humanoid-v5", "mine:Own-v0"):
-        assert suite_for(env_id) is suite
+        assert suite_for(env_id) is GYMNASIUM
     for env_id in ("drawer-open-v3", "drawer-open", "drawer-open-v2"):
-        assert suite_for(env_id) is metaworld
+        assert suite_for(env_id) is METAWORLD
     with pytest.raises(UserError, match="unknown task 'nonsense'"):
         suite_for("nonsense")
 
@@ -327,14 +330,15 @@ def test_a_squeezed_picture_keeps_its_borders():
 
 
 def test_prompts_are_table_3s():
-    assert suite.prompt_for("CartPoleEndless-v1", None) == (
+    assert suite.SUITE.prompt_for("CartPoleEndless-v1", None) == (
         "pole vertically upright on top of the cart")
-    assert suite.baseline_prompt_for("MountainCarTextured-v0", None) == "a car in the mountain"
-    assert suite.prompt_for("Reacher-v5", " touch the ball ") == "touch the ball"
+    baseline = suite.SUITE.baseline_prompt_for("MountainCarTextured-v0", None)
+    assert baseline == "a car in the mountain"
+    assert suite.SUITE.prompt_for("Reacher-v5", " touch the ball ") == "touch the ball"
     with pytest.raises(UserError, match="Reacher-v5 has no prompt of its own: give --prompt"):
-        suite.prompt_for("Reacher-v5", None)
+        suite.SUITE.prompt_for("Reacher-v5", None)
     with pytest.raises(UserError, match="--baseline-prompt must not be empty"):
-        suite.baseline_prompt_for("CartPole-v1", " ")
+        suite.SUITE.baseline_prompt_for("CartPole-v1", " ")
     for task in vlm_rm_tasks.TASKS.values():
         gymnasium.spec(task.evaluated_on)
 
@@ -485,7 +489,7 @@ SMALL = dict(total_timesteps=1200, learning_starts=400, num_envs=4, batch_size=8
              log_every=200, checkpoint_every=600, hidden_features=(16,), eval_episodes=2)
 
 
-def test_dqn_runs_and_is_resumed(tmp_path):
+def test_dqn_runs_and_is_resumed(tmp_path, capsys):
     """Endless CartPole with the embedded VLM, and once more in two halves."""
     args = dqn.Args(**SMALL, run_dir=str(tmp_path / "whole"), alpha=0.5, exploration=0.0)
     evaluation = dqn.main(args)
@@ -496,9 +500,26 @@ def test_dqn_runs_and_is_resumed(tmp_path):
     again = evaluate_tool.main(evaluate_tool.Args(
         tmp_path / "whole", episodes=3, output=tmp_path / "evaluation"))
     assert (tmp_path / "evaluation/episode_0.mp4").stat().st_size > 1000
-    assert again["env_id"] == "CartPole-v1" and len(again["return"]["each"]) == 3
-    assert again["return"]["mean"] == np.mean(again["return"]["each"]) == again["length"]
-    assert again["success_at_end"]["mean"] == 0 and again["success_at_end"]["wilson_95"][1] < 0.6
+    assert again["env_id"] == "CartPole-v1" and again["episodes"] == 3
+    each = again["per_episode"]
+    assert again["return"]["mean"] == np.mean(each["return"]) == again["length"]["mean"]
+    assert again["success_at_end"]["rate"] == 0 and again["success_at_end"]["wilson_95"][1] < 0.6
+    assert again["video_curve"].startswith("VLM reward"), "of the pictures of training"
+    frames = imageio.mimread(tmp_path / "evaluation/episode_0.mp4", memtest=False)
+    assert len(frames) == len(range(0, int(each["length"][0]), 2)) + (each["length"][0] % 2 == 0)
+    # Of the kept policies, the one that the run's evaluations or its VLM reward put first. They
+    # are counted on other episodes than those.
+    measured = {int(step): float(value) for step, key, value in rows if key == "eval/return"}
+    assert list(kept_policies(tmp_path / "whole")) == sorted(measured)
+    best = evaluate_tool.main(evaluate_tool.Args(
+        tmp_path / "whole", best=True, episodes=2, videos=0, output=tmp_path / "best"))
+    assert best["env_steps"] == max(measured, key=lambda step: (measured[step], step))
+    assert best["seed"] not in (args.seed, args.seed + EVAL_SEED_OFFSET)
+    rewards = {int(step): float(value) for step, key, value in rows if key == "reward/vlm_mean"}
+    rewards = {step: rewards[step] for step in measured if step in rewards}
+    chosen = evaluate_tool.chosen_step(evaluate_tool.Args(tmp_path / "whole", best_reward=True))
+    assert chosen == max(rewards, key=rewards.get)
+    assert f"--best-reward: step {chosen} of" in capsys.readouterr().out
 
     dqn.main(replace(args, total_timesteps=600, run_dir=str(tmp_path / "half")))
     dqn.main(replace(args, resume=str(tmp_path / "half")))
@@ -510,13 +531,16 @@ def test_an_evaluation_without_a_video(own_environments, tmp_path, capsys):
 
     They are in the run's own folder, and the same evaluation again replaces them.
     """
-    trained = SimpleNamespace(
-        args=SimpleNamespace(env_id="environments:Blind-v0", seed=0), env_steps=5, config={},
-        folder=tmp_path / "0", policy=lambda obs: np.ones(len(obs), int))
+    settings = {"frame_stack": 0, "frame_size": 0, "camera_id": 0, "quality": "fast",
+                "action_repeat": 1}
+    script = SimpleNamespace(policy=lambda state, obs: np.ones(len(obs), int))
+    trained = Trained(
+        tmp_path / "0", {"script": "mine", "evaluation": settings}, script,
+        SimpleNamespace(env_id="environments:Blind-v0", seed=0), env_steps=5, state=None, name="0")
     args = evaluate_tool.Args(trained.folder, episodes=2)
     for _ in range(2):
-        results = evaluate_tool.evaluate_returns(trained, args)
-        assert results["return"]["each"] == [1, 1] and results["length"] == 3
+        results = evaluate_tool.evaluate(trained, args)
+        assert results["per_episode"]["return"] == [1, 1] and results["length"]["mean"] == 3
         assert "note: without a video: environments:Blind-v0 draws" in capsys.readouterr().out
     [folder] = (tmp_path / "0/evaluations").iterdir()
     assert [path.name for path in folder.iterdir()] == ["evaluation.json"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vlm_rm_baseline as vlm_rm
-from common.envs import gymnasium as suite
+from common.envs import gymnasium_suite as suite
 from common.envs import humanoid
 from common.envs.humanoid import POSES, Body, set_pose
 from common.envs.rendering import Camera
@@ -177,5 +177,5 @@ def test_every_pose_and_look_is_registered():
             env_id = humanoid.env_id(pose, look)
             assert suite.knows(env_id) and suite.evaluated_on(env_id) == env_id
             assert suite.max_episode_steps(env_id) == 100
-            assert suite.prompt_for(env_id, None) == POSES[pose].prompt
-            assert suite.baseline_prompt_for(env_id, None) == "a humanoid robot"
+            assert suite.SUITE.prompt_for(env_id, None) == POSES[pose].prompt
+            assert suite.SUITE.baseline_prompt_for(env_id, None) == "a humanoid robot"

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
-from common.envs.metaworld import make_env
+from common.envs.metaworld_suite import make_env
 from common.envs.metaworld_tasks import (
     ENV_IDS,
     MT10,
@@ -19,6 +19,7 @@ from common.envs.metaworld_tasks import (
     expert_policy,
 )
 from common.envs.rendering import Camera, Renderer
+from common.envs.suites import METAWORLD
 from common.errors import UserError
 from common.vlms import interface, load_vlm, view_for
 from common.vlms.mini import (
@@ -76,7 +77,7 @@ def test_the_shipped_file_is_small():
 
 def test_loaded_by_name():
     vlm = load_vlm("mini", device="cpu")
-    assert view_for(vlm).size == vlm.frame_size == FRAME_SIZE and vlm.name == "mini"
+    assert view_for(vlm, METAWORLD).size == vlm.frame_size == FRAME_SIZE and vlm.name == "mini"
     assert vlm.id.startswith("mini-") and f"-{FRAME_SIZE}px-" in vlm.id
     images = np.asarray(vlm.embed_images(pictures(2).numpy()))
     np.testing.assert_allclose(np.linalg.norm(images, axis=-1), 4, rtol=1e-5)

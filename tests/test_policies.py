@@ -16,6 +16,7 @@ import vlm_rm_baseline
 import vlm_rm_dqn
 from common import policies
 from common.checkpoint import CheckpointError
+from common.errors import UserError
 from common.replay import Sizes
 from common.run_folder import METRICS_HEADER, kept_policies, metrics_line
 
@@ -38,21 +39,24 @@ def a_state(scale: float = 1.0) -> State:
 
 
 def test_what_a_policy_acts_by_comes_back(tmp_path):
-    """The rest is NaN, so that whatever depends on it can be told."""
+    """What does not come back is NaN, so that whatever depends on it can be told."""
     state, obs = a_state(), np.ones((1, 3), np.float32)
     arrays = policies.arrays_used(policy, state, obs)
     assert arrays.keys() == {"agent/w"}
     policies.save(tmp_path, 30, arrays, 10)
-    template = jax.eval_shape(lambda: a_state(0.0))
-    found = policies.load(tmp_path, 30, template)
+    stored = policies.read(tmp_path, 30)
+    found = policies.unflatten(stored, jax.eval_shape(a_state))
     np.testing.assert_array_equal(policy(found, obs), policy(state, obs))
     assert np.isnan(found.other).all() and np.isnan(found.agent["opt"]).all()
     assert found.count == 0 and found.count.dtype == jnp.int32
     with pytest.raises(CheckpointError, match="other shapes"):
-        policies.load(tmp_path, 30, jax.eval_shape(
-            lambda: a_state()._replace(agent={"opt": jnp.zeros(2), "w": jnp.zeros((3, 4))})))
+        policies.unflatten(stored, a_state()._replace(agent={"w": jnp.zeros((3, 4))}))
     with pytest.raises(CheckpointError, match="has no agent/w"):
-        policies.load(tmp_path, 30, jax.eval_shape(lambda: a_state()._replace(agent={})))
+        policies.unflatten(stored, a_state()._replace(agent={}))
+    path = tmp_path / "policies/0000000030.npz"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"0000000030\.npz cannot be read"):
+        policies.read(tmp_path, 30)
 
 
 def test_of_a_policy_that_jax_cannot_trace_all_is_kept():

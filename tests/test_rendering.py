@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import system  # noqa: E402
-from common.envs.metaworld import CAMERAS  # noqa: E402
 from common.envs.rendering import Camera, Renderer, gl_info  # noqa: E402
+from common.envs.suites import METAWORLD  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.vlms import View, view_for  # noqa: E402
 from tools.shared import golden  # noqa: E402
@@ -88,7 +88,7 @@ def test_renderers_do_not_draw_into_each_other():
 
 def test_cameras_by_name_and_number():
     env = scene("drawer-open-v3")
-    assert tuple(env.model.camera(i).name for i in range(env.model.ncam)) == CAMERAS
+    assert tuple(env.model.camera(i).name for i in range(env.model.ncam)) == METAWORLD.cameras
     np.testing.assert_array_equal(
         draw("drawer-open-v3", "fast", camera="corner2"), draw("drawer-open-v3", "fast")
     )
@@ -108,13 +108,13 @@ def a_vlm(frame_size: int, crops_itself: bool = False) -> SimpleNamespace:
     (a_vlm(336), View(384, 48)),
 ])
 def test_the_view_has_the_size_that_the_vlm_needs(vlm, view):
-    assert view_for(vlm) == view
+    assert view_for(vlm, METAWORLD) == view
 
 
 def test_mini_has_the_view_of_a_vlm_that_crops_itself():
     from common.vlms import load_vlm
 
-    assert view_for(load_vlm("mini", device="cpu")) == View(176, 0)
+    assert view_for(load_vlm("mini", device="cpu"), METAWORLD) == View(176, 0)
 
 
 @pytest.mark.parametrize("view", [View(12, 0), View(12, 3)])
@@ -151,7 +151,7 @@ def test_the_view_is_that_of_the_authors(task, tmp_path):
     assert image.shape == (256, 256, 3)
     image = image[::-1]  # this camera is mounted upside down
     by_hand = image[32:224, 32:224]
-    view = view_for(a_vlm(224))
+    view = view_for(a_vlm(224), METAWORLD)
     seen = view.crop(draw(task, "paper", size=view.size)[None])
     assert seen.shape == (1, 192, 192, 3)
     assert difference(seen[0], by_hand) < 0.1

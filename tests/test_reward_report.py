@@ -14,7 +14,7 @@ import pytest
 import furl_sac_state as furl
 import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
-from common.envs.metaworld import make_env
+from common.envs.metaworld_suite import make_env
 from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET

@@ -11,7 +11,7 @@ import furl_drq_pixels as drq
 import furl_sac_state as furl
 import relay_baseline as relay
 from common import checkpoint
-from common.envs.metaworld import VecMetaWorld
+from common.envs.metaworld_suite import VecMetaWorld
 
 COMMON = dict(env_id="drawer-close-v3", num_envs=2, batch_size=8, learning_starts=10**6,
               eval_every=10**6, hidden_features=(16,), relay_until=10**6)

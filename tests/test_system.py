@@ -67,7 +67,8 @@ def test_a_mac_is_asked_for_what_it_has(mac):
 
 def test_gymnasiums_own_pictures_on_a_mac(mac):
     code = (
-        "from common.envs import gymnasium as suite; from common.envs.rendering import Camera;"
+        "from common.envs import gymnasium_suite as suite;"
+        "from common.envs.rendering import Camera;"
         "env = suite.make_env('Reacher-v5', seed=0, index=0, frame_size=64);"
         "picture = suite.make_draw(env, Camera(64))(env);"
         "print(picture.std() > 10, picture.tobytes().hex())"

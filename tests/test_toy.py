@@ -75,7 +75,7 @@ def test_the_default_is_the_one_that_knows_the_pictures(env_id, name):
 
 def test_loaded_by_name(poles):
     vlm = load_vlm("toy", device="cpu")
-    view = view_for(vlm)
+    view = view_for(vlm, suites.METAWORLD)
     assert view.size == vlm.frame_size == FRAME_SIZE and view.margin == 0
     assert vlm.name == "toy" and vlm.id.startswith("toy-") and f"-{FRAME_SIZE}px-" in vlm.id
     images = np.asarray(vlm.embed_images(poles.frames[:2]))

@@ -20,9 +20,8 @@ from safetensors.torch import save_file
 
 from common import vlms
 from common.errors import UserError
-from common.vlms import interface, load_vlm, mini
-from common.vlms import open_clip as our_open_clip
-from common.vlms.open_clip import read_state_dict
+from common.vlms import interface, load_vlm, mini, openclip_vlm
+from common.vlms.openclip_vlm import read_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["open the drawer", "Push the GREEN button!"]
@@ -107,7 +106,7 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, bf16: bool = False) -
 
 def assert_same_function(model: vlms.VLM, source: torch.nn.Module) -> None:
     frames = make_frames(3, model.frame_size)
-    bf16 = our_open_clip.cpu_multiplies_bf16()
+    bf16 = openclip_vlm.cpu_multiplies_bf16()
     assert_close(model.embed_images(frames), expected_images(source, frames), bf16)
     assert_close(model.embed_text(PROMPTS), expected_text(source, PROMPTS))
     assert model.embed_dim == expected_text(source, PROMPTS).shape[1]
@@ -137,11 +136,11 @@ def test_liv_checkpoint_of_the_real_shape(tmp_path):
 
 def test_names_of_openai_weights_mean_quick_gelu():
     for name in ("clip", "RN50/openai"):
-        architecture, config = our_open_clip._look_up(name, tag_needed=True)
+        architecture, config = openclip_vlm._look_up(name, tag_needed=True)
         assert architecture == "RN50" and config["quick_gelu"]
-    assert our_open_clip._look_up("liv", tag_needed=True)[0] == "RN50-quickgelu"
+    assert openclip_vlm._look_up("liv", tag_needed=True)[0] == "RN50-quickgelu"
     assert open_clip.get_model_config("RN50-quickgelu")["quick_gelu"]
-    architecture, config = our_open_clip._look_up("ViT-bigG-14/laion2b_s39b_b160k", tag_needed=True)
+    architecture, config = openclip_vlm._look_up("ViT-bigG-14/laion2b_s39b_b160k", tag_needed=True)
     assert architecture == "ViT-bigG-14" and not config.get("quick_gelu", False)
 
 
@@ -239,7 +238,7 @@ def test_red_is_the_first_channel(checkpoint):
 
 def test_batches_do_not_change_an_embedding(checkpoint, monkeypatch):
     """In float32: the embeddings of two frames differ by less than bfloat16 can tell."""
-    monkeypatch.setattr(our_open_clip, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(openclip_vlm, "cpu_multiplies_bf16", lambda: False)
     tolerance = 1e-4
     for model in (on_cpu("tiny-resnet", weights=checkpoint), on_cpu("mini")):
         frames = make_frames(interface.MAX_BATCH + 5, model.frame_size)
@@ -257,9 +256,9 @@ def test_batches_do_not_change_an_embedding(checkpoint, monkeypatch):
 def test_bf16_where_the_machine_has_it(source, checkpoint, monkeypatch):
     frames = make_frames(3, 64)
     for has in (False, True):
-        monkeypatch.setattr(our_open_clip, "cpu_multiplies_bf16", lambda has=has: has)
-        assert our_open_clip.fast_precision(torch.device("cpu")) == ("bfloat16" if has else None)
-        assert our_open_clip.fast_precision(torch.device("cuda")) == "float16"
+        monkeypatch.setattr(openclip_vlm, "cpu_multiplies_bf16", lambda has=has: has)
+        assert openclip_vlm.fast_precision(torch.device("cpu")) == ("bfloat16" if has else None)
+        assert openclip_vlm.fast_precision(torch.device("cuda")) == "float16"
         model = on_cpu("tiny-resnet", weights=checkpoint)
         assert_close(model.embed_images(frames), expected_images(source, frames), bf16=has)
         assert_close(model.embed_text(PROMPTS), expected_text(source, PROMPTS))
@@ -269,7 +268,7 @@ def test_bf16_where_the_machine_has_it(source, checkpoint, monkeypatch):
 @pytest.mark.parametrize("has", [False, True])
 def test_random_weights_are_always_computed_in_float32(has, monkeypatch):
     """Rounding would be most of what their embeddings differ by (Figure 9)."""
-    monkeypatch.setattr(our_open_clip, "cpu_multiplies_bf16", lambda: has)
+    monkeypatch.setattr(openclip_vlm, "cpu_multiplies_bf16", lambda: has)
     model = on_cpu("tiny-resnet", pretrained=False, seed=3)
     assert model.id.endswith("-fp32")
     with torch.random.fork_rng(devices=[]):

@@ -30,22 +30,24 @@ from common.cores import num_cores, share_cores
 from common.errors import UserError
 from common.memory import host_memory
 from common.system import GL_REMEDY
+from tools import ROOT
+from tools.setup.lock import PYTHONS, pins
 
-ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 
-# Without these a run trains as well: EnvPool's engine, --track, videos, curves, statistics, tests.
+# Packages that training can do without. They are for EnvPool's engine, --track, videos, curves,
+# statistics, reports and tests.
 OPTIONAL = {"envpool", "wandb", "wandb-workspaces", "jinja2", "imageio", "imageio-ffmpeg",
             "matplotlib", "scipy", "pytest", "pytest-xdist", "hypothesis", "ruff", "uv"}
-PYTHONS = ((3, 11), (3, 12), (3, 13))
 SLOW_FRAME = 20.0  # ms at 176 px in "fast": an idle core draws it in 4, a GPU in less
 SEEDS = (0, 1)
 MINI_ID = "mini-5fd8be6a9107-"  # begins with the hash of the shipped weights
 # Cosine similarity of each golden frame ("fast") and its task's instruction.
 MINI_SCORES = {"drawer-open-v3": -0.3142, "window-close-v3": 0.0351, "pick-place-v3": 0.5381}
-MINI_TOLERANCE = 0.005  # TF32's rounding, emulated, gives 0.0001; a shift by a pixel, 0.03
-# What a run takes beside its replay, workers included (docs/benchmark.md): with mini, with an RN50.
-PROCESSES, PROCESSES_RN50 = 1.9 * GIB, 2.7 * GIB
+MINI_TOLERANCE = 0.005  # rounding as TF32 does gives 0.0001, a shift by a pixel 0.03
+# What a run takes beside its transitions, with its workers and FuRL's 200,000 frames of successes
+# and failures (docs/benchmark.md): with mini, with an RN50.
+PROCESSES, PROCESSES_RN50 = 1.95 * GIB, 3.1 * GIB
 
 INSTALL = "make setup (or: pip install -r requirements.txt)"
 NVIDIA_GL = ("install the driver's EGL (Debian, Ubuntu: libnvidia-gl-<driver version>); in a "
@@ -85,20 +87,15 @@ class Check(NamedTuple):
 
 def read_pins(path: Path) -> dict[str, str]:
     """Package -> version of each `name==version` in a requirements file and those it includes."""
-    pins: dict[str, str] = {}
-    for line in path.read_text().splitlines():
-        if included := re.match(r"-r\s+(\S+)", line):
-            pins |= read_pins(path.with_name(included[1]))
-        elif pin := re.match(r"([\w.-]+)(?:\[\S+\])?==([^\s#]+)", line):
-            pins[pin[1]] = pin[2]
-    return pins
+    found = (re.match(r"([\w.-]+)(?:\[\S+\])?==([^\s;]+)", line) for line in pins(path))
+    return {pin[1]: pin[2] for pin in found if pin}
 
 
 def check_packages(_args: Args) -> Finding:
     """Installed versions against the pins; the file for GPUs holds those for CPUs and JAX's."""
-    pins = read_pins(ROOT / "requirements-gpu.txt")
+    wanted = read_pins(ROOT / "requirements-gpu.txt")
     wrong = {}
-    for name, pin in pins.items():
+    for name, pin in wanted.items():
         try:
             installed = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -107,12 +104,12 @@ def check_packages(_args: Args) -> Finding:
         if installed.split("+")[0] != pin:  # torch's builds are 2.15.0+cpu and the like
             wrong[name] = f"{name} {installed} is not the pinned {pin}"
     python = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info[:2] not in PYTHONS:
-        wrong["python"] = f"Python {python} is not 3.11, 3.12 or 3.13"
+    if python.rpartition(".")[0] not in PYTHONS:
+        wrong["python"] = f"Python {python} is not one of {', '.join(PYTHONS)}"
     if not wrong:
-        return Finding("ok", f"all {len(pins)} as pinned in requirements.txt; Python {python}")
+        return Finding("ok", f"all {len(wanted)} as pinned in requirements.txt; Python {python}")
     status = "warn" if wrong.keys() <= OPTIONAL else "FAIL"
-    return Finding(status, f"{'; '.join(wrong.values())} ({len(pins)} pinned)", INSTALL)
+    return Finding(status, f"{'; '.join(wrong.values())} ({len(wanted)} pinned)", INSTALL)
 
 
 # ----------------------------------------------------------------------------- drawing
@@ -196,7 +193,7 @@ def check_golden_frames(_args: Args) -> Finding:
 def steps_to_success(env_id: str) -> int | None:
     """Steps that the scripted expert needs in `VecMetaWorld`; None: it has failed."""
     from common.envs import metaworld_tasks as tasks
-    from common.envs.metaworld import MAX_EPISODE_STEPS, VecMetaWorld
+    from common.envs.metaworld_suite import MAX_EPISODE_STEPS, VecMetaWorld
 
     envs = VecMetaWorld(env_id, 1, seed=0, show_goal=True)
     policy = tasks.expert_policy(env_id)
@@ -231,7 +228,7 @@ def check_determinism(_args: Args) -> Finding:
     probe_gl()
     import numpy as np
 
-    from common.envs.metaworld import VecMetaWorld
+    from common.envs.metaworld_suite import VecMetaWorld
     from common.envs.rendering import Camera
 
     actions = np.random.default_rng(0).uniform(-1, 1, (20, 4)).astype(np.float32)
@@ -282,7 +279,7 @@ def check_vlm(args: Args) -> Finding:
 
     vlm = loaded_vlm(args)
 
-    def embed(frames: np.ndarray) -> np.ndarray:  # waits for a GPU
+    def embed(frames: np.ndarray) -> np.ndarray:  # as numpy: a GPU has finished then
         return np.asarray(vlm.embed_images(frames))
 
     images = embed(np.stack([golden.read(task, "fast") for task in MINI_SCORES]))
@@ -358,22 +355,16 @@ def embed_dim(args: Args) -> int:
         return 1024
 
 
-STEPS, FRAMES = 1_000_000, 100_000  # a default run's replay and each of its embedding buffers
-
-
-def replay_shapes(embed_dim: int) -> dict[str, Any]:
-    """Shapes and dtypes of a default run's rings; nothing is allocated."""
+def replay_shapes(embed_dim: int) -> Any:
+    """Shapes and dtypes of the ring that holds all transitions of a run; nothing is allocated."""
     import jax
 
-    from common.envs.metaworld import ACTION_DIM, OBS_DIM
-    from common.replay import Sizes, empty_ring, example_frame, example_transition
+    from common.envs.metaworld_suite import ACTION_DIM, OBS_DIM
+    from common.flags import RunArgs
+    from common.replay import Sizes, empty_ring, example_transition
 
-    sizes = Sizes(OBS_DIM, ACTION_DIM, embed_dim)
-    step, frame = example_transition(sizes), example_frame(sizes)
-    rows = {"transitions": (step, STEPS), "positives": (frame, FRAMES),
-            "negatives": (frame, FRAMES)}
-    return {name: jax.eval_shape(partial(empty_ring, row, capacity))
-            for name, (row, capacity) in rows.items()}
+    row = example_transition(Sizes(OBS_DIM, ACTION_DIM, embed_dim))
+    return jax.eval_shape(partial(empty_ring, row, RunArgs.total_timesteps))
 
 
 def check_memory(args: Args) -> Finding:
@@ -403,11 +394,13 @@ def check_memory(args: Args) -> Finding:
 def check_disk(args: Args) -> Finding:
     """Disk for the default run's last checkpoint."""
     from common.checkpoint import check_space, free_space, space_needed
+    from common.flags import RunArgs
 
-    rings, runs = replay_shapes(embed_dim(args)), Path("runs")
-    check_space(runs, rings, STEPS)
+    rings, runs = {"transitions": replay_shapes(embed_dim(args))}, Path("runs")
+    steps = RunArgs.total_timesteps
+    check_space(runs, rings, steps)
     return Finding("ok", f"{free_space(runs) / GIB:.1f} GiB free for runs/, "
-                   f"{space_needed(rings, STEPS) / GIB:.1f} needed for checkpoints")
+                   f"{space_needed(rings, steps) / GIB:.1f} needed for checkpoints")
 
 
 CHECKS = (

@@ -16,14 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import check_ranges, run_script
-from common.envs import gymnasium as suite
+from common.cli import run_script
 from common.envs import vlm_rm_tasks
+from common.envs.gymnasium_suite import make_env, square
+from common.envs.suites import GYMNASIUM
 from common.errors import UserError
-from common.flags import NotNegativeInt, PositiveInt, Share
+from common.flags import NotNegativeInt, PositiveInt, Share, check_ranges
 from common.vlms import load_vlm, view_for
 from tools.shared.folders import writable_folder, written_whole
 from tools.shared.measures import check_baseline, check_finite, goal_baseline_reward, spearman
+from tools.shared.plots import plt
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ class Args:
 def pictures(env_id: str, axis: vlm_rm_tasks.Axis, size: int, args: Args) -> np.ndarray:
     """uint8 [values, repeats, size, size, 3]."""
     rng = np.random.default_rng(args.seed)
-    env = suite.make_env(env_id, seed=args.seed, index=0, frame_size=size)
+    env = make_env(env_id, seed=args.seed, index=0, frame_size=size)
     drawn = []
     for value in axis.values:
         for _ in range(args.repeats):
             env.unwrapped.state = axis.state(value, rng)
-            drawn.append(suite.square(env.render(), size))
+            drawn.append(square(env.render(), size))
     env.close()
     return np.stack(drawn).reshape(len(axis.values), args.repeats, size, size, 3)
 
@@ -66,24 +68,18 @@ def main(args: Args) -> None:
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame opens no window
     axes, prompts = [], []
     for env_id in args.env_id:
-        task = vlm_rm_tasks.TASKS.get(suite.resolve_env_id(env_id))
+        task = vlm_rm_tasks.TASKS.get(GYMNASIUM.resolve_env_id(env_id))
         if task is None or task.axis is None:
             known = [name for name, task in vlm_rm_tasks.TASKS.items() if task.axis]
             raise UserError(f"{env_id} has no axis to draw over; these have: {', '.join(known)}")
         axes.append(task.axis)
-        prompts.append([suite.prompt_for(env_id, args.prompt),
-                        suite.baseline_prompt_for(env_id, args.baseline_prompt)])
+        prompts.append([GYMNASIUM.prompt_for(env_id, args.prompt),
+                        GYMNASIUM.baseline_prompt_for(env_id, args.baseline_prompt)])
     vlm = load_vlm(args.vlm, weights=args.vlm_weights)
     for texts in prompts:
         check_baseline(*np.asarray(vlm.embed_text(texts)), texts, args.alpha)
-    view = view_for(vlm, suite.CUTS_BORDER)
+    view = view_for(vlm, GYMNASIUM)
     writable_folder(args.output)
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False
-    from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, len(axes), figsize=(4.5 * len(axes), 3.6), squeeze=False,
                                   layout="constrained")

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.cli import check_ranges, run_script
-from common.envs import gymnasium as suite
+from common.cli import run_script
 from common.envs import humanoid
 from common.envs.rendering import prepare_gl
+from common.envs.suites import GYMNASIUM
 from common.errors import UserError
-from common.flags import NotNegativeInt, PositiveInt, Share
+from common.flags import NotNegativeInt, PositiveInt, Share, check_ranges
 from common.vlms import load_vlm, view_for
 from tools.shared.folders import writable_folder, written_whole
 from tools.shared.measures import (
@@ -32,6 +32,7 @@ from tools.shared.measures import (
     epic_distance,
     goal_baseline_reward,
 )
+from tools.shared.plots import plt
 
 NOISE = 12.0  # largest standard deviation of a joint's angle in a state, degrees
 
@@ -94,19 +95,13 @@ def main(args: Args) -> None:
     if args.vlm_weights and len(args.vlm) > 1:
         raise UserError(f"--vlm-weights is for one --vlm, not {len(args.vlm)}")
     env_id = humanoid.env_id(args.pose)
-    prompts = [suite.prompt_for(env_id, args.prompt),
-               suite.baseline_prompt_for(env_id, args.baseline_prompt)]
+    prompts = [GYMNASIUM.prompt_for(env_id, args.prompt),
+               GYMNASIUM.baseline_prompt_for(env_id, args.baseline_prompt)]
     prepare_gl()
     vlms = {name: load_vlm(name, weights=args.vlm_weights) for name in args.vlm}
     for vlm in vlms.values():
         check_baseline(*np.asarray(vlm.embed_text(prompts)), prompts, args.alpha)
     writable_folder(args.output)
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False
-    from matplotlib import pyplot as plt
 
     names = [f"{vlm}, {look}" for vlm in vlms for look in args.look]
     histograms, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.2),
@@ -116,7 +111,7 @@ def main(args: Args) -> None:
     for look in args.look:
         drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by the size that a VLM wants
         for vlm_name, vlm in vlms.items():
-            view = view_for(vlm, suite.CUTS_BORDER)
+            view = view_for(vlm, GYMNASIUM)
             if view.size not in drawn:
                 drawn[view.size] = labelled_states(
                     args.pose, look, view.size, args.samples, args.seed
@@ -128,10 +123,7 @@ def main(args: Args) -> None:
             sheets[look] = sheet(pictures, is_goal)
             print(f"{look}: {len(pictures)} states, {is_goal.sum()} of them {args.pose}")
             name = f"{vlm_name}, {look}"
-            images = np.concatenate([
-                vlm.embed_images(view.crop(part))
-                for part in np.array_split(pictures, -(-len(pictures) // 64))
-            ])
+            images = np.asarray(vlm.embed_images(view.crop(pictures)))
             text, baseline = np.asarray(vlm.embed_text(prompts))
             for alpha in args.alpha:
                 reward = check_finite(goal_baseline_reward(text, baseline, images, alpha),

@@ -28,7 +28,7 @@ import tyro
 
 from common import replay
 from common.cores import num_cores, share_cores
-from common.envs import metaworld, rendering, workers
+from common.envs import metaworld_suite, rendering, workers
 from common.errors import UserError
 from common.flags import parse
 from tools.evaluate.trained import load_script
@@ -82,10 +82,10 @@ def work(socket_fd: int, memory_fd: int) -> None:
     """An environment worker that keeps its events; see `common.envs.workers`."""
     recorder, pid = Recorder(), os.getpid()
     recorder.wrap(rendering.Renderer, "render", "draw", pid)
-    make_env, serve = metaworld.make_env, workers._work
+    suite, serve = metaworld_suite.SUITE, workers._work
 
     def make_traced_env(*args, **kwargs):
-        env = make_env(*args, **kwargs)
+        env = suite.make_env(*args, **kwargs)
         recorder.wrap(env, "step", "physics", pid)
         return env
 
@@ -96,7 +96,8 @@ def work(socket_fd: int, memory_fd: int) -> None:
             path = Path(os.environ[FOLDER]) / f"{pid}.json"
             path.write_text(json.dumps(recorder.events))
 
-    metaworld.make_env, workers._work = make_traced_env, serve_and_write
+    metaworld_suite.SUITE = replace(suite, make_env=make_traced_env)
+    workers._work = serve_and_write
     workers._main(socket_fd, memory_fd)
 
 
@@ -123,7 +124,7 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
     waiter = ThreadPoolExecutor(1)
 
     def traced_act(*args):
-        with recorder.span(MAIN, "wait for actions"):  # the last updates come first
+        with recorder.span(MAIN, "wait for actions"):  # and for the updates before them
             return jax.block_until_ready(act(*args))
 
     def wait(start: int, metrics: Any) -> None:
@@ -143,7 +144,7 @@ def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
 
 def keep_last(events: list, iterations: int) -> tuple[list, int, int]:
     """Events of the last iterations, which begin as actions are sent; (events, start, end)."""
-    pauses = [event[2:] for event in events if event[1] == "evaluate"]  # it has steps of its own
+    pauses = [event[2:] for event in events if event[1] == "evaluate"]  # it acts as well
     sent = sorted(
         start for _, name, start, _ in events
         if name == "send actions" and not any(begin < start < end for begin, end in pauses)
@@ -203,7 +204,7 @@ def main(args: Args, flags: list[str]) -> None:
     """Run the script with `flags` on top of the defaults here, and write its trace."""
     import jax
 
-    from common.cli import parse_args, steps_per_iteration
+    from common.cli import parse_args
 
     share_cores()
     try:
@@ -222,8 +223,8 @@ def main(args: Args, flags: list[str]) -> None:
         os.environ[FOLDER] = folder
         workers.WORKER_MODULE = "tools.trace"
         script_args = parse_args(script.Args, [*flags, "--run-dir", f"{folder}/run"])
-        iteration = steps_per_iteration(script_args)
-        # Then a few iterations for what is compiled.
+        iteration = script_args.steps_per_iteration
+        # Seven iterations more than asked for: in the first ones functions are compiled.
         steps = (-(-args.first // iteration) + 5 + args.iterations + 2) * iteration
         script_args = replace(script_args, total_timesteps=steps)
         waiter = wrap_script(recorder, script)

@@ -47,7 +47,7 @@ def make_report(args: Args, entity: str, results: Results) -> Any:
         raise UserError("the report needs the package wandb-workspaces: pip install -r "
                         "requirements.txt") from None
 
-    # Run sets that name no project show that of the report.
+    # A run set that names no project shows the runs of the report's own.
     def run_sets(task: str) -> list[Any]:
         return [wr.Runset(
             name=name, groupby=["config.exp_name"],
@@ -98,7 +98,7 @@ def main(args: Args) -> None:
         report.save()
     except UserError:
         raise
-    except Exception as error:  # of its network, login, or server
+    except Exception as error:  # the network's, the login's and the server's have no common class
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"W&B did not take the report ({reason}); log in with 'wandb login', or "
                         "see it with --dry-run") from None

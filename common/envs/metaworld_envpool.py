@@ -10,10 +10,11 @@ from importlib import metadata
 import numpy as np
 
 from common.cores import num_cores
-from common.envs.metaworld import ACTION_DIM, MAX_EPISODE_STEPS, OBS_DIM
+from common.envs.metaworld_suite import ACTION_DIM, MAX_EPISODE_STEPS, OBS_DIM
 from common.envs.metaworld_tasks import resolve_env_id
 from common.envs.workers import Step
 from common.errors import UserError
+from common.flags import Goal
 
 BUNDLED_MUJOCO = {"1.2.0": "3.6.0"}  # by EnvPool's version, which does not tell
 
@@ -52,7 +53,7 @@ class EnvPoolMetaWorld:
         num_envs: int,
         *,
         seed: int,
-        goal: str = "random",
+        goal: Goal = "random",
         max_episode_steps: int = MAX_EPISODE_STEPS,
         num_workers: int | None = None,
     ):

@@ -1,8 +1,8 @@
 """Vectorised environments: several per worker process, arrays in shared memory.
 
 A worker is this module run as a program (`python -m common.envs.workers`), so that it never imports
-the training script. It knows no suite: it imports the module whose name it is given, which has what
-`Suite` asks for. Commands go through a socket, arrays through shared memory. A worker whose parent
+the training script. It knows no suite: it imports the module whose name it is given, and uses its
+SUITE. Commands go through a socket, arrays through shared memory. A worker whose parent
 is gone ends itself; a worker that fails ends the run with its traceback.
 """
 
@@ -16,16 +16,16 @@ import subprocess
 import sys
 import traceback
 import weakref
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 
 from common.cores import ONE_THREAD, num_cores
 from common.envs.rendering import QUALITIES, Camera
+from common.envs.suite import Suite
 from common.errors import UserError
 from common.system import memory_file
 
@@ -59,31 +59,6 @@ class Step(NamedTuple):
     def ended(self) -> np.ndarray:
         """Where an episode has ended, [N] bool."""
         return self.terminated | self.truncated
-
-
-class Suite(Protocol):
-    """What a worker uses of a suite: these functions at the top level of a module.
-
-    An environment has Gymnasium's `reset` and `step`. Where `step`'s info has neither `success`
-    nor `is_success`, there is none.
-    """
-
-    SPARSE_REWARD: bool  # the reward is 1 on success, else 0, whatever `step` returns
-
-    def make_env(self, env_id: str, *, seed: int, index: int, **options: Any) -> Any:
-        """Environment number `index`, whatever the worker that it is in."""
-
-    def make_draw(self, env: Any, camera: Camera) -> Callable[..., np.ndarray]:
-        """`draw(env, first=False) -> uint8 [size, size, 3]`; `first`: before an episode's steps."""
-
-    def elapsed_steps(self, env: Any) -> int:
-        """Physics steps since the episode began."""
-
-    def get_env_state(self, env: Any) -> dict[str, Any]:
-        """Everything that the next steps depend on."""
-
-    def set_env_state(self, env: Any, state: dict[str, Any]) -> np.ndarray | None:
-        """Continue from there; the first observation, where it had to be a new episode."""
 
 
 def _layout(
@@ -125,7 +100,7 @@ class VecEnv:
     """N environments of one suite in worker processes.
 
     Args:
-        suite: the name of its module, see `Suite`.
+        suite: the name of its module, which has a `Suite` named SUITE.
         env: arguments of its `make_env`, but for `index`.
         num_envs: N.
         obs_dim, action_dim: numbers in an observation and in an action.
@@ -343,7 +318,7 @@ def _start_worker(memory_fd: int, options: dict) -> tuple[subprocess.Popen, Conn
 def _work(connection: Connection, memory_fd: int) -> None:
     """A worker's life: build its environments, then answer commands until the socket closes."""
     options = connection.recv()
-    suite: Suite = importlib.import_module(options["suite"])
+    suite: Suite = importlib.import_module(options["suite"]).SUITE
     arrays = _map_arrays(memory_fd, options["layout"])
     indices = options["indices"]
     envs = [suite.make_env(index=i, **options["env"]) for i in indices]
@@ -370,7 +345,7 @@ def _work(connection: Connection, memory_fd: int) -> None:
                         break
                 arrays["obs"][i] = arrays["final_obs"][i] = obs
                 arrays["success"][i] = success
-                arrays["reward"][i] = success if suite.SPARSE_REWARD else rewards
+                arrays["reward"][i] = success if suite.sparse_reward else rewards
                 arrays["terminated"][i], arrays["truncated"][i] = terminated, truncated
                 ended = terminated or truncated
                 if draw is not None:

@@ -23,8 +23,8 @@ from common.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Those that ship with the repository: module in this folder, class.
-EMBEDDED = {"mini": ("mini", "Mini"), "toy": ("toy", "Toy"), "poses": ("toy", "Poses")}
+    from common.envs.suite import Suite
+
 MAX_BATCH = 32  # frames per forward pass: RN50 needs some 50 MB each
 
 
@@ -138,17 +138,14 @@ def centre_view(size: int) -> View:
     return View(size, size // 8)
 
 
-def view_for(vlm: VLM, cuts_border: bool = True) -> View:
-    """The view that a VLM is given.
+def view_for(vlm: VLM, suite: Suite) -> View:
+    """What a VLM is given of a suite's pictures, and who crops them.
 
     On Meta-World FuRL's authors draw 256 px and keep rows and columns 32 to 224, which their CLIP
     resizes to its 224 px (fuyw/FuRL, `crop_center`): the same share of the picture here for models
     of any input size. `mini` is given whole pictures and cuts its square out of them itself.
-
-    Args:
-        cuts_border: whether the suite's pictures are cut like that: its `CUTS_BORDER`.
     """
-    if vlm.crops_itself or not cuts_border:
+    if vlm.crops_itself or not suite.crops_border:
         return View(vlm.frame_size, 0)
     return centre_view(256 * vlm.frame_size // 224)
 

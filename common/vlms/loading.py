@@ -1,10 +1,9 @@
 """`load_vlm`: a frozen VLM by its name."""
 
-import importlib
 from pathlib import Path
 
 from common.errors import UserError
-from common.vlms.interface import EMBEDDED, VLM
+from common.vlms.interface import VLM
 
 
 def load_vlm(
@@ -46,14 +45,14 @@ def load_vlm(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {"name": name, "weights": weights and str(weights.resolve()),
                 "pretrained": pretrained, "seed": seed}
+    from common.vlms.toy import EMBEDDED
+
     if name in EMBEDDED:
         from common.vlms.mini import MiniVLM
 
-        module, kind_name = EMBEDDED[name]
-        kind = getattr(importlib.import_module(f"common.vlms.{module}"), kind_name)
-        vlm: VLM = MiniVLM(weights, pretrained, torch.device(device), seed, kind)
+        vlm: VLM = MiniVLM(weights, pretrained, torch.device(device), seed, EMBEDDED[name])
     else:
-        from common.vlms.open_clip import load_open_clip
+        from common.vlms.openclip_vlm import load_open_clip
 
         vlm = load_open_clip(name, weights, pretrained, torch.device(device), seed)
     vlm.settings = settings

@@ -40,7 +40,7 @@ class Mini(nn.Module):
     """
 
     weights = WEIGHTS
-    view = f"{FRAME_SIZE}px-crop{CROP_SIZE}"
+    preprocessing = f"{FRAME_SIZE}px-crop{CROP_SIZE}"  # of pictures; a part of the VLM's id
     frame_size = FRAME_SIZE
 
     def __init__(
@@ -128,7 +128,7 @@ class MiniVLM(VLM):
         digest = state_digest(model)
         self._model = model.to(device)
         self.embed_dim, self.frame_size = EMBED_DIM, kind.frame_size
-        self.id = f"{self.name}-{digest}-{kind.view}-x{EMBEDDING_SCALE:g}"
+        self.id = f"{self.name}-{digest}-{kind.preprocessing}-x{EMBEDDING_SCALE:g}"
 
     def knows(self, prompt: str) -> bool:
         """Not of other scripts and emoji, whose pieces are none, nor of marks alone."""

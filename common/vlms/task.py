@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.envs import metaworld
+from common.envs.metaworld_suite import goal_image
 from common.envs.rendering import Camera
+from common.envs.suites import METAWORLD
 from common.vlms.interface import VLM, view_for
 
 
@@ -23,11 +24,11 @@ def load_inputs(vlm: VLM, args: Any) -> VLMInputs:
         args: a script's, with FuRL's flags: `env_id`, `seed`, `goal`, `prompt`, `camera_id`,
             `quality`, `align` and `goal_image`.
     """
-    text = vlm.embed_text([metaworld.prompt_for(args.env_id, args.prompt)])[0]
+    text = vlm.embed_text([METAWORLD.prompt_for(args.env_id, args.prompt)])[0]
     goal = np.zeros_like(text)
     if args.align and args.goal_image:
-        view = view_for(vlm)
+        view = view_for(vlm, METAWORLD)
         camera = Camera(view.size, args.camera_id, args.quality)
-        picture = metaworld.goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
+        picture = goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
         goal = vlm.embed_images(view.crop(picture[None]))[0]
     return VLMInputs(jnp.asarray(text), jnp.asarray(goal))

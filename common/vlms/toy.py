@@ -21,7 +21,7 @@ class Toy(Mini):
     """The image and the text encoder."""
 
     weights = Path(__file__).with_name("toy.safetensors")
-    view = f"{FRAME_SIZE}px"
+    preprocessing = f"{FRAME_SIZE}px"
     frame_size = FRAME_SIZE
 
     def build_image_encoder(self) -> None:
@@ -56,3 +56,6 @@ class Poses(Toy):
     """The same for the humanoid."""
 
     weights = Path(__file__).with_name("poses.safetensors")
+
+
+EMBEDDED: dict[str, type[Mini]] = {"mini": Mini, "toy": Toy, "poses": Poses}  # what ships here

@@ -32,20 +32,20 @@ import drq_baseline as drq
 import furl_sac_state as furl
 from common import checkpoint, convolution, replay
 from common.cores import num_cores, share_cores
-from common.envs.metaworld import ACTION_DIM, OBS_DIM, VecMetaWorld
+from common.envs.metaworld_suite import ACTION_DIM, OBS_DIM, VecMetaWorld
 from common.envs.rendering import Camera, Renderer
 from common.errors import UserError
 from common.pixels import PICTURE_SIZE
 from common.replay import Sizes
 from common.vlms import load_vlm
-from common.vlms.open_clip import fast_precision
+from common.vlms.openclip_vlm import fast_precision
+from tools import ROOT
 from tools.benchmark import Row, tabulate, time_run
 from tools.dev.peer import PACKAGES
 from tools.grid.paper_tables import DRQ, FURL, PIXELS, RELAY, SAC, VLM_RM
 
 Part = Literal["environments", "frames", "workers", "embeddings", "precision", "updates", "scaling",
                "checkpoints", "furl", "baselines", "pixels", "peers"]
-ROOT = Path(__file__).resolve().parent.parent.parent
 PARTS: tuple[Part, ...] = get_args(Part)
 TASK = "drawer-open-v3"
 
@@ -97,7 +97,7 @@ def measure_environments(rounds: int) -> Iterator[Row]:
 
 def measure_frames(rounds: int) -> Iterator[Row]:
     """Milliseconds per frame on one core."""
-    from common.envs.metaworld import make_env
+    from common.envs.metaworld_suite import make_env
 
     env = make_env(TASK, seed=0, index=0, goal="fixed", show_goal=False)
     for quality in ("fast", "paper"):
@@ -365,10 +365,7 @@ def measure_checkpoints(rounds: int) -> Iterator[Row]:
 
 def plot_scaling(rows: list[Row], path: Path) -> None:
     """Both halves of `measure_scaling` as one picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from tools.shared.plots import plt
 
     figures = {what: float(figure.split()[0].replace(",", ""))
                for what, figure, _ in rows if figure != "-"}

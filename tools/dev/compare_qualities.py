@@ -14,7 +14,7 @@ import tyro
 from PIL import Image
 
 from common.envs import rendering
-from common.envs.metaworld import make_env, place_goal_marker
+from common.envs.metaworld_suite import make_env, place_goal_marker
 from common.envs.metaworld_tasks import ENV_IDS, MT10, expert_action, expert_policy
 from tools.shared.golden import difference
 

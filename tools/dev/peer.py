@@ -17,7 +17,8 @@ import gymnasium
 import torch
 import tyro
 
-from common.envs import metaworld, suites
+from common.envs import metaworld_suite
+from common.envs.suites import METAWORLD, suite_for
 
 Package = Literal["stable_baselines3", "sbx"]
 PACKAGES: tuple[Package, ...] = get_args(Package)
@@ -36,10 +37,10 @@ class Args:
 
 
 def make_env(env_id: str) -> gymnasium.Env:
-    if suites.suite_for(env_id) is not metaworld:
+    if suite_for(env_id) is not METAWORLD:
         return gymnasium.make(env_id)
-    env = metaworld.make_env(env_id, seed=0, index=0, goal="fixed", show_goal=False)
-    return gymnasium.wrappers.TimeLimit(env, metaworld.MAX_EPISODE_STEPS)
+    env = metaworld_suite.make_env(env_id, seed=0, index=0, goal="fixed", show_goal=False)
+    return gymnasium.wrappers.TimeLimit(env, metaworld_suite.MAX_EPISODE_STEPS)
 
 
 def steps_per_second(args: Args) -> float:

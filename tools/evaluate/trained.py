@@ -1,30 +1,35 @@
 """Open a run folder and give what was learned: the policy, and the VLM reward where there is one.
 
-Shared by `tools.evaluate` and `tools.reward_report`. Nothing in the folder is changed, and no
-replay is allocated. Any script will do that has what `Script` asks for.
+`tools.evaluate` and `tools.reward_report` use it. It writes nothing into the folder and needs no
+memory for the run's replay. It opens runs of any script that defines the names of `Script`.
 """
 
 import importlib.util
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import checkpoint
+from common import checkpoint, policies
 from common.cli import stored_args
+from common.envs.rendering import Camera
+from common.envs.suites import suite_for
 from common.errors import UserError
+from common.evaluate import Evaluator
 from common.replay import Sizes
-from common.run_folder import read_config
+from common.run_folder import checkpoints, kept_policies, read_config, steps_of
 from common.vlms import VLM, View, load_vlm
+from tools import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+BATCH = 20  # of Meta-World's environments side by side; it decides which goals are drawn
 Reward = Callable[[np.ndarray], np.ndarray]  # image embeddings [n, D] -> r_VLM [n]
 
 
@@ -51,15 +56,24 @@ class Script(Protocol):
         """Only of scripts with a VLM: the reward that was learned, embeddings [n, D] -> [n]."""
 
 
+class PlayedAgain(NamedTuple):
+    """T steps of E environments."""
+
+    states: np.ndarray  # [T + 1, E, obs_dim] float32, the first before the first step
+    frames: np.ndarray | None  # [T, E, size, size, 3] uint8
+    success: np.ndarray  # [T, E] bool
+    reward: np.ndarray  # [T, E] float32
+
+
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint holds for use.
+    """What a checkpoint, or a kept policy, holds for use.
 
     Attributes:
         folder, config: the run folder and its config.json.
         script, args: the module that trained it, and its arguments.
-        env_steps: of the checkpoint.
-        state: the script's networks.
+        env_steps: done when it was saved.
+        state: the script's networks; of a kept policy only what it acts by, else NaN.
         name: what a report calls the run: its folder's name, or more of the path.
     """
 
@@ -86,8 +100,55 @@ class Trained:
         return View(**self.config["view"])
 
     def policy(self, obs: np.ndarray) -> np.ndarray:
-        """The evaluated agent's mean action; shapes as those of `Script.policy`."""
-        return np.asarray(self.script.policy(self.state, obs))
+        """The evaluated agent's mean action; shapes as those of `Script.policy`.
+
+        Raises:
+            UserError: it is not finite, as where the script acts by more than was kept.
+        """
+        action = np.asarray(self.script.policy(self.state, obs))
+        if not np.isfinite(action).all():
+            raise UserError(f"{self.folder}: actions of the policy of step {self.env_steps} are "
+                            "not finite: it is not whole, or the run had diverged")
+        return action
+
+    def evaluator(self, env_id: str, num_episodes: int, *, goal: str, seed: int) -> Evaluator:
+        """Plays `policy` as the run's own evaluations do, on episodes drawn from `seed` alone."""
+        return Evaluator(
+            env_id, seed=seed, seed_offset=0, goal=goal, num_episodes=num_episodes,
+            num_envs=None if suite_for(env_id).starts_differ else BATCH,
+            frame_stack=self.evaluation["frame_stack"], camera=self._camera(),
+            action_repeat=self.evaluation["action_repeat"],
+        )
+
+    def play_again(
+        self, actions: np.ndarray, size: int = 0, *, env_id: str, goal: str, seed: int
+    ) -> PlayedAgain:
+        """The first episodes of E environments again, by the actions [T, E, ...] of `evaluator`.
+
+        What is drawn for an environment depends on the seed and its number alone, and physics is
+        deterministic. An episode that ended sooner is followed by others.
+
+        Args:
+            size: of the pictures, pixels; 0: none are drawn.
+        """
+        with closing(suite_for(env_id).make_vec(
+            env_id, actions.shape[1], seed=seed, goal=goal,
+            camera=self._camera(size) if size else None,
+            action_repeat=self.evaluation["action_repeat"],
+        )) as envs:
+            first, _ = envs.reset()
+            steps = [envs.step(action) for action in actions]
+        return PlayedAgain(
+            np.stack([first, *(step.final_obs for step in steps)]),
+            np.stack([step.frames for step in steps]) if size else None,
+            np.stack([step.success for step in steps]), np.stack([step.reward for step in steps]),
+        )
+
+    def _camera(self, size: int | None = None) -> Camera:
+        """That of the run's evaluations, for pictures of `size`; default: those the policy sees."""
+        settings = self.evaluation
+        size = settings["frame_size"] if size is None else size
+        return Camera(size, settings["camera_id"], settings["quality"])
 
     @cached_property
     def vlm(self) -> VLM:
@@ -120,28 +181,23 @@ class Trained:
 
 
 def open_run(folder: Path, env_steps: int | None = None, run_code: bool = False) -> Trained:
-    """Read a checkpoint of a run.
+    """Read a checkpoint or a kept policy of a run.
 
     Args:
         folder: the run folder.
-        env_steps: which of the kept checkpoints; None: the newest.
+        env_steps: which of them; None: the newest checkpoint.
         run_code: execute the copy of the script that the folder keeps, instead of this checkout's
             script of that name.
 
     Raises:
-        UserError: the folder is no run, has no usable checkpoint, or the script does not fit it.
+        UserError: the folder is no run, has nothing of that step that can be used, or the script
+            does not fit it.
     """
     config = read_config(folder, str(folder))
     name = str(config.get("script"))
     if Path(f"{name}.py").name != f"{name}.py" or "sizes" not in config:
         raise UserError(f"{folder} is another version's run: it cannot be opened")
-    warnings: list[str] = []
-    try:
-        env_steps, leaves, _ = checkpoint.read_newest(folder, env_steps, warnings.append)
-    except UserError as error:
-        raise UserError("; ".join([str(error), *warnings[:1]])) from None
-    for warning in warnings:
-        print(warning, file=sys.stderr)
+    env_steps, unflatten = read_networks(folder, env_steps)
     ours, kept = ROOT / f"{name}.py", folder / f"{name}.py"
     if run_code:
         print(f"note: running {kept}, the code that the folder brings along: do so only with "
@@ -160,7 +216,7 @@ def open_run(folder: Path, env_steps: int | None = None, run_code: bool = False)
         args = stored_args(config["args"], script.Args, str(folder))
         init = partial(script.init_state, sizes=Sizes(**config["sizes"]), args=args)
         template = jax.eval_shape(init, jax.random.key(0))
-        state = checkpoint.unflatten(leaves, template)
+        state = unflatten(template)
     except Exception as error:  # whatever an edited script may raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         help_ = ""
@@ -168,6 +224,32 @@ def open_run(folder: Path, env_steps: int | None = None, run_code: bool = False)
             help_ = f"; with --run-code the folder's own {kept.name} is executed"
         raise UserError(f"{folder}: {path.name} does not fit this run ({reason}){help_}") from None
     return Trained(folder, config, script, args, env_steps, state, folder.resolve().name)
+
+
+def read_networks(folder: Path, env_steps: int | None) -> tuple[int, Callable[[Any], Any]]:
+    """The environment steps that were asked for, or those of the newest checkpoint; and what makes
+    the state of a template of it.
+
+    Raises:
+        UserError: nothing is there of that step, or it cannot be used; says what is there.
+    """
+    saved, kept = map(steps_of, checkpoints(folder)), kept_policies(folder)
+    if env_steps is not None and env_steps not in (saved := {*saved}):
+        if env_steps in kept:
+            return env_steps, partial(policies.unflatten, policies.read(folder, env_steps))
+        steps = sorted(saved | kept.keys())
+        near = sorted(sorted(steps, key=lambda x: abs(x - env_steps))[:6])
+        what = "kept are" if len(steps) == len(near) else f"{len(steps)} are kept, the nearest are"
+        raise UserError(f"{folder} has no policy of step {env_steps}; {what}: "
+                        f"{', '.join(map(str, near)) or 'none'}")
+    warnings: list[str] = []
+    try:
+        env_steps, leaves, _ = checkpoint.read_newest(folder, env_steps, warnings.append)
+    except UserError as error:
+        raise UserError("; ".join([str(error), *warnings[:1]])) from None
+    for warning in warnings:
+        print(warning, file=sys.stderr)
+    return env_steps, partial(checkpoint.unflatten, leaves)
 
 
 def load_script(path: Path) -> ModuleType:

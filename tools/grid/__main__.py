@@ -33,12 +33,12 @@ from common.flags import RunArgs, parse
 from common.logger import format_duration
 from common.names import LONGEST, distinct_name, marked
 from common.run_folder import Progress, is_finished, is_in_use, read_progress
+from tools import ROOT
 from tools.grid.cells import Cell, Outcome
 from tools.grid.engines import RayEngine, SlurmEngine, share_of
 from tools.grid.paper_tables import METHODS, PRESETS, TABLES, Method
 
-ROOT = Path(__file__).resolve().parents[2]
-MOST_SEEDS = 100_000  # it is their number, not one of them
+MOST_SEEDS = 100_000  # --seeds says how many there are, and is no seed itself
 OURS = {"env_id", "seed", "run_dir", "resume"}  # flags that the grid gives
 
 
@@ -111,7 +111,7 @@ def full_env_id(name: str) -> str:
     """
     with contextlib.suppress(UserError):
         return resolve_env_id(name)
-    from common.envs.suites import suite_for  # seconds, which Meta-World's names alone do not need
+    from common.envs.suites import suite_for  # late: it takes seconds, and Meta-World needs none
 
     return suite_for(name).resolve_env_id(name)
 
@@ -134,7 +134,7 @@ def chosen_methods(args: Args) -> dict[str, tuple[Method, tuple[str, ...]]]:
             raise UserError(f"--scripts {words!r} is no script with flags") from None
         name = "_".join([Path(script).stem, *(word.strip("-") for word in flags)])
         name = name.replace("/", "-")
-        if len(name.encode()) > LONGEST:  # such as with a prompt
+        if len(name.encode()) > LONGEST:  # a flag may hold a long prompt
             name = marked(name.encode()[: LONGEST // 2].decode(errors="ignore"), words)
         if owners.get(name) == words:
             raise UserError(f"two of --scripts are the same: {words}")

@@ -54,7 +54,7 @@ class Outcome:
 
 @dataclass
 class Deaths:
-    """Deaths of one run since its last progress: one that gets on is started again for ever."""
+    """Deaths of one run since its last progress: if it makes some each time, there is no limit."""
 
     count: int = 0
     saved: int | None = None  # steps of its newest checkpoint when it died last
@@ -131,7 +131,7 @@ class Job:
                 while self._claims:
                     self._claims.popitem()[1].close()
                 return
-            except KeyboardInterrupt:  # Ray's way to cancel, which may come again
+            except KeyboardInterrupt:  # Ray cancels by it, maybe more than once
                 continue
 
     def _look_after(self, cell: Cell) -> Outcome | None:

@@ -22,9 +22,9 @@ from typing import Any
 from common.cores import OVERRIDE, num_cores
 from common.errors import UserError
 from common.run_folder import saved_steps
+from tools import ROOT
 from tools.grid.cells import Cell, Deaths, Job, Outcome, SlurmJob, run_job
 
-ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "pip install -r requirements-grid.txt (or: make grid)"
 RUNS_PER_GPU = 4
 MANY = 1_000_000  # requeues at SLURM's time limit
@@ -57,7 +57,7 @@ def share_of(args: Any, cores: float = 0, gpus: float = 0) -> Share:
     if not 0 < args.memory_per_run < 1e6:
         raise UserError(f"--memory-per-run must be above 0 GiB, not {args.memory_per_run:g}")
     chosen = args.cores_per_run
-    if chosen is None:  # one core a run does most in total
+    if chosen is None:  # most steps in total: one core for each run
         chosen = max(1, int(cores * share / gpus)) if gpus else 1
     if chosen < 1:
         raise UserError(f"--cores-per-run must be 1 or more, not {chosen}")
@@ -156,7 +156,7 @@ class RayEngine:
 
     def stop(self) -> None:
         """Let what runs save; `poll` tells when it has."""
-        for ref in reversed(list(self.cells)):  # what waits first, or it would start now
+        for ref in reversed(list(self.cells)):  # waiting ones first: they would start now
             self.ray.cancel(ref)
         # On a busy machine a worker has been seen to miss it: until it ends it is told again.
         self._stop_again = time.monotonic() + STOP_AGAIN_SECONDS

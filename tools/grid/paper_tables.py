@@ -47,7 +47,7 @@ FURL, RELAY, SAC, VLM_RM, DRQ, PIXELS, PLUS = (
     "furl_sac_state.py", "relay_baseline.py", "sac_baseline.py", "vlm_rm_baseline.py",
     "drq_baseline.py", "furl_drq_pixels.py", "furl_plus_state.py",
 )
-NO_VLM = "--kappa 0 --rho 0 --no-align --draw-every 500"  # two agents of sparse rewards
+NO_VLM = "--kappa 0 --rho 0 --no-align --draw-every 500"  # FuRL plus, its VLM without effect
 METHODS = {
     "sac": Method("SAC", SAC, vlm=None),
     "vlm-rm": Method("VLM-RMs", VLM_RM),

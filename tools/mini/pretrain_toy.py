@@ -23,7 +23,7 @@ import tyro
 from scipy.stats import spearmanr
 from torch.nn import functional as F
 
-from common.envs.gymnasium import make_env, square
+from common.envs.gymnasium_suite import make_env, square
 from common.envs.humanoid import EPISODE_LENGTH, POSES, set_pose
 from common.envs.rendering import prepare_gl
 from common.vlms.mini import TOKEN_DIM, init_mini, load_mini, save_mini, word_pieces
@@ -36,7 +36,7 @@ from tools.mini.toy_sentences import (
     PROMPTS,
     Meaning,
 )
-from vlm_rm_dqn import goal_baseline_reward
+from tools.shared.measures import goal_baseline_reward
 
 DATA = Path("data/toy")
 Name = Literal["toy", "poses"]
@@ -371,7 +371,7 @@ def rewards(model: Toy, images: np.ndarray, prompt: str, baseline: str, alpha: f
     """VLM-RM's reward of embeddings [n, EMBED_DIM], [n]; with alpha 0 the cosine similarity."""
     with torch.inference_mode():
         goal, base = model.encode_text([prompt, baseline]).numpy()
-    return np.asarray(goal_baseline_reward(goal, base, images, alpha))
+    return goal_baseline_reward(goal, base, images, alpha)
 
 
 def evaluation_states(env_id: str) -> np.ndarray:

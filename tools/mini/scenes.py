@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mujoco
 import numpy as np
 
-from common.envs.metaworld import PHYSICS, make_env
+from common.envs.metaworld_suite import PHYSICS, make_env
 from common.envs.metaworld_tasks import ENV_IDS, MT10
 from common.envs.rendering import Camera, Renderer
 from common.vlms.mini import CROP_LEFT, CROP_SIZE, CROP_TOP, FRAME_SIZE

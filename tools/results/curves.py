@@ -1,20 +1,19 @@
 """The figures of `tools.results`: success over environment steps and over wall-clock."""
 
-import base64
 import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import bootstrap
 
 from tools.results.runs import Run
 from tools.results.summary import Results
+from tools.shared.plots import data_url, plt
 
-matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # a method's "$" is no formula
-# Okabe and Ito's, which the colour-blind can tell apart; the last method, which readers look for
-# first, has the first. More methods have them with dashes.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart. The methods get its
+# colours from the last one on, which is FuRL in the paper's order. A ninth method begins again with
+# the first colour, its line dashed.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c")
 DASHES = ("-", "--", ":")
 
@@ -65,9 +64,6 @@ def plot_curves(results: Results, by_time: bool):
 
     A band is the 95 % interval of the mean over seeds, by a bootstrap.
     """
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
     panels = {task: lambda m, task=task: curve(results.groups.get((m, task), []), by_time)
               for task in results.tasks}
     if len(results.common) > 1:
@@ -130,11 +126,8 @@ def plot_curves(results: Results, by_time: bool):
 
 def save_figure(figure, path: Path) -> str:
     """Write `path`.png and .svg, the same bytes each time; returns the PNG as a data URL."""
-    import matplotlib.pyplot as plt
-
     with plt.rc_context({"svg.hashsalt": "furl"}):
         figure.savefig(path.with_suffix(".png"), dpi=200, metadata={"Software": None})
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
-    encoded = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
-    return f"data:image/png;base64,{encoded}"
+    return data_url(path.with_suffix(".png").read_bytes())

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from common.names import markdown
@@ -14,6 +13,7 @@ from tools.results.curves import plot_curves, save_figure
 from tools.results.runs import Run
 from tools.results.statistics import NONE, Interval
 from tools.results.summary import MEASURES, Results
+from tools.shared.plots import fill
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
             row = records.get((method, task))
             rows[-1].append("–")
             if row is not None:
-                # Of runs that fail or succeed Wilson's interval says all.
+                # Where each run either fails or succeeds, Wilson's interval needs no deviation.
                 binary = task != "mean" and set(results.scores[MEASURES[0], method, task]) <= {0, 1}
                 rows[-1][-1] = percent(row["success_at_end"], (row["low"], row["high"]),
                                        None if binary else row["std"])
@@ -192,8 +192,7 @@ def write_page(output: Path, title: str, runs: list[Run]) -> str:
     images = "\n".join(f"## {caption}\n![{caption}]({name}.png)\n" for name, (caption, _)
                        in pictures.items())
     (output / "README.md").write_text(f"# {markdown(title)}\n{about}\n\n{text}\n{images}\n{band}\n")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        Path(__file__).with_suffix(".html").read_text())
-    (output / "index.html").write_text(template.render(
-        title=title, about=about, band=band, tables=tables, pictures=pictures.values()) + "\n")
+    (output / "index.html").write_text(fill(
+        Path(__file__).with_suffix(".html"), title=title, about=about, band=band, tables=tables,
+        pictures=pictures.values()))
     return text

@@ -8,6 +8,8 @@ rows are `common.envs.metaworld_tasks.MT10`.
 
 from dataclasses import dataclass
 
+from common.flags import Goal
+
 
 @dataclass(frozen=True)
 class Column:
@@ -23,7 +25,7 @@ class Column:
 @dataclass(frozen=True)
 class PaperTable:
     name: str
-    goal: str  # the scripts' --goal
+    goal: Goal  # the scripts' --goal
     columns: dict[str, Column]  # by the method's name in grids
 
 

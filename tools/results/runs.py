@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import MAY_CHANGE, flag_of
 from common.envs.metaworld_tasks import ENV_IDS
 from common.errors import UserError
+from common.flags import MAY_CHANGE, flag_of
 from common.names import distinct_name, file_name, folder_name
 from common.run_folder import CONFIG, METRICS, read_config, read_metrics
 
@@ -66,7 +66,7 @@ class Run:
     def __post_init__(self) -> None:
         for name in ("success_once", "success_at_end"):
             shares = getattr(self, name)
-            wrong = ~((shares >= 0) & (shares <= 1))  # as with NaN
+            wrong = ~((shares >= 0) & (shares <= 1))  # NaN is wrong too
             if wrong.any():
                 raise ValueError(f"{name} is {shares[wrong][0]:g} at step "
                                  f"{self.env_steps[wrong][0]}, not 0 to 1")
@@ -137,7 +137,7 @@ def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], lab
     env_steps = np.array(sorted(once.keys() & at_end.keys()), int)
     args = config["args"]
     about = {key: config[key] for key in ABOUT if key in config}
-    # Where a run went is no part of what it was.
+    # Two runs of one command may lie in different folders.
     about["command"] = without_place(str(about.get("command")))
     about["hardware"] = {key: config[key] for key in HARDWARE if key in config}
     return Run(
@@ -158,7 +158,7 @@ def without_place(command: str) -> str:
     """A command without where its run went."""
     try:
         words = shlex.split(command)
-    except ValueError:  # of a version that did not quote
+    except ValueError:  # written by a version that did not quote
         return re.sub(r" --(run-dir|resume)[ =]\S+", "", command)
     kept = [word for i, word in enumerate(words) if not re.match(r"--(run-dir|resume)(=|$)", word)
             and words[i - 1 : i] not in (["--run-dir"], ["--resume"])]
@@ -244,7 +244,7 @@ def read_wandb(path: str, label: str | None) -> list[Run]:
             config = {**run.config.get("facts", {}), "script": run.config["exp_name"], "args": args}
             runs.append(make_run(config, rows, label, f"wandb:{path}/{run.id}"))
         return runs
-    except Exception as error:  # of its network, login, or server
+    except Exception as error:  # the network's, the login's and the server's have no common class
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"wandb:{path}: W&B's runs cannot be read ({reason}); log in with 'wandb "
                         "login'") from None
@@ -362,7 +362,7 @@ def write_runs(output: Path, runs: list[Run]) -> None:
             values = np.concatenate([run.returns for run in group])
             rows = [f"{row},{value:.8g}" for row, value in zip(rows, values, strict=True)]
         path = output / method / file_name(task)
-        write_whole(path.with_name(f"{path.name}.csv"), "\n".join([header, *rows]) + "\n")
+        path.with_name(f"{path.name}.csv").write_text("\n".join([header, *rows]) + "\n")
         first = group[0]
         made = [{"seed": run.seed, **run.about, "seconds": [] if np.isnan(run.seconds).any() else
                  [int(second) for second in run.seconds]} for run in group]
@@ -370,14 +370,7 @@ def write_runs(output: Path, runs: list[Run]) -> None:
                 "args": first.args, "runs": made}
         text = json.dumps(data, indent=1)
         text = re.sub(r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()), text)
-        write_whole(path.with_name(f"{path.name}.json"), text + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file, whose earlier content stays until the new one is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+        path.with_name(f"{path.name}.json").write_text(text + "\n")
 
 
 def note(text: str) -> None:

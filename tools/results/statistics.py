@@ -13,8 +13,8 @@ from scipy.stats import bootstrap, trim_mean
 
 from tools.shared.measures import wilson_interval
 
-RESAMPLES = 50_000  # scores of 0 and 1 have few values: an end must not move by one of them
-MOST_VALUES = 20_000  # up to so many the distribution of a mean is computed instead
+RESAMPLES = 50_000  # means of zeros and ones take few values: fewer resamples might pick the next
+MOST_VALUES = 20_000  # if a mean can take no more values, its distribution is computed exactly
 Interval = tuple[float, float]  # 95 %; NaN where there is none
 NONE = (math.nan, math.nan)
 

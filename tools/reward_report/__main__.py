@@ -16,15 +16,17 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from common.cli import check_ranges, run_script
+from common.cli import run_script
 from common.cores import num_cores
-from common.envs.metaworld import MAX_EPISODE_STEPS, goal_image, make_env
+from common.envs.metaworld_suite import MAX_EPISODE_STEPS, goal_image, make_env
 from common.envs.metaworld_tasks import (
     baseline_prompt_for,
     expert_action,
@@ -33,13 +35,13 @@ from common.envs.metaworld_tasks import (
     resolve_env_id,
 )
 from common.envs.rendering import Camera
+from common.envs.suites import METAWORLD
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
-from common.flags import NotNegativeInt
+from common.flags import NotNegativeInt, check_ranges
 from common.versions import git_commit, versions
 from common.vlms import VLM, load_vlm, view_for
 from common.vlms.interface import centre_view
-from tools.evaluate import __main__ as evaluate
 from tools.evaluate.trained import Trained, open_run
 from tools.reward_report.episodes import (
     EXPERT,
@@ -47,7 +49,6 @@ from tools.reward_report.episodes import (
     SUBOPTIMAL,
     WORKER_ENVIRONMENT,
     Data,
-    Drawn,
     Scene,
     draw_episodes,
 )
@@ -74,6 +75,7 @@ from tools.shared.measures import (
     standard_error,
     without_nan,
 )
+from tools.shared.plots import plt
 
 ALPHAS = np.linspace(0, 1, 11).round(1)  # strengths of goal-baseline regularisation
 
@@ -122,19 +124,18 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
 
     `goal`: the goal picture as it is drawn, of which the VLM sees its own view.
     """
-    view = view_for(vlm)
+    view = view_for(vlm, METAWORLD)
     if goal is not None:
         goal_pixels = middle_pixels(goal[None])[0]
         goal_embedding = np.asarray(vlm.embed_images(view.crop(goal[None])))[0]
     embeddings, pixel_distance, success, first_success, first = [], [], [], [], None
-    jobs = [(scene, number) for number in range(episodes)]
     before = dict(os.environ)
-    os.environ.update(WORKER_ENVIRONMENT)  # which processes get as they start
+    os.environ.update(WORKER_ENVIRONMENT)  # the pool's processes start with these
     pool = multiprocessing.get_context("spawn").Pool(workers)
     os.environ.clear()
     os.environ.update(before)
     with pool:
-        for drawn in pool.imap(_draw, jobs):
+        for drawn in pool.imap(partial(draw_episodes, scene), range(episodes)):
             frames = view.crop(drawn.frames)
             flat = frames.reshape(-1, *frames.shape[2:])
             shape = drawn.success.shape
@@ -151,10 +152,6 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
     return Data(stacked, np.stack(pixel_distance) if goal is not None else None,
                 distance if goal is not None else None, np.stack(success),
                 np.stack(first_success), first)
-
-
-def _draw(job: tuple[Scene, int]) -> Drawn:
-    return draw_episodes(*job)
 
 
 def middle_pixels(frames: np.ndarray) -> np.ndarray:
@@ -263,7 +260,10 @@ def paths(trained: Trained, env_id: str) -> dict[str, list[np.ndarray]]:
     goal = trained.args.goal
     count, seed = (1, trained.args.seed) if goal == "fixed" else (
         5, trained.args.seed + 2 * EVAL_SEED_OFFSET)
-    played = evaluate.play(trained, count, env_id=env_id, goal=goal, seed=seed)
+    where = {"env_id": env_id, "goal": goal, "seed": seed}
+    with closing(trained.evaluator(num_episodes=count, **where)) as evaluator:
+        evaluator(trained.policy)
+    states = trained.play_again(np.array(evaluator.actions), **where).states
     expert, policy = [], expert_policy(env_id)
     for index in range(count):
         env = make_env(env_id, seed=seed, index=index, goal=goal, show_goal=True)
@@ -273,7 +273,7 @@ def paths(trained: Trained, env_id: str) -> dict[str, list[np.ndarray]]:
             obs, _, _, _, info = env.step(expert_action(policy, obs))
             left = min(left - 1, 10) if info["success"] else left - 1
         expert.append(np.array(way))
-    return {"policy": [played.obs[:, i, :3] for i in range(count)], "expert": expert}
+    return {"policy": [states[:, i, :3] for i in range(count)], "expert": expert}
 
 
 # ------------------------------------------------------------------------------- main
@@ -390,7 +390,7 @@ def main(args: Args) -> dict[str, Any]:
         if runs and goal == "random":  # goals that neither training nor its evaluations had
             seed += 2 * EVAL_SEED_OFFSET
     vlm = load_vlm(args.vlm, weights=args.vlm_weights)
-    view = view_for(vlm)
+    view = view_for(vlm, METAWORLD)
     for run in runs:
         if run.has_vlm:
             run.check_vlm(vlm)
@@ -450,9 +450,7 @@ def main(args: Args) -> dict[str, Any]:
         "success_frames": int(data.success.sum()), "frames": int(data.success.size),
         "rewards": figures, "notes": notes, "baseline_prompt": baseline_prompt,
         "epic_by_alpha": {"alpha": ALPHAS.tolist(), **epic},
-        "args": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()
-                 if k != "checkpoints"} | {"checkpoints": [str(c) for c in args.checkpoints]},
-        "commit": git_commit(), "versions": versions(),
+        "args": asdict(args), "commit": git_commit(), "versions": versions(),
     }
     plotted = {n: r for n, (_, r) in rewards.items()}
     text_rewards = {n: r for n, (kind, r) in rewards.items() if kind != "goal picture"}
@@ -473,8 +471,6 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def write(output: Path, results: dict[str, Any], drawn: dict[str, Callable[[], Any]]) -> None:
-    import matplotlib.pyplot as plt
-
     pictures = {}
     for name, draw in drawn.items():
         figure = draw()
@@ -482,7 +478,8 @@ def write(output: Path, results: dict[str, Any], drawn: dict[str, Callable[[], A
         figure.savefig(path, dpi=120)
         plt.close(figure)
         pictures[name] = path.read_bytes()
-    (output / "report.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
+    text = json.dumps(without_nan(results), indent=1, default=str)  # paths become text
+    (output / "report.json").write_text(text + "\n")
     (output / "report.html").write_text(page(results, pictures))
 
 

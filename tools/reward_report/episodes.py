@@ -7,16 +7,16 @@ import mujoco
 import numpy as np
 
 from common.cores import ONE_THREAD
-from common.envs.metaworld import PHYSICS, make_env
+from common.envs.metaworld_suite import PHYSICS, make_env
 from common.envs.metaworld_tasks import expert_action, expert_policy
 from common.envs.rendering import Camera, Renderer
 
 MAX_STEPS = 400
 KINDS = ("expert", "sub-optimal", "random")
 EXPERT, SUBOPTIMAL, RANDOM = range(3)
-# For a pool's processes: one core each, and no torch, so nothing to load before Mesa.
+# For the processes of a pool: one core each; they draw and never load torch (`rendering.py`).
 WORKER_ENVIRONMENT = ONE_THREAD | {"FURL_ENV_WORKER": "1"}
-FIXED_GOAL_NOISE = 0.1  # without it all of the expert's episodes with a fixed goal were one
+FIXED_GOAL_NOISE = 0.1  # without it the expert plays one and the same episode
 
 
 def play_episode(

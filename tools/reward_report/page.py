@@ -1,18 +1,14 @@
 """The plots and the page of `tools.reward_report`."""
 
-import base64
 import math
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib
 import numpy as np
 
 from tools.reward_report.episodes import EXPERT, KINDS, Data
+from tools.shared.plots import data_url, fill, plt
 
-matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # a prompt's "$" is no formula
 COLOURS = ("#1565c0", "#ef6c00", "#8a94a0")  # of KINDS
 
 # ------------------------------------------------------------------------------- plots
@@ -26,8 +22,6 @@ def clean(axis) -> None:
 
 def panels(count: int, width: float = 4.0, height: float = 3.0):
     """A figure with `count` panels, three in a row at most: (figure, axes)."""
-    import matplotlib.pyplot as plt
-
     columns = min(3, count)
     rows = math.ceil(count / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows),
@@ -68,8 +62,6 @@ def plot_curves(rewards: dict[str, np.ndarray], data: Data, every: int):
 
 def plot_frames(rewards: dict[str, np.ndarray], data: Data, every: int):
     """One goal: reward along each of the three episodes, its frames beneath (Figures 1 and 16)."""
-    import matplotlib.pyplot as plt
-
     first = data.first_success[0, EXPERT]
     num_steps = every * (data.success.shape[-1] - 1)
     last = min(num_steps, round(1.3 * first / every) * every if first > 0 else num_steps)
@@ -178,14 +170,12 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def page(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    """One HTML page with everything in it: report_page.html, filled in.
+    """One HTML page with everything in it: page.html, filled in.
 
     Args:
         results: what the report's JSON holds.
         pictures: PNG files by the names that the template has captions for.
     """
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        Path(__file__).with_suffix(".html").read_text())
-    encoded = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
-    return template.render(results=results, head=["reward", *COLUMNS], rows=table_rows(results),
-                           pictures=encoded) + "\n"
+    return fill(Path(__file__).with_suffix(".html"), results=results, head=["reward", *COLUMNS],
+                rows=table_rows(results),
+                pictures={name: data_url(png) for name, png in pictures.items()})

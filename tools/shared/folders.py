@@ -39,7 +39,7 @@ def writable_folder(path: Path) -> Path:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is no folder: choose another --output")
     parent = next(p for p in path.absolute().parents if p.exists())
-    try:  # now, not after minutes of work
+    try:  # now: an error after minutes of work would be too late
         tempfile.TemporaryDirectory(dir=parent).cleanup()
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another "

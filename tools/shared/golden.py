@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.envs.metaworld import make_env, place_goal_marker
+from common.envs.metaworld_suite import make_env, place_goal_marker
 from common.envs.rendering import Camera, Renderer
+from tools import ROOT
 
-FOLDER = Path(__file__).resolve().parents[2] / "tests" / "golden"
+FOLDER = ROOT / "tests" / "golden"
 TASKS = ("drawer-open-v3", "window-close-v3", "pick-place-v3")
 SIZE = 96  # pixels
-# Of `difference`. Other versions of Mesa round differently, and an NVIDIA H100 differs by up to 2.3
-# in the quality "paper"; a moved camera or another light gives 5 and more.
+# The largest allowed `difference`. Other versions of Mesa round differently, and an NVIDIA H100
+# differs by up to 2.3 in the quality "paper"; a moved camera or another light gives 5 and more.
 TOLERANCE = 3.5
 
 

@@ -42,7 +42,7 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
         return float("nan")
     if not np.isfinite(positive).all() or not np.isfinite(negative).all():
         return float("nan")
-    # The statistic counts the pairs won; in the dtype of what it gets, and float32 rounds ranks.
+    # The statistic is the number of pairs won, computed in its input's dtype: float32 would round.
     won = mannwhitneyu(np.asarray(positive, np.float64), np.asarray(negative, np.float64),
                        method="asymptotic").statistic
     return float(won / (len(positive) * len(negative)))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.system import cpu_description
-from common.vlms.interface import EMBEDDED, VLM, state_digest
+from common.vlms.interface import VLM, state_digest
+from common.vlms.toy import EMBEDDED
 
 if TYPE_CHECKING:
     import torch

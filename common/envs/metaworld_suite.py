@@ -9,31 +9,31 @@ import mujoco
 import numpy as np
 
 from common.cache import cached_arrays
-from common.envs.metaworld_tasks import baseline_prompt_for as baseline_prompt_for
-from common.envs.metaworld_tasks import expert_action, expert_policy, resolve_env_id
-from common.envs.metaworld_tasks import prompt_for as prompt_for
+from common.envs.metaworld_tasks import (
+    baseline_prompt_for,
+    expert_action,
+    expert_policy,
+    prompt_for,
+    resolve_env_id,
+)
 from common.envs.rendering import Camera, Renderer, mesh_settings
+from common.envs.suite import Suite
 from common.envs.workers import VecEnv
 from common.errors import UserError
+from common.flags import GOALS, Goal
 
 OBS_DIM, ACTION_DIM = 39, 4
 OBJECT = slice(4, 7)  # of an observation: where the object is, or its part that moves, meters
 GOAL = slice(36, 39)  # zeros where the goal is hidden
-EPISODES_DIFFER = False  # with a fixed goal: all start in the same state and last as long
-SPARSE_REWARD = True  # 1 on success, else 0; Meta-World's own reward is not used
-REWARD_SHIFT = -1.0  # what is added to it (B.2 of the FuRL paper)
 MAX_EPISODE_STEPS = 500  # Meta-World's own limit, the same for all tasks
-CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
-DEFAULT_CAMERA = 2  # the paper's
-CUTS_BORDER = True  # of a VLM's pictures, as the authors do: common.vlms.view_for
-EXPERT_NOISE, EXPERT_STREAM = 0.1, 2  # std on `Experts`' actions; of numbers, beside the seed
-GOALS = ("fixed", "random", "random-hidden")
+EXPERT_NOISE = 0.1  # standard deviation of what is added to the actions of `Experts`
+EXPERT_STREAM = 2  # beside the seed it names their stream of random numbers; scripts have 0 and 1
 # What tasks move in the model itself when they are reset.
 MODEL_FIELDS = ("body_pos", "body_quat", "site_pos", "site_quat", "geom_pos", "geom_quat",
                 "eq_data")
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
-# Some tasks keep views of these arrays as attributes, so that what they call an initial position
-# moves along with the simulation.
+# Arrays of the simulator, which each step changes. Some tasks have an attribute that is a view of a
+# part of one (so that an "initial position" moves). When restored it must be a view again.
 VIEWED_FIELDS = ("xpos", "xipos", "site_xpos", "geom_xpos")
 
 
@@ -63,7 +63,7 @@ class VecMetaWorld(VecEnv):
         num_envs: int,
         *,
         seed: int,
-        goal: str = "fixed",
+        goal: Goal = "fixed",
         camera: Camera | None = None,
         show_goal: bool = False,
         max_episode_steps: int = MAX_EPISODE_STEPS,
@@ -71,8 +71,6 @@ class VecMetaWorld(VecEnv):
     ):
         env_id = resolve_env_id(env_id)
         self.engine = f"metaworld {metadata.version('metaworld')}, mujoco {mujoco.__version__}"
-        if goal not in GOALS:
-            raise UserError(f"unknown goal mode {goal!r}; allowed: {', '.join(GOALS)}")
         if seed < 0:
             raise UserError(f"seed must not be negative, but is {seed}")
         if not 1 <= max_episode_steps <= MAX_EPISODE_STEPS:
@@ -85,19 +83,6 @@ class VecMetaWorld(VecEnv):
         )
 
 
-make_vec = VecMetaWorld
-
-
-def default_vlm(env_id: str) -> str:
-    """The embedded VLM that knows the pictures."""
-    return "mini"
-
-
-def evaluated_on(env_id: str) -> str:
-    """The task that a policy for `env_id` is evaluated on: the same."""
-    return env_id
-
-
 class Experts:
     """Meta-World's scripted experts for the first episodes of environments 0 to `num_envs` - 1.
 
@@ -108,7 +93,7 @@ class Experts:
         num_envs: how many there are.
     """
 
-    def __init__(self, env_id: str, num_envs: int, *, seed: int, goal: str):
+    def __init__(self, env_id: str, num_envs: int, *, seed: int, goal: Goal):
         self._seed = seed
         self._policies = [expert_policy(env_id) for _ in range(num_envs)]
         # Environments of the same seeds draw the same goals.
@@ -128,20 +113,25 @@ class Experts:
         return np.clip(actions + noise, -1, 1).astype(np.float32)
 
 
-# -------------------------------------------------- what a worker uses, see `workers.Suite`
+# -------------------------------------------------- what a worker uses, see `Suite`
 
 
-def make_env(env_id: str, *, seed: int, index: int, goal: str, show_goal: bool):
+def make_env(env_id: str, *, seed: int, index: int, goal: Goal, show_goal: bool):
     """One official environment.
 
-    `fixed`: Meta-World's own goal-hidden (or goal-observable) environment of `seed`. `random`: its
-    goals come from a generator of (seed, index), so that they do not depend on the worker.
+    With a fixed goal it is Meta-World's environment of `seed`. Random goals are drawn from (seed,
+    index): environment number `index` has the same goals in whichever worker it is.
+
+    Raises:
+        UserError: unknown goal mode.
     """
     from metaworld.env_dict import (
         ALL_V3_ENVIRONMENTS_GOAL_HIDDEN,
         ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE,
     )
 
+    if goal not in GOALS:
+        raise UserError(f"unknown goal mode {goal!r}; allowed: {', '.join(GOALS)}")
     if show_goal or goal == "random":
         env = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{env_id}-goal-observable"](seed=seed)
     else:
@@ -192,8 +182,9 @@ def set_env_state(env, state: dict[str, Any]) -> None:
         setattr(env, name, getattr(env.data, field).reshape(-1)[start : start + size])
     env.np_random.bit_generator.state = state["rng"]
     mujoco.mj_setState(env.model, env.data, state["physics"], PHYSICS)
-    mujoco.mj_forward(env.model, env.data)  # derived quantities; it also moves the warm start ...
-    mujoco.mj_setState(env.model, env.data, state["physics"], PHYSICS)  # ... which is put back
+    mujoco.mj_forward(env.model, env.data)  # computes what depends on the state ...
+    # ... and changes a part of it, the solver's starting point for the next step: set it again.
+    mujoco.mj_setState(env.model, env.data, state["physics"], PHYSICS)
 
 
 def elapsed_steps(env) -> int:
@@ -224,7 +215,7 @@ def place_goal_marker(env) -> None:
 # ------------------------------------------------------------------------ goal image
 
 
-def goal_image(env_id: str, *, seed: int, goal: str, camera: Camera) -> np.ndarray:
+def goal_image(env_id: str, *, seed: int, goal: Goal, camera: Camera) -> np.ndarray:
     """The picture at the scripted expert's first success, uint8 [size, size, 3], cached on disk.
 
     With a fixed goal it is the run's own; with random goals it is one goal's (B.2 of the paper).
@@ -233,8 +224,6 @@ def goal_image(env_id: str, *, seed: int, goal: str, camera: Camera) -> np.ndarr
         UserError: an argument is not allowed, or the expert does not succeed within 500 steps.
     """
     env_id = resolve_env_id(env_id)
-    if goal not in GOALS:
-        raise UserError(f"unknown goal mode {goal!r}; allowed: {', '.join(GOALS)}")
 
     def play() -> dict[str, np.ndarray]:
         env = make_env(env_id, seed=seed, index=0, goal=goal, show_goal=True)
@@ -255,3 +244,16 @@ def goal_image(env_id: str, *, seed: int, goal: str, camera: Camera) -> np.ndarr
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     key = f"{env_id}-{seed}-{camera.size}-{digest}"
     return cached_arrays("goal_images", key, play)["picture"]
+
+
+SUITE = Suite(
+    resolve_env_id, prompt_for, baseline_prompt_for,
+    default_vlm=lambda env_id: "mini", evaluated_on=lambda env_id: env_id, make_vec=VecMetaWorld,
+    cameras=("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV"),
+    default_camera=2, crops_border=True,  # as in the paper
+    reward_shift=-1.0,  # B.2 of the paper
+    starts_differ=False, lengths_differ=False, shows_returns=False,
+    sparse_reward=True,  # Meta-World's own reward is not used
+    make_env=make_env, make_draw=make_draw, elapsed_steps=elapsed_steps,
+    get_env_state=get_env_state, set_env_state=set_env_state,
+)

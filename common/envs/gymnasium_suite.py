@@ -8,7 +8,7 @@ environment returns is checked against Gymnasium's contract, see `contract.py`.
 import difflib
 import importlib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import gymnasium
@@ -19,16 +19,12 @@ from PIL import Image
 
 from common.envs import contract, vlm_rm_tasks
 from common.envs.rendering import Camera, prepare_gl
+from common.envs.suite import Suite
 from common.envs.workers import VecEnv
 from common.errors import UserError
+from common.flags import Goal, flag_of
 from common.system import GL
 
-EPISODES_DIFFER = True  # in their first state and their length
-SPARSE_REWARD = False
-REWARD_SHIFT = 0.0
-CAMERAS = ("the environment's own",)
-DEFAULT_CAMERA = 0
-CUTS_BORDER = False  # of a VLM's pictures
 DEFAULT_MAX_EPISODE_STEPS = 1_000  # where an environment has no limit
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 # Where environments are defined whose attributes, and MuJoCo's state, are all of their state.
@@ -96,22 +92,13 @@ def default_vlm(env_id: str) -> str:
     return task.vlm if task else "toy"
 
 
-def prompt_for(env_id: str, prompt: str | None) -> str:
-    """The instruction of a run: any text, or the task's own (None).
+def _text(env_id: str, text: str | None, kind: str) -> str:
+    """The prompt or baseline prompt (`kind`) of a run: any text, or the task's own (None).
 
     Raises:
         UserError: it is empty, or the environment has none of its own.
     """
-    return _text(env_id, prompt, "prompt")
-
-
-def baseline_prompt_for(env_id: str, baseline_prompt: str | None) -> str:
-    """The baseline description of a run: any text, or the task's own (None), as `prompt_for`."""
-    return _text(env_id, baseline_prompt, "baseline_prompt")
-
-
-def _text(env_id: str, text: str | None, kind: str) -> str:
-    flag = "--" + kind.replace("_", "-")
+    flag = flag_of(kind)
     if text is None:
         task = vlm_rm_tasks.TASKS.get(env_id)
         if task is None:
@@ -150,7 +137,7 @@ class VecGymnasium(VecEnv):
         num_envs: int,
         *,
         seed: int,
-        goal: str = "fixed",
+        goal: Goal = "fixed",
         camera: Camera | None = None,
         **options: Any,
     ):
@@ -182,10 +169,7 @@ class VecGymnasium(VecEnv):
         )
 
 
-make_vec = VecGymnasium
-
-
-# -------------------------------------------------- what a worker uses, see `workers.Suite`
+# -------------------------------------------------- what a worker uses, see `Suite`
 
 
 def make_env(
@@ -408,3 +392,14 @@ def set_env_state(env: gymnasium.Env, state: dict[str, Any]) -> np.ndarray | Non
         if (camera := _camera(base)) is not None:
             camera.lookat[:] = state["lookat"]
     return None
+
+
+SUITE = Suite(
+    resolve_env_id, prompt_for=partial(_text, kind="prompt"),
+    baseline_prompt_for=partial(_text, kind="baseline_prompt"), default_vlm=default_vlm,
+    evaluated_on=evaluated_on, make_vec=VecGymnasium,
+    cameras=("the environment's own",), default_camera=0, crops_border=False, reward_shift=0.0,
+    starts_differ=True, lengths_differ=True, shows_returns=True, sparse_reward=False,
+    make_env=make_env, make_draw=make_draw, elapsed_steps=elapsed_steps,
+    get_env_state=get_env_state, set_env_state=set_env_state,
+)
