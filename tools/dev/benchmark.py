@@ -2,7 +2,7 @@
 
     python -m tools.dev.benchmark                   # about an hour on two cores
     python -m tools.dev.benchmark --only updates    # one part
-    python -m tools.dev.benchmark --output docs/benchmark.md
+    python -m tools.dev.benchmark --output measured.md
 
 `tools.benchmark` times whole runs of any scripts.
 
