@@ -31,7 +31,7 @@ def film(
     suite = suite_for(env_id)
     actions = np.array(evaluator.actions)[:, :count]
     _, frames, success, rewards = trained.play_again(actions, SIZE, env_id=env_id, **where)
-    label = "sparse reward" if suite.SPARSE_REWARD else "reward of the environment"
+    label = "sparse reward" if suite.sparse_reward else "reward of the environment"
     own = env_id == suite.evaluated_on(trained.args.env_id)
     if trained.has_vlm:
         try:
