@@ -359,8 +359,9 @@ def policy(agent: AgentState, frames: jax.Array) -> jax.Array:
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = flags.check_args(args, METAWORLD)
+    length = args.layout.episode_length
+    flags.check_replay(args, args.buffer_size, args.learning_starts, length)
     args = replace(args, buffer_size=pixels.whole_blocks(args.buffer_size, args.layout))
-    flags.check_replay(args, args.buffer_size, args.learning_starts)
     METAWORLD.check_camera(args.camera_id)
     camera = Camera(pixels.PICTURE_SIZE, args.camera_id, args.quality)
     envs = METAWORLD.make_vec(

@@ -590,10 +590,11 @@ def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array],
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = flags.check_args(args, METAWORLD)
+    length = args.layout.episode_length
+    flags.check_replay(args, args.buffer_size, args.learning_starts, length)
     args = replace(args, buffer_size=pixels.whole_blocks(args.buffer_size, args.layout))
-    flags.check_replay(args, args.buffer_size, args.learning_starts)
     METAWORLD.check_camera(args.camera_id)
-    check_alignment(args, args.layout.episode_length)
+    check_alignment(args, length)
     flags.note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
     prompt = METAWORLD.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
