@@ -280,7 +280,7 @@ def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
         "encoder": encoder_params,
         "actor": actor.init(actor_key, features),
         "critic": critic.init(critic_key, features, jnp.zeros((1, sizes.action))),
-        # float32 by name: a weak type lasts until the first update, and then all compiles again.
+        # float32 by name: a weak type would change in the first update, and all compile anew.
         "log_alpha": jnp.log(jnp.float32(args.init_temperature)),
     }
     target = jax.tree.map(jnp.copy, {name: params[name] for name in ("encoder", "critic")})

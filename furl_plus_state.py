@@ -317,7 +317,7 @@ def negatives_loss(
     distance = jnp.linalg.norm(images - vlm.goal, axis=-1)  # [batch]
     nearer = distance[:, None] < distance - args.l2_margin  # [batch, batch]: row than column
     loss = ranking_loss(reward[:, None], reward, args.reward_margin, nearer)
-    # Of a pair in both orders, one can be in the mask.
+    # The matrix has each pair in both orders, of which the mask has one at most.
     return loss, {"neg_neg_loss": loss, "neg_neg_pairs": 2 * nearer.mean()}
 
 
@@ -412,7 +412,7 @@ def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
     params = {
         "actor": actor.init(actor_key, obs),
         "critic": critic.init(critic_key, obs, action),
-        # float32 by name: a weak type lasts until the first update, and then all compiles again.
+        # float32 by name: a weak type would change in the first update, and all compile anew.
         "log_alpha": jnp.log(jnp.float32(args.init_temperature)),
     }
     target_critic = jax.tree.map(jnp.copy, params["critic"])
@@ -531,7 +531,7 @@ def choose_phase(buffers: Buffers, args: Args) -> Phase:
     """Algorithm 1's branches, from the samples collected so far; waits for the device."""
     alignment, positives = "none", buffers.positives
     old_enough = (positives.data.time >= args.lag).sum()
-    # A full buffer forgets its oldest, and what has been enough once is enough for good.
+    # A full buffer has dropped positives, so their number may fall: it has had enough before.
     enough = 1 if positives.total >= positives.capacity else args.stage2_after
     if args.align and args.stage2 and old_enough >= enough:
         alignment = "success"

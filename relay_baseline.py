@@ -240,7 +240,7 @@ def init_agent(key: jax.Array, sizes: Sizes, args: Args) -> AgentState:
     params = {
         "actor": actor.init(actor_key, obs),
         "critic": critic.init(critic_key, obs, action),
-        # float32 by name: a weak type lasts until the first update, and then all compiles again.
+        # float32 by name: a weak type would change in the first update, and all compile anew.
         "log_alpha": jnp.log(jnp.float32(args.init_temperature)),
     }
     target_critic = jax.tree.map(jnp.copy, params["critic"])

@@ -120,7 +120,7 @@ def load_newest(
     loaded, passed_over = _newest_whole(
         run_dir, checkpoints(run_dir), lambda folder: _load(root, folder, tree, rings), say
     )
-    # The run goes this part of its way again: what was passed over must not be built upon.
+    # The run saves these steps again: nothing may build upon the damaged checkpoints of them.
     for folder in passed_over:
         shutil.rmtree(folder, ignore_errors=True)
     return loaded
@@ -214,7 +214,7 @@ def _newest_whole(run_dir: Path, folders: list[Path], load: Callable[[Path], Any
     for number, folder in enumerate(folders):
         try:
             return load(folder), folders[:number]
-        # Other errors of the disk are no damage: they may pass, so nothing is given up for them.
+        # Other errors of the disk are raised: they may pass, and then the checkpoint is whole.
         except (CheckpointError, FileNotFoundError, ValueError, KeyError,
                 zipfile.BadZipFile) as error:
             say(f"warning: checkpoint {folder.name} is passed over: {error}")
@@ -232,8 +232,8 @@ def _load(root: Path, folder: Path, tree: Any, rings: dict[str, Ring]):
     """What `load_newest` returns, of one folder; the entries of `rings` are donated."""
     manifest, structure = _read_state(folder)
     restored_tree = unflatten(structure["tree"], tree)
-    # All files are checked before a row is written: of a damaged checkpoint nothing must be left
-    # in the rings when they are filled from the one before.
+    # All files are checked before a row is written: if one is damaged, the rings are filled from
+    # the checkpoint before, and must still be empty.
     for file, digest in manifest["files"].items():
         _check_digest(root / file, digest)
     restored_rings = {name: _fill(ring, root, [

@@ -226,7 +226,7 @@ class Run:
 
         playing = self._evaluator.play(act, self.video_path())
         iterations = max(1, self.args.eval_every // self.args.steps_per_iteration)
-        # One more than its episodes have, which ends it; so it ends before the next one begins.
+        # One step more than an episode has ends the evaluation, and so before the next one is due.
         steps = -(-(self._evaluator.episode_length + 1) // iterations)
         self._pending = PendingEvaluation(
             playing, self.env_steps, steps, self.video_path(), arrays)

@@ -27,7 +27,7 @@ from common.system import GL
 
 DEFAULT_MAX_EPISODE_STEPS = 1_000  # where an environment has no limit
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
-# Where environments are defined whose attributes, and MuJoCo's state, are all of their state.
+# Modules whose environments have no state but their attributes, and MuJoCo's.
 KNOWN_STATE = ("gymnasium.envs.classic_control.", "gymnasium.envs.mujoco.", "common.envs.")
 # Wrappers without a state of their own but for the number of steps, which is saved.
 STATELESS = (
@@ -295,7 +295,7 @@ def make_draw(env: gymnasium.Env, camera: Camera) -> Callable[..., np.ndarray]:
     """
     prepare_gl()
     if type(env.unwrapped).render is not MujocoEnv.render:
-        # Another one is drawn at once, as drawing may change an environment's state.
+        # What it draws is checked now, on another one: drawing may change an environment's state.
         trial = _build(env.get_wrapper_attr("registered_id"), camera.size)
         trial.reset(seed=0)
         trial.render()

@@ -27,7 +27,7 @@ OBJECT = slice(4, 7)  # of an observation: where the object is, or its part that
 GOAL = slice(36, 39)  # zeros where the goal is hidden
 MAX_EPISODE_STEPS = 500  # Meta-World's own limit, the same for all tasks
 EXPERT_NOISE = 0.1  # standard deviation of what is added to the actions of `Experts`
-EXPERT_STREAM = 2  # beside the seed it names their stream of random numbers; scripts have 0 and 1
+EXPERT_STREAM = 2  # with the seed: name of a stream of random numbers; scripts have 0 and 1
 # What tasks move in the model itself when they are reset.
 MODEL_FIELDS = ("body_pos", "body_quat", "site_pos", "site_quat", "geom_pos", "geom_quat",
                 "eq_data")
@@ -96,7 +96,7 @@ class Experts:
     def __init__(self, env_id: str, num_envs: int, *, seed: int, goal: Goal):
         self._seed = seed
         self._policies = [expert_policy(env_id) for _ in range(num_envs)]
-        # Environments of the same seeds draw the same goals.
+        # These have the seeds of the environments that the policy plays in, and so their goals.
         copies = [make_env(env_id, seed=seed, index=i, goal=goal, show_goal=True)
                   for i in range(num_envs)]
         self._goals = np.array([env.reset()[0][GOAL] for env in copies]).reshape(num_envs, 3)
