@@ -21,7 +21,9 @@ import psutil
 import pytest
 from conftest import HEED_SIGNALS
 
+from common import policies
 from common.cache import cache_dir
+from common.run_folder import kept_policies
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "furl_sac_state.py"
@@ -107,6 +109,12 @@ def metrics(run_dir: Path, until: int = 2400) -> dict[tuple[int, str], str]:
     return {row[:2]: row[2] for row in rows if row[0] <= until and not row[1].startswith("time/")}
 
 
+def kept(run_dir: Path) -> dict[int, dict[str, list]]:
+    """The policies of its evaluations."""
+    return {step: {name: x.tolist() for name, x in policies.read(run_dir, step).items()}
+            for step in kept_policies(run_dir)}
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, environment) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
@@ -187,6 +195,7 @@ def test_killed_again_and_again(whole_run, tmp_path, environment):
             flags = ["--resume", str(run_dir)]
     assert steps_at_kill[0] == -1 < steps_at_kill[1]
     assert metrics(run_dir) == metrics(whole_run)
+    assert kept(run_dir) == kept(whole_run) and list(kept(run_dir)) == [1200, 2400]
 
 
 def test_stopped_damaged_and_resumed(whole_run, tmp_path, environment):
@@ -229,6 +238,7 @@ def test_stopped_damaged_and_resumed(whole_run, tmp_path, environment):
     assert "does not match its checksum" in script.out
     assert f"resumed at {stopped_at:,} steps" in script.out
     assert metrics(run_dir) == metrics(whole_run)
+    assert kept(run_dir) == kept(whole_run)
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="macOS cannot limit another process")
