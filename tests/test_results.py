@@ -226,6 +226,7 @@ def test_from_run_folders_to_a_table_and_back(tmp_path, capsys):
     page = (output / "index.html").read_text()
     assert page.count("data:image/png;base64") == 2 and "http" not in page
     assert "FuRL" in page and "50 (9 to 91)" in page and "50; 1 of 2 held" in page
+    assert "<span>--env-id</span> <span>reach-v3</span>" in page, "a flag is not broken in two"
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     assert {path.name for path in before} >= {
         "README.md", "curves.png", "curves.svg", "wall_clock.png", "wall_clock.svg"}

@@ -24,6 +24,7 @@ class Table:
     note: str
     head: list[str]
     rows: list[list[str]]
+    words: bool = False  # sentences rather than numbers: the page breaks their lines
 
     def markdown(self) -> str:
         lines = [[markdown(cell) for cell in line] for line in (self.head, *self.rows)]
@@ -137,7 +138,8 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
     how = Table(
         "How they were made",
         "The JSON files beside the CSVs have every run's command, and the versions of packages.",
-        ["method", "command of one run", "commits", "VLM", "hardware", "hours a run"], made)
+        ["method", "command of one run", "commits", "VLM", "hardware", "hours a run"], made,
+        words=True)
     return [table for table in (by_task, late, overall, comparison, returns, how) if table.rows]
 
 
