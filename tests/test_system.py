@@ -134,8 +134,8 @@ def setup_on(folder: Path, name: str, machine: str, bits: str, release: str):
         (commands / command).write_text(f"#!/bin/sh\n{text}\n")
         (commands / command).chmod(0o755)
     return subprocess.run(
-        ["make", "setup", "GPU=0", "PYTHON=the_python"], cwd=folder, capture_output=True,
-        text=True, timeout=60,
+        ["make", "--no-print-directory", "setup", "GPU=0", "PYTHON=the_python"], cwd=folder,
+        capture_output=True, text=True, timeout=60,
         env=os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "MAKEFLAGS": ""},
     )
 
