@@ -37,7 +37,6 @@ from common.envs.metaworld_suite import MAX_EPISODE_STEPS
 from common.envs.rendering import Camera
 from common.envs.suites import METAWORLD
 from common.envs.workers import Step
-from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run
@@ -93,25 +92,14 @@ def check_alignment(args: Args, episode_length: int) -> None:
     """Name flags without effect; UserError if the alignment could never begin."""
     flags.note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
                     "l2_margin")
-    frames, lag = args.embedding_buffer_size, args.lag
-    if frames < episode_length:
-        raise UserError(f"--embedding-buffer-size must hold an episode, {episode_length} frames or "
-                        f"more, not {frames}")
-    if not args.align:
-        return
-    flags.note_idle(args, "goal_image", "l2_margin")
-    flags.note_idle(args, "stage2", "stage2_after", "lag")
-    if not args.stage2 and not args.goal_image:
-        print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
-              "heads stay random")
-    if args.stage2 and lag >= episode_length:
-        raise UserError(f"--lag must be below the length of an episode, {episode_length}, not "
-                        f"{lag}: no frame would have one to be compared with")
-    most = frames * (episode_length - lag) // episode_length  # the first `lag` do not count
-    if args.stage2 and args.stage2_after > most:
-        raise UserError(f"--stage2-after must be at most {most}, not {args.stage2_after}: more "
-                        f"positives after --lag {lag} steps are not in an --embedding-buffer-size "
-                        f"of {frames}")
+    if args.align:
+        flags.note_idle(args, "goal_image", "l2_margin")
+        flags.note_idle(args, "stage2", "stage2_after", "lag")
+        if not args.stage2 and not args.goal_image:
+            print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
+                  "heads stay random")
+    needed = args.stage2_after if args.align and args.stage2 else 0
+    flags.check_positives(args.embedding_buffer_size, args.lag, needed, episode_length)
 
 
 # ------------------------------------------------------------------------------ state

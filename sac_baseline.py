@@ -57,10 +57,6 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     hidden_features: flags.PositiveInts = (256, 256)  # hidden layers of actor and critics
     layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
 
-    @property
-    def reward_shift(self) -> float:  # of the task's reward; minus one on Meta-World (B.2)
-        return suite_for(self.env_id).reward_shift
-
 
 # ------------------------------------------------------------------------------ state
 

@@ -80,10 +80,6 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     projection: bool = False  # through randomly initialised, fixed projection heads: LIV-Proj
     projection_features: flags.PositiveInts = (256, 64)  # layers of both projection heads
 
-    @property
-    def reward_shift(self) -> float:  # of the task's reward; minus one on Meta-World (B.2)
-        return suite_for(self.env_id).reward_shift
-
 
 # ------------------------------------------------------------------------------ state
 

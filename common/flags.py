@@ -62,6 +62,12 @@ class RunArgs:
     drop_replay: bool = False  # delete the replay's files when the run has finished
 
     @property
+    def reward_shift(self) -> float:  # added to the task's reward; minus one on Meta-World (B.2)
+        from common.envs.suites import suite_for
+
+        return suite_for(self.env_id).reward_shift
+
+    @property
     def updates_per_iteration(self) -> int:
         return round(self.utd * self.num_envs)
 
@@ -213,6 +219,33 @@ def check_replay(
     if args.total_timesteps - args.steps_per_iteration < max(learning_starts, 1):
         print(f"note: nothing is trained: --total-timesteps {args.total_timesteps} must be above "
               f"--learning-starts {learning_starts}, until which actions are random")
+
+
+def check_positives(frames: int, lag: int, needed: int, episode_length: int) -> None:
+    """Whether positives can be ranked: they are frames of successes, `lag` steps after the first.
+
+    Args:
+        frames: --embedding-buffer-size, all that are kept.
+        lag: --lag, steps between two frames that are compared.
+        needed: --stage2-after, positives from which they are ranked on; 0: they never are.
+        episode_length: frames in an episode.
+
+    Raises:
+        UserError: an episode does not fit, or as many are never there.
+    """
+    if frames < episode_length:
+        raise UserError(f"--embedding-buffer-size must hold an episode, {episode_length} frames or "
+                        f"more, not {frames}")
+    if not needed:
+        return
+    if lag >= episode_length:
+        raise UserError(f"--lag must be below the length of an episode, {episode_length}, not "
+                        f"{lag}: no frame would have one to be compared with")
+    most = frames * (episode_length - lag) // episode_length  # the first `lag` do not count
+    if needed > most:
+        raise UserError(f"--stage2-after must be at most {most}, not {needed}: more positives "
+                        f"after --lag {lag} steps are not in an --embedding-buffer-size of "
+                        f"{frames}")
 
 
 def note_idle(args: Any, switch: str, *names: str) -> None:

@@ -259,7 +259,7 @@ def _with_observations(env: gymnasium.Env, env_id: str) -> gymnasium.Env:
     spaces = gymnasium.spaces
     try:
         flat = spaces.flatten_space(env.observation_space)
-    except NotImplementedError:
+    except NotImplementedError:  # Gymnasium's answer for a kind of space that it does not know
         flat = None
     if not isinstance(flat, spaces.Box) or not flat.shape[0]:
         raise UserError(f"the observations of {env_id} are {env.observation_space}, which cannot "
