@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from common.envs.registry import suite_for
 from common.envs.rendering import Camera
-from common.envs.suites import suite_for
 from common.errors import UserError
 from common.flags import Goal
 

@@ -63,7 +63,7 @@ class RunArgs:
 
     @property
     def reward_shift(self) -> float:  # added to the task's reward; minus one on Meta-World (B.2)
-        from common.envs.suites import suite_for
+        from common.envs.registry import suite_for
 
         return suite_for(self.env_id).reward_shift
 

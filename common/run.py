@@ -18,8 +18,8 @@ import numpy as np
 
 from common import checkpoint, policies
 from common.cli import script_name, source_file
+from common.envs.registry import suite_for
 from common.envs.rendering import gl_info
-from common.envs.suites import suite_for
 from common.envs.workers import STOP_SIGNALS, Step
 from common.errors import UserError
 from common.evaluate import Evaluator

@@ -26,7 +26,7 @@ from conftest import ROOT
 import common.run
 import furl_sac_state
 from common import checkpoint, cli, flags, logger, policies, replay, run_folder, system, versions
-from common.envs.suites import METAWORLD
+from common.envs.registry import METAWORLD
 from common.envs.workers import Step, WorkerError
 from common.errors import ShortageError, UserError
 from common.logger import Logger

@@ -19,8 +19,8 @@ import vlm_rm_dqn as dqn
 from common import checkpoint, replay
 from common.envs import gymnasium_suite as suite
 from common.envs import vlm_rm_tasks
+from common.envs.registry import GYMNASIUM, METAWORLD, suite_for
 from common.envs.rendering import Camera
-from common.envs.suites import GYMNASIUM, METAWORLD, suite_for
 from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, Evaluator

@@ -18,8 +18,8 @@ from common.envs.metaworld_tasks import (
     expert_action,
     expert_policy,
 )
+from common.envs.registry import METAWORLD
 from common.envs.rendering import Camera, Renderer
-from common.envs.suites import METAWORLD
 from common.errors import UserError
 from common.vlms import interface, load_vlm, view_for
 from common.vlms.mini import (

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import system  # noqa: E402
+from common.envs.registry import METAWORLD  # noqa: E402
 from common.envs.rendering import Camera, Renderer, gl_info  # noqa: E402
-from common.envs.suites import METAWORLD  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.vlms import View, view_for  # noqa: E402
 from tools.shared import golden  # noqa: E402

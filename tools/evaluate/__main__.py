@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from common.cli import run_script
-from common.envs.suites import suite_for
+from common.envs.registry import suite_for
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, all_same
 from common.flags import Goal, NotNegativeInt, check_ranges

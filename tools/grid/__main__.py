@@ -111,7 +111,7 @@ def full_env_id(name: str) -> str:
     """
     with contextlib.suppress(UserError):
         return resolve_env_id(name)
-    from common.envs.suites import suite_for  # late: it takes seconds, and Meta-World needs none
+    from common.envs.registry import suite_for  # late: it takes seconds, and Meta-World needs none
 
     return suite_for(name).resolve_env_id(name)
 
