@@ -1,8 +1,8 @@
 """The suite of Gymnasium: any of its environments that draws itself (`render_mode="rgb_array"`).
 
 An id is one that `gymnasium.make` knows, `module:Name-v0` for one that a module registers.
-Observations are flattened to one vector; continuous actions are scaled to -1 to 1. What an
-environment returns is checked against Gymnasium's contract, see `contract.py`.
+Continuous actions are scaled to -1 to 1. What an environment returns is checked against Gymnasium's
+contract and flattened to one vector, see `contract.py`.
 """
 
 import difflib
@@ -30,25 +30,12 @@ PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 # Modules whose environments have no state but their attributes, and MuJoCo's.
 KNOWN_STATE = ("gymnasium.envs.classic_control.", "gymnasium.envs.mujoco.", "common.envs.")
 # Wrappers without a state of their own but for the number of steps, which is saved.
-STATELESS = (
-    contract.Checked, gymnasium.wrappers.FlattenObservation, gymnasium.wrappers.OrderEnforcing,
-    gymnasium.wrappers.PassiveEnvChecker, gymnasium.wrappers.RescaleAction,
-    gymnasium.wrappers.TimeLimit,
-)
+STATELESS = (contract.Checked, gymnasium.wrappers.OrderEnforcing, gymnasium.wrappers.RescaleAction,
+             gymnasium.wrappers.TimeLimit)
 
 vlm_rm_tasks.register()
 # Gymnasium's own renderer does not know what draws on macOS.
 mujoco_rendering._ALL_RENDERERS.setdefault(GL, mujoco.GLContext)
-
-
-def knows(env_id: str) -> bool:
-    """Whether `gymnasium.make` could know the id; that of a module (`module:Name-v0`) counts."""
-    return ":" in env_id or env_id in gymnasium.registry
-
-
-def ids() -> list[str]:
-    """All that are registered."""
-    return list(gymnasium.registry)
 
 
 def resolve_env_id(name: str) -> str:
@@ -62,7 +49,7 @@ def resolve_env_id(name: str) -> str:
     except ImportError as error:
         raise UserError(f"unknown environment {name!r}; {error}") from None
     except gymnasium.error.Error as error:
-        closest = difflib.get_close_matches(name, ids(), n=3, cutoff=0.4)
+        closest = difflib.get_close_matches(name, gymnasium.registry, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(closest)}?" if closest else str(error).splitlines()[0]
         raise UserError(f"unknown environment {name!r}; {hint}") from None
     return name
@@ -150,7 +137,7 @@ class VecGymnasium(VecEnv):
         before = contract.global_state()
         probe = _build(env_id, size)
         contract.try_out(probe, env_id)
-        own_globals = not contract.same_state(before, contract.global_state())
+        own_globals = before != contract.global_state()
         if own_globals:
             _note(f"{env_id} draws from Python's or NumPy's global generator, not from its own "
                   "np_random: each environment gets a state of it of its own, from the seed")
@@ -192,31 +179,31 @@ def make_env(
 
 
 def _build(env_id: str, frame_size: int) -> gymnasium.Env:
-    options: dict[str, Any] = {"max_episode_steps": max_episode_steps(env_id)}
+    # The limit comes last, around `Checked`: what it gets of a step it takes apart.
+    options: dict[str, Any] = {"max_episode_steps": -1, "disable_env_checker": True}
+    size: dict[str, int] = {}
     try:
+        creator = _spec(env_id).entry_point
+        if isinstance(creator, str):
+            creator = gymnasium.envs.registration.load_env_creator(creator)
+        is_class = isinstance(creator, type)  # not a function
         if frame_size:
-            cls = _class_of(env_id)
-            if "rgb_array" not in cls.metadata.get("render_modes", ()):
+            if is_class and "rgb_array" not in creator.metadata.get("render_modes", ()):
                 raise UserError(f"{env_id} draws no frames (no render mode rgb_array), which are "
                                 "needed here")
             options["render_mode"] = "rgb_array"
-            if issubclass(cls, MujocoEnv):  # else it draws 480 px, which takes longer
-                options |= {"width": frame_size, "height": frame_size}
-        options["disable_env_checker"] = True
+            if is_class and issubclass(creator, MujocoEnv):  # else it draws 480 px, that is slower
+                size = {"width": frame_size, "height": frame_size}
         try:
-            env = gymnasium.make(env_id, **options)
-        except TypeError:  # a class or function of one's own, which need not take a size
-            if options.pop("width", None) is None:
+            env = gymnasium.make(env_id, **options, **size)
+        except TypeError:  # a class of one's own, which need not take a size
+            if not size:
                 raise
-            del options["height"]
             env = gymnasium.make(env_id, **options)
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         raise UserError(f"{env_id} cannot be made here: {str(error).splitlines()[0]}") from error
-    for name in ("action_space", "observation_space"):
-        if not isinstance(getattr(env, name, None), gymnasium.Space):
-            raise UserError(f"{env_id} has no {name}")
     env = _with_actions(contract.Checked(env, env_id), env_id)
-    return _with_observations(env, env_id)
+    return gymnasium.wrappers.TimeLimit(env, max_episode_steps(env_id))
 
 
 def _with_actions(env: gymnasium.Env, env_id: str) -> gymnasium.Env:
@@ -225,7 +212,7 @@ def _with_actions(env: gymnasium.Env, env_id: str) -> gymnasium.Env:
     Raises:
         UserError: its actions are others, or cannot be scaled.
     """
-    spaces, space = gymnasium.spaces, env.action_space
+    spaces, space = gymnasium.spaces, getattr(env, "action_space", None)
     if isinstance(space, spaces.Discrete):
         if space.start != 0:
             raise UserError(f"the actions of {env_id} must be counted from 0")
@@ -250,41 +237,10 @@ def _with_actions(env: gymnasium.Env, env_id: str) -> gymnasium.Env:
     return scaled
 
 
-def _with_observations(env: gymnasium.Env, env_id: str) -> gymnasium.Env:
-    """`env` with a vector as its observation.
-
-    Raises:
-        UserError: there is none.
-    """
-    spaces = gymnasium.spaces
-    try:
-        flat = spaces.flatten_space(env.observation_space)
-    except NotImplementedError:  # Gymnasium's answer for a kind of space that it does not know
-        flat = None
-    if not isinstance(flat, spaces.Box) or not flat.shape[0]:
-        raise UserError(f"the observations of {env_id} are {env.observation_space}, which cannot "
-                        "be flattened to a vector of numbers")
-    if spaces.utils.is_space_dtype_shape_equiv(env.observation_space, flat):
-        return env
-    return gymnasium.wrappers.FlattenObservation(env)
-
-
 @cache
 def _note(text: str) -> None:
     """Once, though environments are made for training and for evaluation."""
     print(f"note: {text}")
-
-
-def _class_of(env_id: str) -> type[gymnasium.Env]:
-    spec = _spec(env_id)
-    creator = spec.entry_point
-    if isinstance(creator, str):
-        creator = gymnasium.envs.registration.load_env_creator(creator)
-    if isinstance(creator, type):
-        return creator
-    env = creator(**spec.kwargs)  # a function: nothing but an environment tells
-    env.close()
-    return type(env.unwrapped)
 
 
 def make_draw(env: gymnasium.Env, camera: Camera) -> Callable[..., np.ndarray]:
