@@ -44,7 +44,7 @@ class PendingEvaluation(NamedTuple):
     env_steps: int  # of the policy that is evaluated
     steps_per_iteration: int  # steps of its episodes in each iteration of training
     video_path: Path | None
-    arrays: dict[str, jax.Array]  # of the policy; filled at its first action
+    state: Any  # of the policy
 
 
 copy_arrays = jax.jit(partial(jax.tree.map, jnp.copy))
@@ -69,6 +69,7 @@ class Run:
         self._environments = [x for x in (evaluator, envs) if x is not None]
         self._evaluator = evaluator
         self._pending: PendingEvaluation | None = None
+        self._policy_names: list[str] = []  # of the arrays that the policy acts by
         self._waiting_rows: list[tuple[int, dict[str, float]]] = []  # for the pending evaluation's
         self._logger: Logger | None = None
         self.env_steps = 0  # done when the current iteration ends
@@ -217,19 +218,17 @@ class Run:
         """
         self._finish_evaluation()
         state = copy_arrays(state)  # because an update takes its memory for the next one
-        arrays: dict[str, jax.Array] = {}
 
         def act(obs: np.ndarray) -> jax.Array:
-            if not arrays:
-                arrays.update(policies.arrays_used(policy, state, obs))
+            if not self._policy_names:
+                self._policy_names = policies.names_used(policy, state, obs)
             return policy(state, obs)
 
         playing = self._evaluator.play(act, self.video_path())
         iterations = max(1, self.args.eval_every // self.args.steps_per_iteration)
         # One step more than an episode has ends the evaluation, and so before the next one is due.
         steps = -(-(self._evaluator.episode_length + 1) // iterations)
-        self._pending = PendingEvaluation(
-            playing, self.env_steps, steps, self.video_path(), arrays)
+        self._pending = PendingEvaluation(playing, self.env_steps, steps, self.video_path(), state)
 
     def _play_on(self, steps: int) -> None:
         """Play `steps` more of the pending evaluation, and log it if it ends."""
@@ -237,22 +236,21 @@ class Run:
             try:
                 next(self._pending.playing)
             except StopIteration as end:
-                return self.log_evaluation(end.value)
+                return self._log_evaluation(end.value)
 
     def _finish_evaluation(self) -> None:
         while self._pending is not None:
             self._play_on(self._pending.steps_per_iteration)
 
-    def log_evaluation(self, evaluation: dict[str, float]) -> None:
-        """Write the rows of the pending evaluation, or of one just made, and those that waited."""
-        env_steps, video_path = self.env_steps, self.video_path()
-        if self._pending is not None:
-            env_steps, video_path = self._pending.env_steps, self._pending.video_path
+    def _log_evaluation(self, evaluation: dict[str, float]) -> None:
+        """Write the rows of the pending evaluation, which has ended, and those that waited."""
+        env_steps = self._pending.env_steps
         self.evaluation = {key: float(value) for key, value in evaluation.items()}
         self.logger.log(env_steps, self.evaluation)
-        self.logger.log_video(env_steps, video_path)
-        if self._pending is not None:
-            policies.save(self.dir, env_steps, self._pending.arrays, self.args.eval_every)
+        self.logger.log_video(env_steps, self._pending.video_path)
+        arrays = policies.named_arrays(self._pending.state)
+        arrays = {name: arrays[name] for name in self._policy_names}
+        policies.save(self.dir, env_steps, arrays, self.args.eval_every)
         self._write_waiting_rows()
 
     def _write_waiting_rows(self) -> None:
