@@ -130,8 +130,6 @@ class VecGymnasium(VecEnv):
     ):
         if goal != "fixed":
             raise UserError(f"--goal {goal} is for Meta-World's tasks; {env_id} has one goal")
-        if seed < 0:
-            raise UserError(f"seed must not be negative, but is {seed}")
         size = camera.size if camera else 0
         resolve_env_id(env_id)
         before = contract.global_state()

@@ -71,11 +71,6 @@ class VecMetaWorld(VecEnv):
     ):
         env_id = resolve_env_id(env_id)
         self.engine = f"metaworld {metadata.version('metaworld')}, mujoco {mujoco.__version__}"
-        if seed < 0:
-            raise UserError(f"seed must not be negative, but is {seed}")
-        if not 1 <= max_episode_steps <= MAX_EPISODE_STEPS:
-            raise UserError(f"max_episode_steps must be 1 to {MAX_EPISODE_STEPS}, not "
-                            f"{max_episode_steps}")
         env = {"env_id": env_id, "seed": seed, "goal": goal, "show_goal": show_goal}
         super().__init__(
             __name__, env, num_envs, obs_dim=OBS_DIM, action_dim=ACTION_DIM, camera=camera,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-import pickle
 import socket
 import warnings
 from collections.abc import Iterator
@@ -266,19 +265,9 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             with _quiet():
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen kinds on a damaged file
-        if "TorchScript" in str(error):
-            raise UserError(
-                f"{path} is a TorchScript archive, which is a program and not only weights: save "
-                "torch.jit.load(file).state_dict() as .safetensors and give that"
-            ) from None
-        if isinstance(error, pickle.UnpicklingError):
-            raise UserError(
-                f"{path} is refused: it holds more than tensors, and loading it could execute "
-                "code; save only its tensors, as .safetensors or as a state dict"
-            ) from None
         raise UserError(
-            f"{path} cannot be read ({type(error).__name__}): truncated, unreadable, or not a "
-            "weights file"
+            f"{path} cannot be read ({_first_line(error)}): give tensors alone, which cannot "
+            "execute code, as .safetensors or as a state dict"
         ) from None
     for wrapper in ("liv", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
