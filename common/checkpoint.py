@@ -150,15 +150,11 @@ def read_newest(
         UserError: no checkpoint can be used.
         OSError: the disk cannot be read.
     """
-    folders = checkpoints(run_dir)
-    if env_steps is not None:
-        folders = [checkpoint_folder(run_dir, env_steps)]
-
-    def read(folder: Path) -> tuple[int, list[np.ndarray], Any]:
-        manifest, structure = _read_state(folder)
-        return manifest["env_steps"], structure["tree"], structure["host"]
-
-    return _newest_whole(run_dir, folders, read, say)[0]
+    one = [] if env_steps is None else [checkpoint_folder(run_dir, env_steps)]
+    (manifest, structure), _ = _newest_whole(
+        run_dir, one or checkpoints(run_dir), _read_state, say
+    )
+    return manifest["env_steps"], structure["tree"], structure["host"]
 
 
 def unflatten(leaves: list[np.ndarray], tree: Any) -> Any:
@@ -171,7 +167,7 @@ def unflatten(leaves: list[np.ndarray], tree: Any) -> Any:
     if len(leaves) != len(templates) or any(
         a.shape != np.shape(b) for a, b in zip(leaves, templates, strict=True)
     ):
-        raise CheckpointError("its networks have other shapes than this script's")
+        raise CheckpointError("its arrays have other shapes than this script's")
     return jax.tree.unflatten(jax.tree.structure(tree), [jnp.asarray(x) for x in leaves])
 
 
@@ -179,8 +175,7 @@ def space_needed(rings: dict[str, Ring], total_timesteps: int) -> int:
     """Bytes that a run's last checkpoint needs; of `rings` only shapes and dtypes are looked at."""
     need = 400 * 2**20  # networks, environments, policies, curves, videos
     for ring in rings.values():
-        stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(ring.data))
-        need += int(stored * min(1.0, total_timesteps / ring.capacity))
+        need += row_bytes(ring) * min(ring.capacity, total_timesteps)
     return need
 
 
@@ -249,14 +244,9 @@ def _fill(ring: Ring, files: list[Path], total: int) -> Ring:
         first = max(start, total - ring.capacity)
         with np.load(file) as stored:
             leaves = [stored[str(i)][first - start:] for i in range(len(stored.files))]
-        templates = jax.tree.leaves(ring.data)
-        if len(leaves) != len(templates) or any(
-            x.shape != (stop - first, *store.shape[1:])
-            for x, store in zip(leaves, templates, strict=True)
-        ):
-            raise CheckpointError("its rows have other shapes than this script's")
-        ring = add_rows(Ring(ring.data, jnp.asarray(first, jnp.int32)),
-                        jax.tree.unflatten(jax.tree.structure(ring.data), leaves))
+        rows = jax.tree.map(
+            lambda x, n=stop - first: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype), ring.data)
+        ring = add_rows(Ring(ring.data, jnp.asarray(first, jnp.int32)), unflatten(leaves, rows))
     return Ring(ring.data, jnp.asarray(total, jnp.int32))
 
 

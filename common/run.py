@@ -104,15 +104,8 @@ class Run:
     @property
     def logger(self) -> Logger:
         if self._logger is None:
-            self._logger = self._open_logger(resume_from=None)
+            self._logger = Logger(self.dir, self.config, self.args)
         return self._logger
-
-    def _open_logger(self, resume_from: int | None) -> Logger:
-        return Logger(
-            self.dir, self.config, track=self.args.track, project=self.args.wandb_project,
-            entity=self.args.wandb_entity, total_timesteps=self.args.total_timesteps,
-            resume_from=resume_from,
-        )
 
     def begin(self, state: Any, buffers: Any, envs: Any) -> tuple[Any, Any, np.ndarray]:
         """Where the run is to go on: at its first step, or with --resume at its newest checkpoint.
@@ -139,7 +132,7 @@ class Run:
             if not envs.resumes_episodes:
                 self._succeeded[:], self._returns[:] = False, 0
             policies.drop_after(self.dir, self.env_steps)
-            self._logger = self._open_logger(resume_from=self.env_steps)
+            self._logger = Logger(self.dir, self.config, self.args, resume_from=self.env_steps)
             self._logger.say(f"resumed at {self.env_steps:,} steps")
             if not envs.resumes_episodes:
                 self._logger.say(f"note: episodes begin anew: the state of {self.args.env_id} "
@@ -155,7 +148,7 @@ class Run:
         iteration = self.args.steps_per_iteration
         for env_steps in range(self.env_steps, self.args.total_timesteps, iteration):
             if self._pending is not None:
-                self._play_on(self._pending.steps_per_iteration)
+                self._play_on()
             self.env_steps = env_steps + iteration
             yield env_steps
 
@@ -230,9 +223,9 @@ class Run:
         steps = -(-(self._evaluator.episode_length + 1) // iterations)
         self._pending = PendingEvaluation(playing, self.env_steps, steps, self.video_path(), state)
 
-    def _play_on(self, steps: int) -> None:
-        """Play `steps` more of the pending evaluation, and log it if it ends."""
-        for _ in range(steps):
+    def _play_on(self) -> None:
+        """Play some more of the pending evaluation, and log it if it ends."""
+        for _ in range(self._pending.steps_per_iteration):
             try:
                 next(self._pending.playing)
             except StopIteration as end:
@@ -240,7 +233,7 @@ class Run:
 
     def _finish_evaluation(self) -> None:
         while self._pending is not None:
-            self._play_on(self._pending.steps_per_iteration)
+            self._play_on()
 
     def _log_evaluation(self, evaluation: dict[str, float]) -> None:
         """Write the rows of the pending evaluation, which has ended, and those that waited."""

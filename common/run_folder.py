@@ -13,7 +13,6 @@ loads neither JAX nor torch.
 import contextlib
 import dataclasses
 import fcntl
-import itertools
 import json
 import os
 import secrets
@@ -101,15 +100,16 @@ def create_run_dir(run_dir: str | None, env_id: str, script: str, seed: int) -> 
 
 def make_free_folder(path: Path) -> Path:
     """Make the folder `path`, or the first of `path`-2, `path`-3 ... that is not there."""
-    for number in itertools.count(1):
-        free = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        try:
+    free, number = path, 1
+    while True:
+        try:  # not looked for before: another process may be about to make it
             free.mkdir(parents=True)
             return free
         except FileExistsError:
             if not free.is_dir():  # a file above it
                 raise
-    raise AssertionError("unreachable")
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
 
 
 def holds_run(path: Path) -> bool:

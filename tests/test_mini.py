@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
+from common import flags
 from common.envs.metaworld_suite import make_env
 from common.envs.metaworld_tasks import (
     ENV_IDS,
@@ -21,7 +22,7 @@ from common.envs.metaworld_tasks import (
 from common.envs.registry import METAWORLD
 from common.envs.rendering import Camera, Renderer
 from common.errors import UserError
-from common.vlms import interface, load_vlm, view_for
+from common.vlms import load_vlm, view_for
 from common.vlms.mini import (
     CROP_LEFT,
     CROP_SIZE,
@@ -111,7 +112,7 @@ def test_prompts_without_a_known_word_are_named(prompt, known, capsys):
     """Once, in a line."""
     vlm = load_vlm("mini", device="cpu")
     assert vlm.knows(prompt) == known
-    interface.say_once.cache_clear()
+    flags.note.cache_clear()
     vlm.embed_text([prompt])
     vlm.embed_text([prompt])
     line = f"note: mini knows no word of the prompt {prompt!r}: all such prompts are the same to it"

@@ -86,12 +86,9 @@ def test_renderers_do_not_draw_into_each_other():
     )
 
 
-def test_cameras_by_name_and_number():
+def test_the_names_of_cameras():
     env = scene("drawer-open-v3")
     assert tuple(env.model.camera(i).name for i in range(env.model.ncam)) == METAWORLD.cameras
-    np.testing.assert_array_equal(
-        draw("drawer-open-v3", "fast", camera="corner2"), draw("drawer-open-v3", "fast")
-    )
 
 
 # ------------------------------------------------------------------- what a VLM sees of it
@@ -165,9 +162,7 @@ def test_the_view_is_that_of_the_authors(task, tmp_path):
     ("options", "message"),
     [
         ({"id": 9}, r"unknown camera 9; this task has 0 \(topview\)"),
-        ({"id": "front"}, "unknown camera front"),
         ({"quality": "best"}, "allowed: fast, paper"),
-        ({"size": 0}, "must be positive"),
     ],
 )
 def test_bad_arguments_say_what_is_allowed(options, message):

@@ -405,11 +405,6 @@ def test_unknown_names_say_what_is_allowed():
 
 def test_arguments_are_checked(checkpoint):
     one_line_error("exclude each other", "tiny-resnet", weights=checkpoint, pretrained=False)
-    with pytest.raises(UserError, match="allowed are auto, cpu and cuda"):
-        load_vlm("mini", device="tpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="no CUDA device"):
-            load_vlm("mini", device="cuda")
 
 
 @pytest.mark.parametrize("name", ["tiny-resnet", "mini"])

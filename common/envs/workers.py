@@ -61,29 +61,11 @@ class Step(NamedTuple):
         return self.terminated | self.truncated
 
 
-def _layout(
-    num_envs: int, obs_dim: int, actions: tuple, frame_size: int, draw_resets: bool
-) -> dict[str, tuple]:
-    """Name -> (shape, dtype) of the shared arrays; `actions` is given."""
-    layout: dict[str, tuple] = {
-        "obs": ((num_envs, obs_dim), np.float32),
-        "final_obs": ((num_envs, obs_dim), np.float32),
-        "actions": actions,
-        "success": ((num_envs,), np.bool_),
-        "reward": ((num_envs,), np.float32),
-        "terminated": ((num_envs,), np.bool_),
-        "truncated": ((num_envs,), np.bool_),
-    }
-    if frame_size:
-        layout["frames"] = ((num_envs, frame_size, frame_size, 3), np.uint8)
-        layout["drawn"] = ((num_envs,), np.bool_)
-    if frame_size and draw_resets:
-        layout["reset_frames"] = layout["frames"]
-    return layout
-
-
 def _map_arrays(memory_fd: int, layout: dict[str, tuple]) -> dict[str, np.ndarray]:
-    """The shared arrays in a file without a name, each at a multiple of 64 bytes."""
+    """The shared arrays in a file without a name, each at a multiple of 64 bytes.
+
+    `layout`: name -> (shape, dtype).
+    """
     sizes = [-(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64
              for shape, dtype in layout.values()]
     if os.fstat(memory_fd).st_size == 0:
@@ -153,9 +135,18 @@ class VecEnv:
             else gymnasium.spaces.Box(-1, 1, (num_envs, action_dim), np.float32)
         )
         self.draws = camera is not None
-        frame_size = camera.size if camera else 0
-        actions = (self.action_space.shape, self.action_space.dtype)
-        layout = _layout(num_envs, obs_dim, actions, frame_size, draw_resets)
+        layout = {
+            "obs": ((num_envs, obs_dim), np.float32),
+            "final_obs": ((num_envs, obs_dim), np.float32),
+            "actions": (self.action_space.shape, self.action_space.dtype),
+            "reward": ((num_envs,), np.float32),
+        }
+        layout |= {name: ((num_envs,), np.bool_) for name in ("success", "terminated", "truncated")}
+        if camera:
+            layout["frames"] = ((num_envs, camera.size, camera.size, 3), np.uint8)
+            layout["drawn"] = ((num_envs,), np.bool_)
+            if draw_resets:
+                layout["reset_frames"] = layout["frames"]
         memory_fd = memory_file()
         self._arrays = _map_arrays(memory_fd, layout)
         self._workers: list[tuple[subprocess.Popen, Connection]] = []

@@ -123,7 +123,6 @@ def load_open_clip(
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         try:
-            _reach_text_side(architecture)
             # pretrained_text: never fetch a part of the network behind the user's back.
             model = open_clip.create_model(
                 architecture, pretrained=None, pretrained_text=False,
@@ -208,20 +207,6 @@ def _download(name: str, config: dict[str, Any]) -> Path:
         ) from None
 
 
-def _reach_text_side(architecture: str) -> None:
-    """Raise at once where files for the text are out of reach: transformers would try for long."""
-    import open_clip
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    text = open_clip.get_model_config(architecture)["text_cfg"]
-    for key in ("hf_tokenizer_name", "hf_model_name"):
-        if key in text:
-            try:
-                _hub_file(text[key], ["tokenizer_config.json", "config.json"])
-            except RemoteEntryNotFoundError:  # not every repository has it, but this one answers
-                pass
-
-
 def _hub_file(repository: str, files: list[str]) -> Path:
     """The first of `files` that the repository has."""
     from huggingface_hub import (
@@ -240,12 +225,10 @@ def _hub_file(repository: str, files: list[str]) -> Path:
         try:
             # Asked once here, because the download itself would try for half a minute.
             get_hf_file_metadata(hf_hub_url(repository, file), timeout=TIMEOUT)
+            return Path(hf_hub_download(repository, file))
         except RemoteEntryNotFoundError:
             if file == files[-1]:
                 raise
-            continue
-        return Path(hf_hub_download(repository, file))
-    raise ValueError("no file named")
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
