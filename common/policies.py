@@ -76,14 +76,11 @@ def _thin_out(run_dir: Path, newest: int, eval_every: int, most: int) -> None:
         stretch *= 2
     if stretch == 1:
         return
-    kept, of = kept_policies(run_dir), scores(run_dir)
+    kept, of, none = kept_policies(run_dir), scores(run_dir), (-np.inf, -np.inf)
     for _, group in itertools.groupby(kept, lambda steps: number(steps) // stretch):
-        *worse, _ = sorted(group, key=lambda steps: (of.get(steps, NO_SCORE), steps))
+        *worse, _ = sorted(group, key=lambda steps: (of.get(steps, none), steps))
         for env_steps in worse:
             kept[env_steps].unlink()
-
-
-NO_SCORE = (-np.inf, -np.inf)
 
 
 def scores(run_dir: Path) -> dict[int, tuple[float, float]]:

@@ -209,23 +209,18 @@ def _download(name: str, config: dict[str, Any]) -> Path:
 
 def _hub_file(repository: str, files: list[str]) -> Path:
     """The first of `files` that the repository has."""
-    from huggingface_hub import (
-        get_hf_file_metadata,
-        hf_hub_download,
-        hf_hub_url,
-        try_to_load_from_cache,
-    )
+    import huggingface_hub as hub
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     for file in files:
-        cached = try_to_load_from_cache(repository, file)
+        cached = hub.try_to_load_from_cache(repository, file)
         if isinstance(cached, str):
             return Path(cached)
     for file in files:
         try:
             # Asked once here, because the download itself would try for half a minute.
-            get_hf_file_metadata(hf_hub_url(repository, file), timeout=TIMEOUT)
-            return Path(hf_hub_download(repository, file))
+            hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=TIMEOUT)
+            return Path(hub.hf_hub_download(repository, file))
         except RemoteEntryNotFoundError:
             if file == files[-1]:
                 raise
