@@ -123,6 +123,7 @@ def load_open_clip(
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         try:
+            _reach_text_side(architecture)
             # pretrained_text: never fetch a part of the network behind the user's back.
             model = open_clip.create_model(
                 architecture, pretrained=None, pretrained_text=False,
@@ -205,6 +206,20 @@ def _download(name: str, config: dict[str, Any]) -> Path:
             f"downloaded ({_first_line(error)}): run once with access to the network, or give a "
             "local file with --vlm-weights PATH"
         ) from None
+
+
+def _reach_text_side(architecture: str) -> None:
+    """Raise at once where files for the text are out of reach: transformers would try for long."""
+    import open_clip
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    text = open_clip.get_model_config(architecture)["text_cfg"]
+    for key in ("hf_tokenizer_name", "hf_model_name"):
+        if key in text:
+            try:
+                _hub_file(text[key], ["tokenizer_config.json", "config.json"])
+            except RemoteEntryNotFoundError:  # not every repository has it, but this one answers
+                pass
 
 
 def _hub_file(repository: str, files: list[str]) -> Path:
