@@ -18,12 +18,14 @@ import subprocess
 import sys
 import textwrap
 import time
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 from common.cores import num_cores, share_cores
@@ -422,12 +424,7 @@ CHECKS = (
 
 def median_seconds(function: Callable[[], object], rounds: int) -> float:
     """Median seconds of a call, after one to warm up."""
-    seconds = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds[1:])[rounds // 2]
+    return median(timeit.repeat(function, number=1, repeat=rounds + 1)[1:])
 
 
 def run_check(check: Check, args: Args) -> dict[str, Any]:
