@@ -97,7 +97,7 @@ class Data(NamedTuple):
     """E goals, three kinds of behaviour, n pictures of each episode."""
 
     embeddings: np.ndarray  # [E, 3, n, D]
-    nearness: dict[str, np.ndarray]  # minus the distance to the goal picture, [E, 3, n], in what
+    nearness: dict[str, np.ndarray]  # to the goal picture, [E, 3, n], by what measures it; or {}
     success: np.ndarray  # [E, 3, n] bool
     first_success: np.ndarray  # [E, 3] int, the step; -1: never
     frames: np.ndarray  # [3, n, size, size, 3], of the first goal
