@@ -168,7 +168,7 @@ def test_paper_page_has_the_same_commands():
     (["--scripts", "'x"], [], "is no script with flags"),
     (["table1", "--cores-per-run", "0"], [], "--cores-per-run must be 1 or more, not 0"),
     (["table1", "--gpus-per-run", "1.5"], [], "--gpus-per-run must be a fraction or a whole"),
-    (["table1", "--memory-per-run", "nan"], [], "--memory-per-run must be above 0 GiB"),
+    (["table1", "--memory-per-run", "nan"], [], "--memory-per-run must be above 0, not nan"),
 ])
 def test_refusals(capsys, words, extra, message):
     with pytest.raises(grid.UserError) as error:
