@@ -30,10 +30,8 @@ SIZE, GAP, TOP, LEFT = 150, 8, 26, 84  # pixels: a frame, between frames, titles
 
 @dataclass(frozen=True)
 class Args:
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """run folders, one column each"""
-    output: Path = Path("filmstrip.png")
-    """the picture to write"""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders, one column each
+    output: Path = Path("filmstrip.png")  # the picture to write
 
 
 def last_frame(trained: Trained) -> tuple[np.ndarray, bool]:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ import numpy as np
 from common.envs.metaworld_tasks import ENV_IDS
 from common.errors import UserError
 from common.flags import MAY_CHANGE, flag_of
-from common.names import distinct_name, file_name, folder_name
+from common.names import file_name, folder_name
 from common.run_folder import CONFIG, METRICS, read_config, read_metrics
 
 HEADER = "seed,env_steps,success_once,success_at_end"
@@ -31,37 +30,26 @@ HARDWARE = ("cpu_count", "num_cores", "jax_devices", "gl")
 
 @dataclass(frozen=True)
 class Run:
-    """The success of one run.
-
-    Attributes:
-        method, label: of the method: its folder's name, and what readers see.
-        script, args: what makes the method: the script, and its flags without `NO_METHOD`.
-        task, seed: of the run.
-        budget: its environment steps.
-        env_steps, success_once, success_at_end: [n], of its evaluations.
-        seconds: [n], wall-clock until each of them, whole ones; NaN if its speed was not logged.
-        about: command, commit, versions, hardware.
-        place: where it was read, for messages.
-        returns: [n], of its evaluations; None if they were not logged.
+    """The success of one run, [n] of its evaluations.
 
     Raises:
         ValueError: a success is no share from 0 to 1, or a return is not finite.
     """
 
-    method: str
-    label: str
-    script: str
+    method: str  # its folder's name
+    label: str  # what readers see of the method
+    script: str  # what makes the method: this, and the flags without `NO_METHOD`
     args: dict[str, Any]
     task: str
     seed: int
-    budget: int
+    budget: int  # environment steps
     env_steps: np.ndarray
     success_once: np.ndarray
     success_at_end: np.ndarray
-    seconds: np.ndarray
-    about: dict[str, Any]
-    place: str
-    returns: np.ndarray | None = None
+    seconds: np.ndarray  # wall-clock until each, whole ones; NaN if the speed was not logged
+    about: dict[str, Any]  # command, commit, versions, hardware
+    place: str  # where it was read, for messages
+    returns: np.ndarray | None = None  # None if they were not logged
 
     def __post_init__(self) -> None:
         for name in ("success_once", "success_at_end"):
@@ -80,10 +68,8 @@ class Run:
     def until(self, budget: int) -> "Run":
         """The same run as it was after `budget` steps."""
         kept = self.env_steps <= budget
-        cut = {name: getattr(self, name)[kept] for name in
-               ("env_steps", "success_once", "success_at_end", "seconds")}
-        if self.returns is not None:
-            cut["returns"] = self.returns[kept]
+        cut = {name: values[kept] for name, values in vars(self).items()
+               if isinstance(values, np.ndarray)}
         return dataclasses.replace(self, budget=budget, **cut)
 
 
@@ -156,13 +142,7 @@ def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], lab
 
 def without_place(command: str) -> str:
     """A command without where its run went."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # written by a version that did not quote
-        return re.sub(r" --(run-dir|resume)[ =]\S+", "", command)
-    kept = [word for i, word in enumerate(words) if not re.match(r"--(run-dir|resume)(=|$)", word)
-            and words[i - 1 : i] not in (["--run-dir"], ["--resume"])]
-    return shlex.join(kept)
+    return re.sub(r" --(run-dir|resume)[ =]('[^']*'|\S)+", "", command)
 
 
 def wall_clock(speeds: list[tuple[int, float]], env_steps: np.ndarray) -> np.ndarray:
@@ -276,13 +256,6 @@ def flag_text(key: str, value: Any) -> str:
     return f"{flag_of(key)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-def separate_methods(kept: list[Run], given: list[Run]) -> list[Run]:
-    """`given`, each method in a folder that no other label has, here or in `kept`."""
-    owners = {run.method: run.label for run in kept}
-    return [dataclasses.replace(run, method=distinct_name(run.method, run.label, owners))
-            for run in given]
-
-
 def tasks_of_returns(runs: Iterable[Run]) -> set[str]:
     """The tasks whose environments know no success, where the return counts: others than
     Meta-World's, on which no run ever had one."""
@@ -310,10 +283,9 @@ def check_runs(runs: list[Run], budget: int | None) -> list[Run]:
         if run.done < needed:
             note(f"{run.place} is unfinished and left out: evaluated at {run.done:,} of "
                  f"{needed:,} steps")
-        elif budget and run.budget < budget:
-            note(f"{run.place} is left out: it has {run.budget:,} steps, --budget is {budget:,}")
-        elif budget and run.env_steps[0] > budget:
-            note(f"{run.place} is left out: its first evaluation is at {run.env_steps[0]:,} steps")
+        elif budget and not run.env_steps[0] <= budget <= run.budget:
+            note(f"{run.place} is left out: it was evaluated at {run.env_steps[0]:,} to "
+                 f"{run.budget:,} steps, --budget is {budget:,}")
         else:
             finished.append(run.until(budget) if budget else run)
     if not finished:
@@ -332,14 +304,13 @@ def check_runs(runs: list[Run], budget: int | None) -> list[Run]:
             raise UserError(f"{other.place} and {run.place} are both {run.label} on {run.task} "
                             f"with seed {run.seed}: give one, or each its --label")
         first = methods.setdefault(run.method, run)
-        for key in sorted(first.args.keys() | run.args.keys()):
-            mine, others = run.args.get(key), first.args.get(key)
-            if mine != others and key in first.args and key in run.args:
-                raise UserError(f"runs of {run.label} differ in {flag_of(key)}: {others} "
-                                f"({first.place}), {mine} ({run.place}); give each its --label")
-        if first.script != run.script:
-            raise UserError(f"runs of {run.label} are of {first.script}.py ({first.place}) and "
-                            f"{run.script}.py ({run.place}); give each its --label")
+        mine, others = ({"script": r.script} | {flag_of(key): value for key, value in
+                                                r.args.items()} for r in (run, first))
+        for key in sorted(mine.keys() & others.keys()):
+            if mine[key] != others[key]:
+                raise UserError(f"runs of {run.label} differ in {key}: {others[key]} "
+                                f"({first.place}), {mine[key]} ({run.place}); give each its "
+                                "--label")
     return finished
 
 
@@ -354,15 +325,12 @@ def write_runs(output: Path, runs: list[Run]) -> None:
         groups[run.method, run.task].append(run)
     for (method, task), group in groups.items():
         (output / method).mkdir(parents=True, exist_ok=True)
-        rows = [f"{run.seed},{step},{once:.8g},{at_end:.8g}" for run in group for step, once, at_end
-                in zip(run.env_steps, run.success_once, run.success_at_end, strict=True)]
-        header = HEADER
-        if task in of_returns:
-            header += ",return"
-            values = np.concatenate([run.returns for run in group])
-            rows = [f"{row},{value:.8g}" for row, value in zip(rows, values, strict=True)]
-        path = output / method / file_name(task)
-        path.with_name(f"{path.name}.csv").write_text("\n".join([header, *rows]) + "\n")
+        name, counts = file_name(task), task in of_returns
+        table = np.concatenate([np.column_stack([
+            np.full(len(run.env_steps), run.seed), run.env_steps, run.success_once,
+            run.success_at_end, *[run.returns] * counts]) for run in group])
+        np.savetxt(output / method / f"{name}.csv", table, ["%d", "%d", *["%.8g"] * (2 + counts)],
+                   ",", header=HEADER + ",return" * counts, comments="")
         first = group[0]
         made = [{"seed": run.seed, **run.about, "seconds": [] if np.isnan(run.seconds).any() else
                  [int(second) for second in run.seconds]} for run in group]
@@ -370,7 +338,7 @@ def write_runs(output: Path, runs: list[Run]) -> None:
                 "args": first.args, "runs": made}
         text = json.dumps(data, indent=1)
         text = re.sub(r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()), text)
-        path.with_name(f"{path.name}.json").write_text(text + "\n")
+        (output / method / f"{name}.json").write_text(text + "\n")
 
 
 def note(text: str) -> None:
