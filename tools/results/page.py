@@ -34,24 +34,17 @@ class Table:
         return f"## {self.title}\n{self.note}\n\n{text}\n"
 
 
-def percent(value: float | None, interval: Interval = NONE, std: float | None = None) -> str:
-    """A share as text: "60 (23 to 88) ± 49"."""
+def shown(value: float | None, interval: Interval = NONE, std: float | None = None,
+          share: bool = True) -> str:
+    """A share in percent, "60 (23 to 88) ± 49", or a return, "-143 (-160 to -120) ± 20"."""
     if value is None or math.isnan(value):
         return "–"
-    text = f"{100 * value:.3g}"
+    scale, form, form_of_ends = (100, ".3g", ".0f") if share else (1, ".4g", ".4g")
+    text = f"{scale * value:{form}}"
     if not math.isnan(interval[0]):
-        text += f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
-    return text if std is None or math.isnan(std) else f"{text} ± {100 * std:.3g}"
-
-
-def number(row: dict[str, Any]) -> str:
-    """A return as text: "-143 (-160 to -120) ± 20; last quarter -150"."""
-    text = f"{row['return']:.4g}"
-    if not math.isnan(row["low"]):
-        text += f" ({row['low']:.4g} to {row['high']:.4g})"
-    if not math.isnan(row["std"]):
-        text += f" ± {row['std']:.3g}"
-    return f"{text}; last quarter {row['return_last_quarter']:.4g}"
+        low, high = (f"{scale * end:{form_of_ends}}" for end in interval)
+        text += f" ({low} to {high})"
+    return text if std is None or math.isnan(std) else f"{text} ± {scale * std:.3g}"
 
 
 def make_tables(results: Results, records: dict, improvements: dict) -> list[Table]:
@@ -62,15 +55,20 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
         row = records[method, task]
         # Where each run either fails or succeeds, Wilson's interval needs no deviation.
         binary = task != "mean" and set(results.scores[method, task]["success_at_end"]) <= {0, 1}
-        return percent(row["success_at_end"], (row["low"], row["high"]),
+        return shown(row["success_at_end"], (row["low"], row["high"]),
                        None if binary else row["std"])
 
     def late(method: str, task: str) -> str:
-        text = percent(records[method, task]["last_quarter"])
+        text = shown(records[method, task]["last_quarter"])
         if task == "mean":
             return text
         held = results.scores[method, task]["held"]
         return f"{text}; {held.sum():.0f} of {len(held)} held"
+
+    def mean_return(method: str, task: str) -> str:
+        row = records[method, task]
+        text = shown(row["return"], (row["low"], row["high"]), row["std"], share=False)
+        return f"{text}; last quarter {row['return_last_quarter']:.4g}"
 
     def by_method(tasks: list[str], cell: Callable[[str, str], str]) -> list[list[str]]:
         return [[task, *(cell(method, task) if (method, task) in records else "–"
@@ -83,7 +81,7 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
             head.insert(place, f"{names[method]}, paper")
             for row in rows:
                 paper = results.paper(method, results.common if row[0] == "mean" else row[:1])
-                row.insert(place, percent(paper.get("paper"), std=paper.get("paper_std")))
+                row.insert(place, shown(paper.get("paper"), std=paper.get("paper_std")))
     few = "" if len(results.common) == len(results.tasks) else (
         " Means are over the tasks that every method has: "
         f"{', '.join(results.common) or 'there are none'}.")
@@ -115,22 +113,22 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
               "IQM: mean of the middle half of all runs, with its stratified bootstrap. Last "
               "quarter, held: as above. Once: success at any step of the episode.",
               ["method", "runs", "at the end", "IQM", "last quarter", "held", "once"],
-              [[row["method"], str(row["runs"]), percent(row["success_at_end"]),
-                percent(row["iqm"], (row["iqm_low"], row["iqm_high"])),
-                percent(row["last_quarter"]), percent(row["held"]), percent(row["success_once"])]
+              [[row["method"], str(row["runs"]), shown(row["success_at_end"]),
+                shown(row["iqm"], (row["iqm_low"], row["iqm_high"])),
+                shown(row["last_quarter"]), shown(row["held"]), shown(row["success_once"])]
                for (_, task), row in records.items() if task == "mean"]),
         Table("Probability of improvement",
               "How often, in percent, a run of the row's method is better at its end than one of "
               "the column's on the same task; ties count half; mean over tasks, stratified "
               "bootstrap.", ["", *names.values()],
-              [[name, *(percent(*improvements[a, b]) if a != b else "" for b in names)]
+              [[name, *(shown(*improvements[a, b]) if a != b else "" for b in names)]
                for a, name in names.items() if improvements]),
         Table("Return",
               f"Mean of the evaluation after {budget:,} steps over seeds, of environments without "
               "a success. In brackets the 95 % interval, a bootstrap over seeds; ± is the standard "
               "deviation over seeds. Behind it the mean over the evaluations of the last quarter.",
               ["task", *names.values()],
-              by_method(results.return_tasks, lambda *cell: number(records[cell]))),
+              by_method(results.return_tasks, mean_return)),
         Table("How they were made",
               "The JSON files beside the CSVs have every run's command, and the versions of "
               "packages.", ["method", "command of one run", "commits", "VLM", "hardware",

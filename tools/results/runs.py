@@ -1,6 +1,7 @@
 """Finished runs for `tools.results`: read from where they are, checked, written as CSV and JSON."""
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -115,11 +116,10 @@ def find_runs(source: str, label: str | None) -> tuple[list[Run], dict[str, Any]
 def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], label: str | None,
              place: str, method: str | None = None) -> Run:
     """A run from its config.json and rows (env_steps, key, value)."""
-    points = defaultdict(list)
+    points = defaultdict(dict)  # key -> {env_steps: value}
     for step, key, value in rows:
-        points[key].append((step, value))
-    once, at_end = (dict(points[key]) for key in EVALUATION)
-    returns = dict(points[RETURN])
+        points[key][step] = value
+    once, at_end, returns = (points[key] for key in (*EVALUATION, RETURN))
     env_steps = np.array(sorted(once.keys() & at_end.keys()), int)
     args = config["args"]
     about = {key: config[key] for key in ABOUT if key in config}
@@ -134,7 +134,7 @@ def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], lab
         budget=max(args["total_timesteps"], *map(int, env_steps[-1:]), 1), env_steps=env_steps,
         success_once=np.array([once[step] for step in env_steps]),
         success_at_end=np.array([at_end[step] for step in env_steps]),
-        seconds=wall_clock(points[SPEED], env_steps), about=about, place=place,
+        seconds=wall_clock(list(points[SPEED].items()), env_steps), about=about, place=place,
         returns=np.array([returns[step] for step in env_steps])
         if all(step in returns for step in env_steps) else None,
     )
@@ -148,10 +148,8 @@ def without_place(command: str) -> str:
 def wall_clock(speeds: list[tuple[int, float]], env_steps: np.ndarray) -> np.ndarray:
     """Seconds until each of `env_steps`, from the rows of `time/steps_per_second`: each is the
     speed since the row before. NaN where a speed is missing or impossible."""
-    if not speeds:
-        return np.full(len(env_steps), np.nan)
-    steps, rates = np.array(sorted(speeds)).T
-    if not (np.isfinite(rates) & (rates > 0)).all():
+    steps, rates = np.array(sorted(speeds)).reshape(-1, 2).T
+    if not len(steps) or not (np.isfinite(rates) & (rates > 0)).all():
         return np.full(len(env_steps), np.nan)
     steps = np.concatenate([[0], steps])
     seconds = np.concatenate([[0], np.cumsum(np.diff(steps) / rates)])
@@ -173,14 +171,12 @@ def read_run(folder: Path, label: str | None = None, method: str | None = None) 
 def read_grid(folder: Path, grid: dict[str, Any]) -> list[Run]:
     """The cells of a grid that have begun; `<method>/<task>/<seed>` are their run folders."""
     runs, missing = [], 0
-    for method, about in grid["methods"].items():
-        for task in grid["tasks"]:
-            for seed in grid["seeds"]:
-                cell = folder / method / task / str(seed)
-                if (cell / METRICS).exists():
-                    runs.append(read_run(cell, about.get("label") or method, method))
-                else:
-                    missing += 1
+    for method, task, seed in itertools.product(grid["methods"], grid["tasks"], grid["seeds"]):
+        cell = folder / method / task / str(seed)
+        if (cell / METRICS).exists():
+            runs.append(read_run(cell, grid["methods"][method]["label"], method))
+        else:
+            missing += 1
     if missing:
         note(f"{folder}: no run yet in {missing} of {missing + len(runs)} cells")
     return runs
@@ -239,15 +235,13 @@ def name_methods(runs: list[Run]) -> list[Run]:
     for run in runs:
         for key, value in run.args.items():
             values[run.script, key].add(repr(value))
-    named = []
-    for run in runs:
-        if not run.label:
-            flags = [flag_text(key, value) for key, value in run.args.items()
-                     if len(values[run.script, key]) > 1]
-            label = " ".join([run.script, *flags])
-            run = dataclasses.replace(run, label=label, method=folder_name(label))
-        named.append(run)
-    return named
+
+    def named(run: Run) -> Run:
+        label = " ".join([run.script, *(flag_text(key, value) for key, value in run.args.items()
+                                        if len(values[run.script, key]) > 1)])
+        return dataclasses.replace(run, label=label, method=folder_name(label))
+
+    return [run if run.label else named(run) for run in runs]
 
 
 def flag_text(key: str, value: Any) -> str:

@@ -6,28 +6,18 @@ from typing import Any
 import numpy as np
 
 from common.envs.metaworld_tasks import MT10
+from tools.results import statistics
 from tools.results.paper_numbers import ORDER, find_column
 from tools.results.runs import Run, tasks_of_returns
-from tools.results.statistics import (
-    Interval,
-    interquartile_mean,
-    interval_of_cell,
-    interval_over_runs,
-    is_held,
-    last_quarter,
-    mean_of_tasks,
-    probability_of_improvement,
-    std_of_seeds,
-)
 
 
 def scores_of(run: Run, of_return: bool) -> dict[str, float]:
     """What counts of a run: its last evaluation, and those in the last quarter of its steps."""
     values = run.returns if of_return else run.success_at_end
-    late = last_quarter(run.env_steps, values, run.budget)
+    late = statistics.last_quarter(run.env_steps, values, run.budget)
     if of_return:
         return {"return": values[-1], "return_last_quarter": late}
-    return {"success_at_end": values[-1], "last_quarter": late, "held": is_held(late),
+    return {"success_at_end": values[-1], "last_quarter": late, "held": statistics.is_held(late),
             "success_once": run.success_once[-1]}
 
 
@@ -101,35 +91,37 @@ class Results:
                     continue
                 scores = self.scores[method, task]
                 ends = next(iter(scores.values()))
-                low, high = interval_over_runs([ends], mean_of_tasks) if (
-                    task in self.return_tasks) else interval_of_cell(ends)
+                low, high = statistics.interval_over_runs([ends], statistics.mean_of_tasks) if (
+                    task in self.return_tasks) else statistics.interval_of_cell(ends)
                 rows[method, task] = {
                     "method": self.names[method], "task": task, "runs": len(ends),
                     **{measure: values.mean() for measure, values in scores.items()},
-                    "low": low, "high": high, "std": std_of_seeds(ends[:, None]),
+                    "low": low, "high": high, "std": statistics.std_of_seeds(ends[:, None]),
                     **self.paper(method, [task])}
             if self.common:
                 samples, seeds = self.samples(method, "success_at_end"), self.complete_seeds(method)
                 ends = [[run.success_at_end[-1] for run in runs] for runs in seeds.values()]
-                low, high = interval_over_runs(samples, mean_of_tasks)
-                iqm_low, iqm_high = interval_over_runs(samples, interquartile_mean)
+                low, high = statistics.interval_over_runs(samples, statistics.mean_of_tasks)
+                iqm = statistics.interquartile_mean
+                iqm_low, iqm_high = statistics.interval_over_runs(samples, iqm)
                 rows[method, "mean"] = {
                     "method": self.names[method], "task": "mean", "runs": sum(map(len, samples)),
-                    **{measure: mean_of_tasks(*self.samples(method, measure))
+                    **{measure: statistics.mean_of_tasks(*self.samples(method, measure))
                        for measure in self.scores[method, self.common[0]]},
-                    "low": low, "high": high, "std": std_of_seeds(np.array(ends)),
+                    "low": low, "high": high, "std": statistics.std_of_seeds(np.array(ends)),
                     **self.paper(method, self.common),
-                    "iqm": interquartile_mean(*samples), "iqm_low": iqm_low, "iqm_high": iqm_high}
+                    "iqm": iqm(*samples), "iqm_low": iqm_low, "iqm_high": iqm_high}
         return rows
 
-    def improvements(self) -> dict[tuple[str, str], tuple[float, Interval]]:
+    def improvements(self) -> dict[tuple[str, str], tuple[float, statistics.Interval]]:
         """Probability of improvement of each method over each other."""
         found = {}
         names = list(self.names) if self.common else []
         samples = {method: self.samples(method, "success_at_end") for method in names}
         for i, ours in enumerate(names):
             for theirs in names[:i]:
-                share, (low, high) = probability_of_improvement(samples[ours], samples[theirs])
+                share, (low, high) = statistics.probability_of_improvement(
+                    samples[ours], samples[theirs])
                 found[ours, theirs] = share, (low, high)
                 found[theirs, ours] = 1 - share, (1 - high, 1 - low)
         return found
