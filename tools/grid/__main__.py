@@ -369,7 +369,11 @@ def main(args: Args, extra: list[str]) -> int:
         return 0
     out = sys.stdout
     with notes_to(output / "engine.log"):
-        engine = RayEngine(args) if args.engine == "ray" else SlurmEngine(args, output)
+        try:
+            engine = RayEngine(args) if args.engine == "ray" else SlurmEngine(args, output)
+        except ImportError as error:
+            raise UserError(f"--engine {args.engine} needs {error.name}: pip install -r "
+                            "requirements-grid.txt (or: make grid)") from None
         print(f"{engine.where}; a run gets {engine.share.cores} cores, {engine.share.gpus:g} GPUs, "
               f"{args.memory_per_run:g} GiB", file=out, flush=True)
         engine.submit(todo)

@@ -24,7 +24,6 @@ from common.errors import UserError
 from tools import ROOT
 from tools.grid.cells import Cell, Job, Outcome
 
-INSTALL = "pip install -r requirements-grid.txt (or: make grid)"
 RUNS_PER_GPU = 4
 MANY = 1_000_000  # requeues at SLURM's time limit
 STOP_AGAIN_SECONDS = 10
@@ -69,10 +68,8 @@ class RayEngine:
         os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
         if args.address and (Path.home() / ".ray/auth_token").exists():
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start` does
-        try:
-            import ray
-        except ImportError:
-            raise UserError(f"--engine ray needs Ray: {INSTALL}") from None
+        import ray
+
         self.ray, self.args = ray, args
         if args.address:  # Ray itself tries for minutes
             host, _, port = args.address.rpartition(":")
@@ -157,10 +154,8 @@ class SlurmEngine:
     def __init__(self, args: Any, output: Path):
         if shutil.which("sbatch") is None:
             raise UserError("--engine slurm: there is no SLURM here (no sbatch)")
-        try:
-            from submitit import SlurmExecutor
-        except ImportError:
-            raise UserError(f"--engine slurm needs submitit: {INSTALL}") from None
+        from submitit import SlurmExecutor
+
         self.args, self.share = args, share_of(args)
         if not 0 < args.signal_delay < 60 * args.time_limit:
             raise UserError("--signal-delay must be positive and less than --time-limit")
