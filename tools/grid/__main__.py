@@ -243,7 +243,9 @@ class Screen:
         from rich.live import Live
 
         self.cells, self.outcomes = cells, {}
-        self.console = Console(file=out, markup=False, highlight=False, soft_wrap=True)
+        # On a terminal rich breaks long lines itself, to know how many it refreshes.
+        self.console = Console(file=out, markup=False, highlight=False,
+                               soft_wrap=not out.isatty())
         self.live = None
         if self.console.is_terminal:
             self.live = Live(console=self.console, auto_refresh=False, redirect_stdout=False,
