@@ -208,7 +208,10 @@ def write_grid(output: Path, grid: dict[str, Any]) -> None:
     writable_folder(output)
     path = output / "grid.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} cannot be read ({error}): choose another --output") from None
         for key in ("name", "preset", "total_timesteps"):
             if before[key] != grid[key]:
                 raise UserError(f"{output} holds a grid whose {key} is {before[key]}, not "
