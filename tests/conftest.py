@@ -4,8 +4,10 @@ import contextlib
 import gc
 import os
 import re
+import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# These networks are tiny: most of the time would go into XLA's optimizations.
+# (tests/test_end_to_end.py compiles as a user's runs do.)
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # What a shell starts in the background ignores Ctrl-C, and so would the script. (Not by preexec_fn:
 # forking a process that holds JAX's threads may hang.)
@@ -32,6 +37,15 @@ HEED_SIGNALS = (
 )
 
 
+# The longest files, and long ones that the alphabet would put last.
+FIRST = ("test_end_to_end.py", "test_copying.py", "test_system.py", "test_trace.py", "test_vlm.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with `FIRST`: what is left for the end is short, and no process waits for the other."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 def pytest_sessionfinish() -> None:
     """Free the GL contexts of what no test has closed: destructors at the interpreter's end, when
     MuJoCo has ended EGL, would print tracebacks above pytest's last lines."""
@@ -39,6 +53,18 @@ def pytest_sessionfinish() -> None:
         for context in [x for x in gc.get_objects() if type(x) is mujoco.GLContext]:
             with contextlib.suppress(Exception):
                 context.free()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers_start_quickly():
+    """Of the tests' own processes; elsewhere they start as they always do."""
+    from forked_workers import Worker
+
+    from common import system
+    from common.envs import workers
+
+    if not system.ON_MAC:  # whose libraries cannot be forked
+        workers.subprocess = types.SimpleNamespace(**vars(subprocess) | {"Popen": Worker})
 
 
 def paper_scripts() -> list[str]:
