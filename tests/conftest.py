@@ -23,6 +23,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# These networks are tiny: most of the time would go into XLA's optimizations.
+# (tests/test_end_to_end.py compiles as a user's runs do.)
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # What a shell starts in the background ignores Ctrl-C, and so would the script. (Not by preexec_fn:
 # forking a process that holds JAX's threads may hang.)
@@ -30,6 +33,15 @@ HEED_SIGNALS = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
+
+
+# The longest files, and long ones that the alphabet would put last.
+FIRST = ("test_end_to_end.py", "test_copying.py", "test_system.py", "test_trace.py", "test_vlm.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with `FIRST`: what is left for the end is short, and no process waits for the other."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
 
 
 def pytest_sessionfinish() -> None:

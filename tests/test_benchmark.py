@@ -1,35 +1,19 @@
-"""The benchmarks: what tools.dev.benchmark updates, and the flags that tools.benchmark takes."""
+"""`tools.benchmark`: the speed of a run, whose turn it is, and the flags beside a script."""
 
-import numpy as np
 import pytest
 
-import furl_sac_state as furl
 from common.errors import UserError
-from tools.benchmark import split_command, time_run
-from tools.dev.benchmark import PHASES, filled_buffers, storing, updating
-
-EMBED_DIM = 12
+from tools.benchmark import in_turns, split_command, time_run
 
 
-def test_updates_and_storing_run():
-    args = furl.Args(
-        batch_size=8, hidden_features=(16, 16), projection_features=(16, 8), buffer_size=6000,
-        embedding_buffer_size=2000,
-    )
-    buffers = filled_buffers(EMBED_DIM, 5000, args)
-    assert int(buffers.transitions.total) == 5000
-    assert int(buffers.positives.total) == int(buffers.negatives.total) == 2000
-    assert np.asarray(buffers.transitions.data.embedding[:5000]).any(1).all()
-    for frames in (buffers.positives.data, buffers.negatives.data):
-        np.testing.assert_array_equal(frames.time, np.tile(np.arange(500), 4))
-        assert np.asarray(frames.before_success).all()
-    # Both return nothing: a wrong call or shape raises.
-    updating(buffers, EMBED_DIM, args, PHASES["relaying, Eq. 4"])()
-    storing(buffers, args.num_envs)()
+def test_runs_take_turns():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
+    assert in_turns(functions, 2) == {"a": [1, 3], "b": [2, 4]} and calls == ["a", "b", "a", "b"]
 
 
 def test_speed_of_a_run(tmp_path):
-    """The median of the rows after the warm-up without the last one, in the given folder."""
+    """The median of the rows after the first third without the last one, in a folder of its own."""
     script = tmp_path / "writes.py"
     script.write_text(
         "import pathlib, sys\n"
@@ -39,10 +23,14 @@ def test_speed_of_a_run(tmp_path):
         "                                 for n in range(1, 7))]\n"
         "(folder / 'metrics.csv').write_text('\\n'.join(rows) + '\\n')\n"
     )
-    speed, _ = time_run(script, ["--run-dir", "elsewhere"], tmp_path / "run", warm_up=1000)
+    speed, _ = time_run([str(script), "--run-dir", str(tmp_path / "elsewhere")], steps=3000)
     assert speed == 4  # of 3, 4 and 5
+    assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(UserError, match="too few rows"):
-        time_run(script, [], tmp_path / "short", warm_up=2500)
+        time_run([str(script)], steps=7500)
+    script.write_text("raise KeyError('a mistake')")
+    with pytest.raises(UserError, match=r"(?s)the run failed: .*a mistake"):
+        time_run([str(script)], steps=3000)
 
 
 def test_scripts_with_flags(tmp_path):

@@ -44,13 +44,13 @@ def environment(tmp_path_factory) -> dict[str, str]:
     """Compiled programs are kept as scripts do it, in a folder of these tests' own.
 
     So many starts need not compile as many times, and kills meet programs that are being written.
-    One core each, hence one worker: it starts sooner.
+    Unlike in other tests they are optimized. One core each, hence one worker: it starts sooner.
     """
     caches = tmp_path_factory.mktemp("caches")
     for folder in cache_dir().glob("*"):
         if folder.name != "compiled":
             (caches / folder.name).symlink_to(folder.absolute())
-    chosen_here = ("JAX_COMPILATION", "JAX_PERSISTENT")
+    chosen_here = ("JAX_COMPILATION", "JAX_PERSISTENT", "JAX_DISABLE")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(chosen_here)}
     return inherited | {"FURL_CACHE_DIR": str(caches), "FURL_NUM_CORES": "1"}
 

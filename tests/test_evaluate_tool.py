@@ -520,7 +520,7 @@ def expert(env_id: str) -> Trained:
     script = SimpleNamespace(
         policy=lambda state, obs: np.stack([expert_action(policy, o) for o in obs]))
     return Trained(Path(), {"evaluation": settings}, script, SimpleNamespace(env_id=env_id), 0,
-                   None, "expert")
+                   None)
 
 
 def test_the_expert_succeeds_and_is_played_again(monkeypatch):

@@ -29,13 +29,6 @@ SEARCH, AFTER = Phase(True, True, "none"), Phase(False, False, "none")
 assert_close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)  # embeddings: float16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # ---------------------------------------------------------------- n-step returns and targets
 
 

@@ -84,14 +84,6 @@ def changed(before, after) -> bool:
     )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """These networks are tiny: most of the time would go into XLA's optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # --------------------------------------------------------------------------- FuRL's losses
 
 

@@ -1,6 +1,7 @@
 """tools.grid: its commands are those of docs/paper.md, and interrupted grids end with the numbers
 of runs that were started by hand. Ray and SLURM are real."""
 
+import io
 import json
 import os
 import re
@@ -168,7 +169,7 @@ def test_paper_page_has_the_same_commands():
     (["--scripts", "'x"], [], "is no script with flags"),
     (["table1", "--cores-per-run", "0"], [], "--cores-per-run must be 1 or more, not 0"),
     (["table1", "--gpus-per-run", "1.5"], [], "--gpus-per-run must be a fraction or a whole"),
-    (["table1", "--memory-per-run", "nan"], [], "--memory-per-run must be above 0 GiB"),
+    (["table1", "--memory-per-run", "nan"], [], "--memory-per-run must be above 0, not nan"),
 ])
 def test_refusals(capsys, words, extra, message):
     with pytest.raises(grid.UserError) as error:
@@ -263,6 +264,27 @@ def test_deaths_count_since_the_last_progress():
         deaths.add(200)
         pauses.append(deaths.pause)
     assert pauses == [100, 600, 600, 600], "the third, and on"
+
+
+def test_a_cell_whose_worker_died_is_submitted_again(tmp_path, monkeypatch):
+    """Up to --retries times without any progress, each time with the others that died with it."""
+
+    class Engine:
+        stopped_by, submitted = (), []
+
+        def submit(self, cells: list[Cell]) -> None:
+            self.submitted.append(cells)
+
+        def poll(self) -> list[tuple[Cell, Outcome]]:
+            return [(cell, Outcome("died", "see a log")) for cell in self.submitted[-1]]
+
+    monkeypatch.setattr(grid.time, "sleep", lambda seconds: None)
+    mine = [Cell(f"m/t/{seed}", "", (), tmp_path / str(seed)) for seed in (0, 1)]
+    engine = Engine()
+    engine.submit(mine)
+    outcomes = grid.run_grid(engine, mine, 2, io.StringIO())
+    assert engine.submitted == [mine] * 3
+    assert outcomes == {cell.name: Outcome("died", "see a log") for cell in mine}
 
 
 def test_two_grids_of_the_same_cell_take_turns(tmp_path):

@@ -535,7 +535,7 @@ def test_an_evaluation_without_a_video(own_environments, tmp_path, capsys):
     script = SimpleNamespace(policy=lambda state, obs: np.ones(len(obs), int))
     trained = Trained(
         tmp_path / "0", {"script": "mine", "evaluation": settings}, script,
-        SimpleNamespace(env_id="environments:Blind-v0", seed=0), env_steps=5, state=None, name="0")
+        SimpleNamespace(env_id="environments:Blind-v0", seed=0), env_steps=5, state=None)
     args = evaluate_tool.Args(trained.folder, episodes=2)
     for _ in range(2):
         results = evaluate_tool.evaluate(trained, args)

@@ -128,23 +128,29 @@ import mujoco
 import numpy as np
 from tools.shared.golden import scene
 
-env = scene(sys.argv[1])
-renderer = mujoco.Renderer(env.model, 256, 256)
-renderer.update_scene(env.data, camera=2)
-np.save(sys.argv[2], renderer.render())
+pictures = {}
+for task in sys.argv[2:]:
+    env = scene(task)
+    renderer = mujoco.Renderer(env.model, 256, 256)
+    renderer.update_scene(env.data, camera=2)
+    pictures[task] = renderer.render()
+np.savez(sys.argv[1], **pictures)
 """
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_view_is_that_of_the_authors(task, tmp_path):
-    """MuJoCo's own renderer at 256 px, flipped upright, rows and columns 32 to 224 kept.
-
-    In a process of its own: MuJoCo chooses its GL when it is imported.
-    """
-    file = tmp_path / "picture.npy"
-    subprocess.run([sys.executable, "-c", DRAW_BY_HAND, task, str(file)], cwd=ROOT, timeout=300,
+@pytest.fixture(scope="module")
+def drawn_by_hand(tmp_path_factory) -> dict[str, np.ndarray]:
+    """MuJoCo's own pictures, from a process of its own: it chooses its GL when it is imported."""
+    file = tmp_path_factory.mktemp("pictures") / "by_hand.npz"
+    subprocess.run([sys.executable, "-c", DRAW_BY_HAND, str(file), *TASKS], cwd=ROOT, timeout=300,
                    check=True)
-    image = np.load(file)
+    return dict(np.load(file))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_view_is_that_of_the_authors(task, drawn_by_hand):
+    """MuJoCo's own renderer at 256 px, flipped upright, rows and columns 32 to 224 kept."""
+    image = drawn_by_hand[task]
     assert image.shape == (256, 256, 3)
     image = image[::-1]  # this camera is mounted upside down
     by_hand = image[32:224, 32:224]

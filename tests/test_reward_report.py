@@ -40,8 +40,8 @@ def data(num_goals: int = 4) -> Data:
     success[:, EXPERT, 4:] = True
     first = np.full((num_goals, 3), -1)
     first[:, EXPERT] = 35
-    return Data(rng.normal(size=(num_goals, 3, NUM, 8)).astype(np.float32), None, None,
-                       success, first, np.zeros((3, NUM, 8, 8, 3), np.uint8))
+    return Data(rng.normal(size=(num_goals, 3, NUM, 8)).astype(np.float32), {}, success, first,
+                np.zeros((3, NUM, 8, 8, 3), np.uint8))
 
 
 def test_a_reward_that_is_success_or_its_opposite():
@@ -96,7 +96,7 @@ def test_a_reward_that_is_not_finite_is_neither_measured_nor_compared():
     assert all(math.isnan(figures[k]) for k in ("auc", "auc_suboptimal", "fooled", "epic"))
     vlm = types.SimpleNamespace(embed_dim=8, name="mini")
     with pytest.raises(UserError, match=r"the reward of “Go\.” is not finite for 72 of 72"):
-        report.build_rewards(d, {"Go.": np.full(8, np.nan)}, [], vlm)
+        report.build_rewards(d, {"Go.": np.full(8, np.nan)}, {}, vlm)
 
 
 def test_only_prompts_that_mean_something_are_compared():

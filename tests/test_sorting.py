@@ -90,7 +90,8 @@ def test_positives_are_all_up_to_the_last_success(name, tmp_path, monkeypatch, p
 def test_relay_counts_the_same_positives(tmp_path, prescribe):
     """Its two environments' positives are counted when episodes end, and not before."""
     prescribe(500)
-    args = relay.Args(**COMMON, total_timesteps=2002, buffer_size=1000, log_every=1000)
+    args = relay.Args(**COMMON, total_timesteps=2002, buffer_size=1000, log_every=1000,
+                      draw_every=100)
     relay.main(replace(args, run_dir=str(tmp_path / "run")))
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
         counts = {int(row["env_steps"]): float(row["value"]) for row in csv.DictReader(file)

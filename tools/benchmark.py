@@ -1,4 +1,4 @@
-"""Time whole runs of scripts in turns: steps a second and memory, in one table.
+"""Time whole runs of scripts in turns: steps a second and memory, as a Markdown table.
 
     python -m tools.benchmark --scripts furl_sac_state.py my_idea.py
     python -m tools.benchmark --scripts "my_idea.py" "my_idea.py --num-envs 16"
@@ -6,67 +6,66 @@
 Each script runs `--rounds` times; the figure is the median. Runs take turns, so that a noisy
 machine disturbs them alike. They use the scripts' defaults, but on drawer-close-v3, with 1,000
 random steps, and without evaluations and checkpoints. Flags beside a script, in the same quotes,
-come last and so replace any of these. `tools.dev.benchmark` measures the parts of scripts.
+come last and so replace any of these. `tools.trace` shows what an iteration spends its time on.
 """
 
 import contextlib
-import json
 import platform
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import TypeVar
 
 import jax
-import numpy as np
 import psutil
 
+from common.cli import run_script
 from common.cores import num_cores
 from common.envs.rendering import gl_info
 from common.errors import UserError
-from common.flags import parse
+from common.flags import PositiveInt, check_ranges
 from common.run_folder import read_metrics
 from common.system import cpu_description
 
-Row = tuple[str, str, str]  # what, figure, share of the floor or remark
+Row = tuple[str, str, str]  # what, figure, remark
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Args:
     scripts: tuple[str, ...]
     """scripts to run, in turns; in quotes also with flags"""
-    rounds: int = 5
+    rounds: PositiveInt = 5
     """runs of each script, of which the median is taken"""
-    steps: int = 6000
+    steps: PositiveInt = 6000
     """environment steps of each run"""
-    output: Path | None = None
-    """Markdown file to write the table to"""
+
+
+def in_turns(functions: dict[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """What each function returns in each round."""
+    results: dict[str, list[T]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            results[name].append(function())
+    return results
 
 
 def measure_scripts(commands: list[list[str]], steps: int, rounds: int) -> Iterator[Row]:
     """Whole runs of any scripts, in turns; each command is a script and its flags."""
-    names = [shlex.join(command) for command in commands]
-    speeds: dict[str, list[float]] = {name: [] for name in names}
-    peaks = dict.fromkeys(names, 0)
-    for _ in range(rounds):
-        for name, (script, *flags) in zip(names, commands, strict=True):
-            with tempfile.TemporaryDirectory() as folder:
-                speed, peak = time_run(
-                    script, ["--total-timesteps", str(steps), *flags], Path(folder) / "run",
-                    warm_up=steps // 3,
-                )
-            speeds[name].append(speed)
-            peaks[name] = max(peaks[name], peak)
-    for name, values in speeds.items():
-        yield (name, f"{np.median(values):,.3g} steps/s",
-               f"{min(values):,.3g} to {max(values):,.3g} in {len(values)} runs, in turns; peak "
-               f"memory {peaks[name] / 2**30:.1f} GiB with its workers")
+    runs = {shlex.join(command): partial(time_run, command, steps) for command in commands}
+    for name, results in in_turns(runs, rounds).items():
+        speeds, peaks = zip(*results, strict=True)
+        yield (name, f"{median(speeds):,.3g} steps/s",
+               f"{min(speeds):,.3g} to {max(speeds):,.3g} in {rounds} runs, in turns; peak "
+               f"memory {max(peaks) / 2**30:.1f} GiB with its workers")
 
 
 def split_command(script: str) -> list[str]:
@@ -82,35 +81,28 @@ def split_command(script: str) -> list[str]:
     return words
 
 
-def time_run(
-    script: str | Path, flags: list[str], run_dir: Path, warm_up: int
-) -> tuple[float, float]:
-    """(median steps/s, peak bytes) of one run."""
-    command = [
-        sys.executable, str(script), "--env-id", "drawer-close-v3",
-        "--learning-starts", "1000", "--eval-every", "1000000", "--checkpoint-every", "0",
-        "--log-every", "500", *flags, "--run-dir", str(run_dir),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    peak = [0]
-
-    def watch() -> None:
+def time_run(command: list[str], steps: int) -> tuple[float, int]:
+    """(median steps/s after the first third, peak bytes) of one run of a script with flags."""
+    script, *flags = command
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen([
+            sys.executable, script, "--env-id", "drawer-close-v3", "--learning-starts", "1000",
+            "--eval-every", "1000000", "--checkpoint-every", "0", "--log-every", "500",
+            "--total-timesteps", str(steps), *flags, "--run-dir", f"{folder}/run",
+        ], stdout=subprocess.DEVNULL, stderr=errors)
+        peak = 0
         while process.poll() is None:
-            peak[0] = max(peak[0], memory_of_tree(process.pid))
+            peak = max(peak, memory_of_tree(process.pid))
             time.sleep(1.0)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    _, errors = process.communicate()
-    watcher.join()
-    if process.returncode:
-        raise UserError(f"the run failed: {errors.decode()[-500:]}")
-    speeds = [value for env_steps, key, value in read_metrics(run_dir).rows
-              if key == "time/steps_per_second" and env_steps > warm_up]
+        if process.returncode:
+            errors.seek(0)
+            raise UserError(f"the run failed: {errors.read().decode()[-500:]}")
+        speeds = [value for env_steps, key, value in read_metrics(Path(folder) / "run").rows
+                  if key == "time/steps_per_second" and env_steps > steps // 3]
     speeds = speeds[:-1]  # the last row's time holds an evaluation
     if not speeds:
         raise UserError("the run logged too few rows: more steps, or a smaller --log-every")
-    return float(np.median(speeds)), peak[0]
+    return median(speeds), peak
 
 
 def memory_of_tree(pid: int) -> int:
@@ -136,31 +128,19 @@ def machine() -> str:
             f"GiB; drawing: {gl_info()['renderer']}; JAX {jax.__version__} on {devices}")
 
 
-def tabulate(rows: Iterable[Row], module: str, output: Path | None) -> list[Row]:
-    """Print the rows as they come, as a Markdown table; write them, also as JSON, to `output`."""
-    lines = [f"Machine: {machine()}.", "", "| what | figure | remark |", "| --- | --- | --- |"]
-    print("\n".join(lines), flush=True)
-    results: list[Row] = []
+def print_table(rows: Iterable[Row]) -> None:
+    """The rows as they come, as a Markdown table below a line about the machine."""
+    print(f"Machine: {machine()}.", "", "| what | figure | remark |", "| --- | --- | --- |",
+          sep="\n", flush=True)
     for row in rows:
-        results.append(row)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-        print(lines[-1], flush=True)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        title = ["# Benchmark", "", f"`python -m {module} {shlex.join(sys.argv[1:])}`", ""]
-        output.write_text("\n".join(title + lines) + "\n")
-        output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    return results
+        print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |", flush=True)
 
 
 def main(args: Args) -> None:
+    check_ranges(args)
     commands = [split_command(script) for script in args.scripts]
-    rows = measure_scripts(commands, args.steps, args.rounds)
-    tabulate(rows, "tools.benchmark", args.output)
+    print_table(measure_scripts(commands, args.steps, args.rounds))
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(Args))
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main, Args)

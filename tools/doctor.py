@@ -18,12 +18,14 @@ import subprocess
 import sys
 import textwrap
 import time
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 from common.cores import num_cores, share_cores
@@ -195,18 +197,15 @@ def steps_to_success(env_id: str) -> int | None:
     from common.envs import metaworld_tasks as tasks
     from common.envs.metaworld_suite import MAX_EPISODE_STEPS, VecMetaWorld
 
-    envs = VecMetaWorld(env_id, 1, seed=0, show_goal=True)
     policy = tasks.expert_policy(env_id)
-    obs, _ = envs.reset()
-    succeeded_at = None
-    for number in range(1, MAX_EPISODE_STEPS + 1):
-        step = envs.step(tasks.expert_action(policy, obs[0])[None])
-        obs = step.obs
-        if step.success[0]:
-            succeeded_at = number
-            break
-    envs.close()
-    return succeeded_at
+    with contextlib.closing(VecMetaWorld(env_id, 1, seed=0, show_goal=True)) as envs:
+        obs, _ = envs.reset()
+        for number in range(1, MAX_EPISODE_STEPS + 1):
+            step = envs.step(tasks.expert_action(policy, obs[0])[None])
+            if step.success[0]:
+                return number
+            obs = step.obs
+    return None
 
 
 def check_experts(_args: Args) -> Finding:
@@ -232,26 +231,21 @@ def check_determinism(_args: Args) -> Finding:
     from common.envs.rendering import Camera
 
     actions = np.random.default_rng(0).uniform(-1, 1, (20, 4)).astype(np.float32)
-    goals, trajectories, frames = [], [], []
+    runs = []
     for seed in SEEDS:
-        envs = VecMetaWorld(
+        with contextlib.closing(VecMetaWorld(
             "pick-place-v3", 2, seed=seed, camera=Camera(64), num_workers=2, show_goal=True
-        )
-        obs, pictures = envs.reset()
-        for action in actions:
-            step = envs.step(np.stack([action, action]))
-            obs = np.concatenate([obs, step.final_obs], 1)  # [2, (1 + steps) * 39]
-            pictures = np.concatenate([pictures, step.frames], 1)  # [2, (1 + steps) * 64, 64, 3]
-        envs.close()
-        obs = obs.reshape(2, -1, 39)
-        goals.append(obs[..., 36:])
-        trajectories.append(obs[..., :36])
-        frames.append(pictures)
+        )) as envs:
+            obs, frames = envs.reset()
+            steps = [envs.step(np.stack([action, action])) for action in actions]
+        obs = np.stack([obs, *(step.final_obs for step in steps)], 1)  # [2, 1 + steps, 39]
+        frames = np.stack([frames, *(step.frames for step in steps)], 1)
+        runs.append({"goals": obs[..., 36:], "trajectories": obs[..., :36], "frames": frames})
     problems = []
-    for name, of_seeds in (("goals", goals), ("trajectories", trajectories), ("frames", frames)):
-        if any(first.tobytes() != second.tobytes() for first, second in of_seeds):
+    for name in runs[0]:
+        if any(first.tobytes() != second.tobytes() for first, second in (r[name] for r in runs)):
             problems.append(f"{name} of one seed differ")
-        if np.array_equal(of_seeds[0][0], of_seeds[1][0]):
+        if np.array_equal(runs[0][name], runs[1][name]):
             problems.append(f"{name} of two seeds are the same")
     if problems:
         return Finding("FAIL", "; ".join(problems),
@@ -274,6 +268,7 @@ def check_vlm(args: Args) -> Finding:
     """The VLM loads and embeds; for mini, as recorded."""
     import numpy as np
 
+    from common.cache import cache_dir
     from common.envs.metaworld_tasks import MT10_INSTRUCTIONS
     from tools.shared import golden
 
@@ -305,14 +300,8 @@ def check_vlm(args: Args) -> Finding:
     if not off < MINI_TOLERANCE:
         return Finding("FAIL", f"scores of known pictures are off by {off:.3f} (allowed "
                        f"{MINI_TOLERANCE:g}): {text}", f"{INSTALL}; remove the cached prompts in "
-                       f"{prompts_folder()}")
+                       f"{cache_dir() / 'prompts'}")
     return Finding("ok", f"{text}; {len(scores)} known pictures score as recorded")
-
-
-def prompts_folder() -> Path:
-    from common.cache import cache_dir
-
-    return cache_dir() / "prompts"
 
 
 def check_devices(_args: Args) -> Finding:
@@ -422,12 +411,7 @@ CHECKS = (
 
 def median_seconds(function: Callable[[], object], rounds: int) -> float:
     """Median seconds of a call, after one to warm up."""
-    seconds = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds[1:])[rounds // 2]
+    return median(timeit.repeat(function, number=1, repeat=rounds + 1)[1:])
 
 
 def run_check(check: Check, args: Args) -> dict[str, Any]:
@@ -488,13 +472,11 @@ def main(args: Args) -> int:
 
 if __name__ == "__main__":
     try:
-        import tyro  # noqa: F401 - parse needs it
-
         from common.flags import parse
-    except ImportError:
-        raise SystemExit(f"error: the package tyro is not installed: {INSTALL}") from None
-    try:
+
         raise SystemExit(main(parse(Args)))
+    except ImportError as error:  # parsing needs packages, too
+        raise SystemExit(f"error: {error}: {INSTALL}") from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

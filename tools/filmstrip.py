@@ -30,10 +30,8 @@ SIZE, GAP, TOP, LEFT = 150, 8, 26, 84  # pixels: a frame, between frames, titles
 
 @dataclass(frozen=True)
 class Args:
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """run folders, one column each"""
-    output: Path = Path("filmstrip.png")
-    """the picture to write"""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders, one column each
+    output: Path = Path("filmstrip.png")  # the picture to write
 
 
 def last_frame(trained: Trained) -> tuple[np.ndarray, bool]:
@@ -51,9 +49,8 @@ def last_frame(trained: Trained) -> tuple[np.ndarray, bool]:
 
 def compose(columns: list[tuple[str, list[tuple[int, np.ndarray, bool]]]]) -> Image.Image:
     """The picture of (title, (environment steps, frame, success) of each row) for each column."""
-    num_rows = len(columns[0][1])
     cell = SIZE + GAP
-    picture = Image.new("RGB", (LEFT + cell * len(columns), TOP + cell * num_rows), WHITE)
+    picture = Image.new("RGB", (LEFT + cell * len(columns), TOP + cell * 2), WHITE)
     draw = ImageDraw.Draw(picture)
     for i, (title, rows) in enumerate(columns):
         left = LEFT + cell * i

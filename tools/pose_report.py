@@ -11,7 +11,9 @@ goal-baseline regularisation the EPIC distance to the labels (0 is best) and the
 """
 
 import csv
+import itertools
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,7 @@ class Args:
     """folder"""
 
 
+@cache  # VLMs may want pictures of one size
 def labelled_states(
     pose: str, look: humanoid.Look, size: int, samples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -103,46 +106,39 @@ def main(args: Args) -> None:
         check_baseline(*np.asarray(vlm.embed_text(prompts)), prompts, args.alpha)
     writable_folder(args.output)
 
-    names = [f"{vlm}, {look}" for vlm in vlms for look in args.look]
-    histograms, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.2),
+    cases = [*itertools.product(vlms, args.look)]
+    histograms, panels = plt.subplots(1, len(cases), figsize=(3.6 * len(cases), 3.2),
                                       squeeze=False, layout="constrained")
     curves, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    rows, distances, sheets = [], {}, {}
-    for look in args.look:
-        drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by the size that a VLM wants
-        for vlm_name, vlm in vlms.items():
-            view = view_for(vlm, GYMNASIUM)
-            if view.size not in drawn:
-                drawn[view.size] = labelled_states(
-                    args.pose, look, view.size, args.samples, args.seed
-                )
-            pictures, is_goal = drawn[view.size]
-            if not is_goal.any():
-                raise UserError(f"--samples {args.samples} gave no state that holds {args.pose}: "
-                                "draw more")
-            sheets[look] = sheet(pictures, is_goal)
-            print(f"{look}: {len(pictures)} states, {is_goal.sum()} of them {args.pose}")
-            name = f"{vlm_name}, {look}"
-            images = np.asarray(vlm.embed_images(view.crop(pictures)))
-            text, baseline = np.asarray(vlm.embed_text(prompts))
-            for alpha in args.alpha:
-                reward = check_finite(goal_baseline_reward(text, baseline, images, alpha),
-                                      f"the reward of {name}, alpha {alpha:g},")
-                distances[name, alpha] = epic_distance(reward, is_goal)
-                print(f"{name}, alpha {alpha:g}: EPIC distance {distances[name, alpha]:.3f}, "
-                      f"AUC {auc(reward[is_goal], reward[~is_goal]):.3f}")
-                rows += [(vlm_name, look, alpha, i, int(goal), value)
-                         for i, (goal, value) in enumerate(zip(is_goal, reward, strict=True))]
-                if alpha == args.alpha[0]:
-                    panel = panels[0][names.index(name)]
-                    panel.set(title=name, xlabel=f"reward, alpha {alpha:g}")
-                    bins = np.linspace(reward.min(), reward.max(), 40)
-                    for label, chosen, colour in (("goal", is_goal, "C2"), ("not", ~is_goal, "C7")):
-                        panel.hist(reward[chosen], bins, density=True, alpha=0.6, label=label,
-                                   color=colour)
-                        panel.axvline(reward[chosen].mean(), linestyle=":", color=colour)
-            axis.plot(args.alpha, [distances[name, alpha] for alpha in args.alpha], "o-",
-                      label=name)
+    rows, sheets = [], {}
+    for (vlm_name, look), panel in zip(cases, panels[0], strict=True):
+        name, vlm = f"{vlm_name}, {look}", vlms[vlm_name]
+        view = view_for(vlm, GYMNASIUM)
+        pictures, is_goal = labelled_states(args.pose, look, view.size, args.samples, args.seed)
+        if not is_goal.any():
+            raise UserError(f"--samples {args.samples} gave no state that holds {args.pose}: "
+                            "draw more")
+        sheets[look] = sheet(pictures, is_goal)
+        print(f"{look}: {len(pictures)} states, {is_goal.sum()} of them {args.pose}")
+        images = np.asarray(vlm.embed_images(view.crop(pictures)))
+        text, baseline = np.asarray(vlm.embed_text(prompts))
+        distances = []
+        for alpha in args.alpha:
+            reward = check_finite(goal_baseline_reward(text, baseline, images, alpha),
+                                  f"the reward of {name}, alpha {alpha:g},")
+            distances.append(epic_distance(reward, is_goal))
+            print(f"{name}, alpha {alpha:g}: EPIC distance {distances[-1]:.3f}, "
+                  f"AUC {auc(reward[is_goal], reward[~is_goal]):.3f}")
+            rows += [(vlm_name, look, alpha, i, int(goal), value)
+                     for i, (goal, value) in enumerate(zip(is_goal, reward, strict=True))]
+            if alpha == args.alpha[0]:
+                panel.set(title=name, xlabel=f"reward, alpha {alpha:g}")
+                bins = np.linspace(reward.min(), reward.max(), 40)
+                for label, chosen, colour in (("goal", is_goal, "C2"), ("not", ~is_goal, "C7")):
+                    panel.hist(reward[chosen], bins, density=True, alpha=0.6, label=label,
+                               color=colour)
+                    panel.axvline(reward[chosen].mean(), linestyle=":", color=colour)
+        axis.plot(args.alpha, distances, "o-", label=name)
     panels[0][0].legend()
     axis.set(title=args.pose, xlabel="alpha", ylabel="EPIC distance to the labels")
     axis.legend()

@@ -24,13 +24,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from common import replay
-from common.cores import num_cores, share_cores
+from common.cli import parse_args, run_script
+from common.cores import num_cores
 from common.envs import metaworld_suite, rendering, workers
 from common.errors import UserError
-from common.flags import parse
 from tools.evaluate.trained import load_script
 
 FOLDER = "FURL_TRACE_FOLDER"  # where workers write their events
@@ -103,8 +104,6 @@ def work(socket_fd: int, memory_fd: int) -> None:
 
 def wrap_script(recorder: Recorder, script: Any) -> ThreadPoolExecutor:
     """Trace what a script's main calls; the thread that waits for the updates' results."""
-    import jax
-
     from common.envs.metaworld_envpool import EnvPoolMetaWorld
     from common.run import Run
     from common.vlms import VLM
@@ -202,11 +201,6 @@ def chrome_trace(events: list, start: int) -> dict[str, Any]:
 
 def main(args: Args, flags: list[str]) -> None:
     """Run the script with `flags` on top of the defaults here, and write its trace."""
-    import jax
-
-    from common.cli import parse_args
-
-    share_cores()
     try:
         script = load_script(args.script)
     except Exception as error:
@@ -215,14 +209,14 @@ def main(args: Args, flags: list[str]) -> None:
     missing = [name for name in ("Args", "main", "act", "update") if not hasattr(script, name)]
     if missing:
         raise UserError(f"{args.script} has no {', '.join(missing)} to trace")
-    defaults = {"learning-starts": str(min(1000, args.first)), "checkpoint-every": "0",
-                "eval-every": "1000000000", "log-every": "400"}
-    flags = [*(word for name, value in defaults.items() for word in (f"--{name}", value)), *flags]
+    defaults = ["--learning-starts", str(min(1000, args.first)), "--checkpoint-every", "0",
+                "--eval-every", "1000000000", "--log-every", "400"]
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         os.environ[FOLDER] = folder
         workers.WORKER_MODULE = "tools.trace"
-        script_args = parse_args(script.Args, [*flags, "--run-dir", f"{folder}/run"])
+        script_args = parse_args(
+            script.Args, [*defaults, *flags, "--run-dir", f"{folder}/run"])
         iteration = script_args.steps_per_iteration
         # Seven iterations more than asked for: in the first ones functions are compiled.
         steps = (-(-args.first // iteration) + 5 + args.iterations + 2) * iteration
@@ -247,9 +241,7 @@ if __name__ == "__main__":
     if FOLDER in os.environ:
         work(int(sys.argv[1]), int(sys.argv[2]))
     else:
-        try:
-            words = sys.argv[1:]
-            split = words.index("--") if "--" in words else len(words)
-            main(parse(Args, words[:split]), words[split + 1 :])
-        except UserError as error:
-            raise SystemExit(f"error: {error}") from None
+        split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+        flags = sys.argv[split + 1 :]
+        del sys.argv[split:]
+        run_script(functools.partial(main, flags=flags), Args)

@@ -7,7 +7,6 @@
 Needs a login, except with --results and --dry-run together.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,48 +23,34 @@ CURVES = ("eval/success_at_end", "eval/success_once", "charts/success_once")
 
 @dataclass(frozen=True)
 class Args:
-    project: str = "furl"
-    """the W&B project whose runs are shown, and that gets the report"""
-    entity: str | None = None
-    """user or team it belongs to; default: your own"""
-    results: Path | None = None
-    """a folder of `tools.results`, for methods and table; default: the finished runs in W&B"""
-    budget: int | None = None
-    """take each run as it was after so many environment steps"""
-    title: str | None = None
-    """default: the project's name"""
-    dry_run: Path | None = None
-    """write the report's specification to this file, and send nothing"""
+    project: str = "furl"  # the W&B project whose runs are shown, and that gets the report
+    entity: str | None = None  # user or team it belongs to; default: your own
+    results: Path | None = None  # a folder of tools.results; default: the finished runs in W&B
+    budget: int | None = None  # take each run as it was after so many environment steps
+    title: str | None = None  # default: the project's name
+    dry_run: Path | None = None  # write the report's specification to this file, send nothing
 
 
 def make_report(args: Args, entity: str, results: Results) -> Any:
     """The report, not saved yet: a panel for each task and curve, a run set for each method."""
-    try:
-        import wandb_workspaces.expr as expr
-        import wandb_workspaces.reports.v2 as wr
-    except ImportError:
-        raise UserError("the report needs the package wandb-workspaces: pip install -r "
-                        "requirements.txt") from None
+    import wandb_workspaces.expr as expr
+    import wandb_workspaces.reports.v2 as wr
 
-    # A run set that names no project shows the runs of the report's own.
-    def run_sets(task: str) -> list[Any]:
-        return [wr.Runset(
+    tables = make_tables(results, results.records(), results.improvements())
+    blocks = [wr.TableOfContents(), *(wr.MarkdownBlock(text=t.markdown()) for t in tables)]
+    for task in [*results.tasks, *results.return_tasks]:
+        # A run set that names no project shows the runs of the report's own.
+        run_sets = [wr.Runset(
             name=name, groupby=["config.exp_name"],
             filters=expr.And(*(expr.Config(key) == value for key, value in
                                {"env_id": task, **what_makes(results, method)}.items())),
         ) for method, name in results.names.items()]
-
-    blocks = [wr.TableOfContents()]
-    records, improvements = results.records(), results.improvements()
-    for table in make_tables(results, records, improvements):
-        blocks.append(wr.MarkdownBlock(text=table.markdown()))
-    for task in [*results.tasks, *results.return_tasks]:
         of_returns = task in results.return_tasks
         panels = [wr.LinePlot(
             title=key, x="env_steps", y=[key], groupby_aggfunc="mean", groupby_rangefunc="stderr",
             range_y=(None, None) if of_returns else (0, 1),
         ) for key in (CURVES_OF_RETURNS if of_returns else CURVES)]
-        blocks += [wr.H2(text=task), wr.PanelGrid(runsets=run_sets(task), panels=panels)]
+        blocks += [wr.H2(text=task), wr.PanelGrid(runsets=run_sets, panels=panels)]
     return wr.Report(project=args.project, entity=entity, blocks=blocks, width="fluid",
                      title=args.title or f"{args.project}: methods compared")
 
@@ -87,8 +72,8 @@ def main(args: Args) -> None:
     results = Results(check_runs(name_methods(runs), args.budget))
     if args.dry_run:
         report = make_report(args, args.entity or "entity", results)
-        spec = report._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)
-        args.dry_run.write_text(json.dumps(json.loads(spec), indent=1) + "\n")
+        spec = report._to_model().spec
+        args.dry_run.write_text(spec.model_dump_json(by_alias=True, exclude_none=True, indent=1))
         print(f"written: {args.dry_run}; nothing was sent")
         return
     import wandb
@@ -96,8 +81,6 @@ def main(args: Args) -> None:
     try:
         report = make_report(args, args.entity or wandb.Api().default_entity, results)
         report.save()
-    except UserError:
-        raise
     except Exception as error:  # the network's, the login's and the server's have no common class
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"W&B did not take the report ({reason}); log in with 'wandb login', or "

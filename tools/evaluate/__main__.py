@@ -20,22 +20,23 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from annotated_types import Ge, Le
 
 from common.cli import run_script
 from common.envs.registry import suite_for
+from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, all_same
-from common.flags import Goal, NotNegativeInt, check_ranges
+from common.flags import Goal, NotNegativeInt, PositiveInt, check_ranges
 from common.names import file_name
 from common.policies import scores
 from common.run_folder import kept_policies, read_config, read_metrics
 from common.versions import git_commit, versions
 from tools.evaluate.trained import Trained, open_run
-from tools.evaluate.video import film, or_without_videos
+from tools.evaluate.video import film
 from tools.shared.folders import new_folder, writable_folder, written_whole
 from tools.shared.measures import standard_error, wilson_interval, without_nan
 
-MAX_VIDEOS = 4  # their frames are all in memory: 0.2 GB each
 RUN_FACTS = ("script", "args", "command", "commit", "versions", "engine", "vlm_id", "prompt")
 
 
@@ -43,7 +44,7 @@ RUN_FACTS = ("script", "args", "command", "commit", "versions", "engine", "vlm_i
 class Args:
     run: Annotated[Path, tyro.conf.Positional]
     """run folder"""
-    episodes: int = 100
+    episodes: PositiveInt = 100
     """episodes to play; with a fixed goal one is, as all would be the same"""
     step: int | None = None
     """which of the kept policies, by its environment steps; default: the newest checkpoint's"""
@@ -57,8 +58,9 @@ class Args:
     """default: as in training"""
     seed: NotNegativeInt | None = None
     """of the goals; default: the run's own for a fixed goal, else one unused so far"""
-    videos: int = 1
-    """episodes to film, the first ones, at most 4; 0: none"""
+    videos: Annotated[int, Ge(0), Le(4)] = 1
+    """episodes to film, the first ones, at most 4 (their frames take 0.2 GB of memory each); 0:
+    none"""
     run_code: bool = False
     """execute the copy of the script that the run folder keeps; only for folders that you trust"""
     output: Path | None = None
@@ -170,7 +172,10 @@ def evaluate(trained: Trained, args: Args) -> dict[str, Any]:
     seed = seed if args.seed is None else args.seed
     num_episodes = 1 if same else args.episodes
     where = {"env_id": env_id, "goal": goal, "seed": seed}
-    output = output_folder(args, trained, *where.values(), num_episodes)
+    name = (f"step_{trained.env_steps}__{file_name(env_id)}__{goal}__{seed}__{num_episodes}"
+            "_episodes")
+    output = (new_folder(args.output) if args.output else
+              writable_folder(trained.folder / "evaluations" / name))
     print(f"{trained.folder}: {trained.config['script']}.py, {trained.env_steps:,} steps of "
           f"training on {trained.args.env_id} (goal {own_goal}, seed {trained.args.seed})")
     print(f"played: {num_episodes} episode{'s' * (num_episodes > 1)} of {env_id}, goal {goal}, "
@@ -201,34 +206,20 @@ def evaluate(trained: Trained, args: Args) -> dict[str, Any]:
     }
     with written_whole(output) as folder:
         if args.videos:
-            with or_without_videos(folder):
+            try:
                 results["videos"], results["video_curve"] = film(
                     trained, evaluator, min(args.videos, num_episodes), folder, **where)
+            except (UserError, WorkerError, ImportError) as error:  # the figures are there
+                for path in folder.glob("*.mp4"):
+                    path.unlink()
+                print(f"note: without a video: {error}")
         (folder / "evaluation.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
     print(f"written: {output}")
     return results
 
 
-def output_folder(args: Args, trained: Trained, env_id: str, *what: Any) -> Path:
-    """Where the results go: --output, which must be new, or by default a folder in the run's own
-    that is named by `what` is evaluated.
-
-    Raises:
-        UserError: it is there already, or cannot be written.
-    """
-    if args.output is not None:
-        return new_folder(args.output)
-    *what, num_episodes = what
-    name = "__".join([f"step_{trained.env_steps}", file_name(env_id), *map(str, what),
-                      f"{num_episodes}_episodes"])
-    return writable_folder(trained.folder / "evaluations" / name)
-
-
 def main(args: Args) -> dict[str, Any]:
     """Evaluate, and return what the JSON holds."""
-    if args.episodes < 1 or not 0 <= args.videos <= MAX_VIDEOS:
-        raise UserError(f"--episodes must be 1 or more and --videos 0 to {MAX_VIDEOS}; they are "
-                        f"{args.episodes} and {args.videos}")
     check_ranges(args)
     return evaluate(open_run(args.run, chosen_step(args), args.run_code), args)
 

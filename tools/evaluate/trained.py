@@ -5,6 +5,7 @@ memory for the run's replay. It opens runs of any script that defines the names 
 """
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -74,7 +75,6 @@ class Trained:
         script, args: the module that trained it, and its arguments.
         env_steps: done when it was saved.
         state: the script's networks; of a kept policy only what it acts by, else NaN.
-        name: what a report calls the run: its folder's name, or more of the path.
     """
 
     folder: Path
@@ -83,7 +83,6 @@ class Trained:
     args: Any
     env_steps: int
     state: Any
-    name: str
 
     @property
     def has_vlm(self) -> bool:
@@ -205,25 +204,21 @@ def open_run(folder: Path, env_steps: int | None = None, run_code: bool = False)
     elif ours.exists() and kept.exists() and ours.read_bytes() != kept.read_bytes():
         print(f"note: {name}.py has changed since this run: it is evaluated by the present one")
     path = kept if run_code else ours
+    remedy = ""
+    if kept.exists() and not run_code:
+        remedy = "; with --run-code the folder's own is executed"
     if not path.exists():
-        help_ = ""
-        if kept.exists():
-            help_ = "; with --run-code the folder's own is executed"
         place = "the folder" if run_code else "this checkout"
-        raise UserError(f"{folder}: there is no {path.name} in {place}{help_}")
+        raise UserError(f"{folder}: there is no {path.name} in {place}{remedy}")
     try:
         script = load_script(path)
         args = stored_args(config["args"], script.Args, str(folder))
         init = partial(script.init_state, sizes=Sizes(**config["sizes"]), args=args)
-        template = jax.eval_shape(init, jax.random.key(0))
-        state = unflatten(template)
+        state = unflatten(jax.eval_shape(init, jax.random.key(0)))
     except Exception as error:  # whatever an edited script may raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        help_ = ""
-        if kept.exists() and not run_code:
-            help_ = f"; with --run-code the folder's own {kept.name} is executed"
-        raise UserError(f"{folder}: {path.name} does not fit this run ({reason}){help_}") from None
-    return Trained(folder, config, script, args, env_steps, state, folder.resolve().name)
+        raise UserError(f"{folder}: {path.name} does not fit this run ({reason}){remedy}") from None
+    return Trained(folder, config, script, args, env_steps, state)
 
 
 def read_networks(folder: Path, env_steps: int | None) -> tuple[int, Callable[[Any], Any]]:
@@ -274,6 +269,4 @@ def load_script(path: Path) -> ModuleType:
 
 def without_precision(vlm_id: str) -> str:
     """A VLM's id without the number format, which is the machine's choice."""
-    for precision in ("-fp16", "-bf16", "-fp32"):
-        vlm_id = vlm_id.removesuffix(precision)
-    return vlm_id
+    return re.sub("-(fp16|bf16|fp32)$", "", vlm_id)

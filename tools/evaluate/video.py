@@ -1,7 +1,6 @@
 """The video of evaluation episodes: the instruction, the scene, and the reward as it unfolds."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.envs.registry import suite_for
-from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import Evaluator, write_video
 from tools.evaluate.trained import Trained
@@ -70,31 +68,8 @@ def film(
     return names, label
 
 
-@contextmanager
-def or_without_videos(folder: Path) -> Iterator[None]:
-    """What keeps videos from being made costs only them, and a line: the figures are there."""
-    try:
-        yield
-    except (UserError, WorkerError, ImportError) as error:
-        for path in folder.glob("*.mp4"):
-            path.unlink()
-        print(f"note: without a video: {error}")
-
-
 def font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size)
-
-
-def wrapped(text: str, width: float, size: int) -> list[str]:
-    """`text` in lines of at most `width` pixels; a longer word has a line of its own."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font(size).getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
 
 
 def compose(
@@ -110,7 +85,7 @@ def compose(
         steps_per_frame: environment steps between two frames.
     """
     size = frames.shape[1]
-    lines = wrapped(title, size - 24, 17)
+    lines = textwrap.wrap(title, (size - 24) // 9)  # a letter of 17 px is 8 to 9 wide
     top = 18 + 22 * len(lines)
     height = -(-(top + size + CURVE_HEIGHT) // 8) * 8  # what H.264's blocks need
     low, high = float(reward.min()), float(reward.max())

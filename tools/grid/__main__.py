@@ -14,11 +14,12 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +27,19 @@ from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 
+from common import flags
 from common.cores import OVERRIDE
-from common.envs.metaworld_tasks import ENV_IDS, MT10, resolve_env_id
+from common.envs.metaworld_tasks import ENV_IDS, MT10
 from common.errors import UserError
-from common.flags import RunArgs, parse
 from common.logger import format_duration
-from common.names import LONGEST, distinct_name, marked
-from common.run_folder import Progress, is_finished, is_in_use, read_progress
+from common.names import LONGEST, distinct_name, folder_name
+from common.run_folder import Progress, is_finished, is_in_use, read_progress, saved_steps
 from tools import ROOT
-from tools.grid.cells import Cell, Outcome
+from tools.grid.cells import Cell, Deaths, Outcome
 from tools.grid.engines import RayEngine, SlurmEngine, share_of
 from tools.grid.paper_tables import METHODS, PRESETS, TABLES, Method
+from tools.shared.folders import writable_folder, written_whole
 
-MOST_SEEDS = 100_000  # --seeds says how many there are, and is no seed itself
 OURS = {"env_id", "seed", "run_dir", "resume"}  # flags that the grid gives
 
 
@@ -49,20 +50,20 @@ class Args:
     # --- which runs
     env_ids: tuple[str, ...] = ()  # tasks, or mt10; default: the table's, or mt10
     methods: tuple[str, ...] = ()  # only these of the table, as its folders are called
-    seeds: int = 5  # 0 to this number minus one
+    seeds: flags.PositiveInt = 5  # 0 to this number minus one
     preset: Literal["paper", "laptop", "plus", "none"] | None = None  # the table's, or none
     output: Path | None = None  # default: runs/grids/<names>
     dry_run: bool = False  # print the commands, start nothing
     # --- what a run gets
-    cores_per_run: int | None = None  # default: 1; beside a GPU its share of the cores
+    cores_per_run: flags.PositiveInt | None = None  # default: 1; beside a GPU its share of them
     gpus_per_run: float | None = None  # a fraction shares a GPU; default: 0.25 where there is one
-    memory_per_run: float | None = None  # GiB; as many run at once as fit; default: the preset's
-    retries: int = 3  # of a run, worker or node that died, since its last progress
+    memory_per_run: flags.PositiveFloat | None = None  # GiB; as many run as fit; default: preset's
+    retries: flags.NotNegativeInt = 3  # of a run, worker or node that died, since its last progress
     # --- where
     engine: Literal["ray", "slurm"] = "ray"  # ray: this machine, or the cluster at --address
     address: str | None = None  # <host>:<port> of a running Ray cluster
     partition: str | None = None  # of SLURM
-    runs_per_job: int | None = None  # SLURM; default: as many as share a GPU
+    runs_per_job: flags.PositiveInt | None = None  # SLURM; default: as many as share a GPU
     time_limit: int = 240  # SLURM, minutes; a job that meets it saves, is queued again and resumes
     signal_delay: int = 120  # SLURM, seconds before the time limit in which runs save
     sbatch: tuple[str, ...] = ()  # more for SLURM, such as account=me qos=low
@@ -86,7 +87,7 @@ def flag_groups(words: list[str]) -> dict[str, list[str]]:
 
 
 def fields_of(script: Path) -> set[str]:
-    """The names of a script's flags, read without running it.
+    """The names of a script's flags, and those of their negations, read without running it.
 
     Raises:
         UserError: there is no such script, or it has no Args.
@@ -97,23 +98,11 @@ def fields_of(script: Path) -> set[str]:
         raise UserError(f"{script} cannot be read: {error}") from None
     for node in body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
-            shared = {field.name for field in dataclasses.fields(RunArgs)} if node.bases else set()
-            return shared | {item.target.id for item in node.body if isinstance(
-                item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
+            names = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
+            if node.bases:
+                names += [field.name for field in dataclasses.fields(flags.RunArgs)]
+            return {*names, *(f"no_{name}" for name in names)}
     raise UserError(f"{script} has no class Args: it is not a script like furl_sac_state.py")
-
-
-def full_env_id(name: str) -> str:
-    """The id of an environment of any suite.
-
-    Raises:
-        UserError: no suite knows it.
-    """
-    with contextlib.suppress(UserError):
-        return resolve_env_id(name)
-    from common.envs.registry import suite_for  # late: it takes seconds, and Meta-World needs none
-
-    return suite_for(name).resolve_env_id(name)
 
 
 def chosen_methods(args: Args) -> dict[str, tuple[Method, tuple[str, ...]]]:
@@ -129,22 +118,21 @@ def chosen_methods(args: Args) -> dict[str, tuple[Method, tuple[str, ...]]]:
             found[method] = METHODS[method], tasks
     for words in args.scripts:
         try:
-            script, *flags = shlex.split(words)
+            script, *own = shlex.split(words)
         except ValueError:  # empty, or a quotation that is not closed
             raise UserError(f"--scripts {words!r} is no script with flags") from None
-        name = "_".join([Path(script).stem, *(word.strip("-") for word in flags)])
-        name = name.replace("/", "-")
-        if len(name.encode()) > LONGEST:  # a flag may hold a long prompt
-            name = marked(name.encode()[: LONGEST // 2].decode(errors="ignore"), words)
-        if owners.get(name) == words:
+        name = "_".join([Path(script).stem, *(word.strip("-") for word in own)])
+        name = distinct_name(folder_name(name.replace("/", "-")), words, owners)
+        if name in found:
             raise UserError(f"two of --scripts are the same: {words}")
-        name = distinct_name(name, words, owners)
-        found[name] = Method(name, script, shlex.join(flags)), MT10
+        found[name] = Method(name, script, shlex.join(own)), MT10
     if unknown := set(args.methods) - set(found):
         raise UserError(f"unknown method {min(unknown)!r}; there are {', '.join(found)}")
     if args.env_ids:
+        from common.envs.registry import suite_for  # late: it takes seconds
+
         tasks = [id for name in args.env_ids for id in (MT10 if name == "mt10" else (name,))]
-        tasks = tuple(dict.fromkeys(map(full_env_id, tasks)))
+        tasks = tuple(dict.fromkeys(suite_for(id).resolve_env_id(id) for id in tasks))
         found = {name: (method, tasks) for name, (method, _) in found.items()}
     return {name: both for name, both in found.items() if not args.methods or name in args.methods}
 
@@ -159,67 +147,54 @@ def plan(args: Args, extra: list[str]) -> tuple[Path, dict[str, Any], list[Cell]
         (the grid's folder, the content of its grid.json, its cells in the order to start them:
         all methods with the first seed, then the next).
     """
+    flags.check_ranges(args)
     if bool(args.names) == bool(args.scripts):
         raise UserError(f"name a table or figure ({', '.join(TABLES)}), or give --scripts")
-    if not 1 <= args.seeds <= MOST_SEEDS or args.retries < 0:
-        raise UserError(f"--seeds must be 1 to {MOST_SEEDS}, and --retries not negative; they are "
-                        f"{args.seeds} and {args.retries}")
-    presets = {TABLES[name].preset for name in args.names if name in TABLES} or {"none"}
-    if not args.preset and len(presets) > 1:
+    chosen = chosen_methods(args)
+    presets = {args.preset} if args.preset else {TABLES[name].preset for name in args.names}
+    if len(presets) > 1:
         raise UserError(f"these tables have the presets {' and '.join(sorted(presets))}: choose "
                         "one by --preset, or name them one after another")
-    preset_name = args.preset or presets.pop()
+    preset_name = presets.pop() if presets else "none"
     preset, users = PRESETS[preset_name], flag_groups(extra)
     if taken := OURS & set(users):
-        raise UserError(f"--{min(taken).replace('_', '-')} is the grid's own: use --env-ids, "
-                        "--seeds and --output")
-    methods, merged, has, notes = {}, {}, set(), {}
-    for name, (method, tasks) in chosen_methods(args).items():
+        raise UserError(f"{flags.flag_of(min(taken))} is the grid's own: use --env-ids, --seeds "
+                        "and --output")
+    methods, commands, unknown = {}, {}, set(users)
+    for name, (method, _) in chosen.items():
         script = Path(method.script)
         if args.names or not script.exists():
             script = ROOT / script
         fields = fields_of(script)
-
-        def known(flag: str, fields: set[str] = fields) -> bool:
-            return flag in fields or flag.removeprefix("no_") in fields
-
         vlm = preset.vlms.get(method.vlm or "", "") if args.names else ""
-        merged[name] = {
-            **{k: v for k, v in flag_groups(shlex.split(preset.flags)).items() if known(k)},
-            **flag_groups(shlex.split(method.flags)), **flag_groups(shlex.split(vlm)),
-            **{k: v for k, v in users.items() if known(k)},
-        }
-        has |= {flag for flag in users if known(flag)}
-        if lacks := [flag for flag in users if not known(flag)]:
-            notes[script.name] = ", ".join(f"--{flag.replace('_', '-')}" for flag in lacks)
-        flags = [word for group in merged[name].values() for word in group]
-        methods[name] = script.resolve(), flags, method.label, tasks
-    if missing := set(users) - has:
-        raise UserError(f"no script of this grid has the flag --{min(missing).replace('_', '-')}")
-    for script, lacks in notes.items():
-        print(f"note: {script} runs without {lacks}, which it does not have", file=sys.stderr)
-    budgets = {" ".join(flags.get("total_timesteps", ["--total-timesteps"])) for flags
-               in merged.values()}
-    budget = budgets.pop().replace("=", " ").removeprefix("--total-timesteps").strip()
-    budget = budget.replace("_", "")
-    grid_name = "+".join(args.names or methods)
-    if len(grid_name.encode()) > LONGEST:
-        grid_name = marked(grid_name.encode()[: LONGEST // 2].decode(errors="ignore"), grid_name)
+        of_all = [flag_groups(shlex.split(preset.flags)), users]
+        before, after = ({k: v for k, v in groups.items() if k in fields} for groups in of_all)
+        groups = before | flag_groups(shlex.split(f"{method.flags} {vlm}")) | after
+        unknown -= fields
+        words = [word for group in groups.values() for word in group]
+        commands[name] = script.resolve(), words
+        methods[name] = {"script": script.name, "flags": shlex.join(words), "label": method.label}
+    if unknown:
+        raise UserError(f"no script of this grid has the flag {flags.flag_of(min(unknown))}")
+    budgets = {re.search(r"--total[-_]timesteps[ =]([\d_]+)|$", method["flags"])[1]
+               for method in methods.values()}
+    budget = budgets.pop() if len(budgets) == 1 else None
+    grid_name = "+".join(args.names or chosen)
     grid = {
-        "name": grid_name, "preset": preset_name,
-        "methods": {name: {"script": script.name, "flags": shlex.join(flags), "label": label}
-                    for name, (script, flags, label, _) in methods.items()},
-        "tasks": list(dict.fromkeys(task for *_, tasks in methods.values() for task in tasks)),
+        "name": grid_name if len(grid_name) <= LONGEST else folder_name(grid_name),
+        "preset": preset_name,
+        "methods": methods,
+        "tasks": list(dict.fromkeys(task for _, tasks in chosen.values() for task in tasks)),
         "seeds": list(range(args.seeds)),
-        "total_timesteps": int(budget) if budget.isdecimal() and not budgets else None,
+        "total_timesteps": int(budget) if budget else None,
     }
     output = args.output or Path("runs/grids") / grid["name"]
     cells = [
         Cell(f"{name}/{task}/{seed}", str(script),
-             ("--env-id", task, "--seed", str(seed), *flags),
+             ("--env-id", task, "--seed", str(seed), *words),
              output.resolve() / name / task / str(seed))
-        for seed in range(args.seeds) for task in grid["tasks"]
-        for name, (script, flags, _, tasks) in methods.items() if task in tasks
+        for seed in grid["seeds"] for task in grid["tasks"]
+        for name, (script, words) in commands.items() if task in chosen[name][1]
     ]
     return output, grid, cells
 
@@ -230,34 +205,26 @@ def write_grid(output: Path, grid: dict[str, Any]) -> None:
     Raises:
         UserError: the folder has other runs under the same names, or cannot be written.
     """
+    writable_folder(output)
     path = output / "grid.json"
     if path.exists():
         try:
             before = json.loads(path.read_text())
-            for key in ("name", "preset", "total_timesteps"):
-                if before[key] != grid[key]:
-                    raise UserError(f"{output} holds a grid whose {key} is {before[key]}, not "
-                                    f"{grid[key]}: choose another --output")
-            for name in before["methods"].keys() & grid["methods"].keys():
-                if before["methods"][name] != grid["methods"][name]:
-                    raise UserError(f"{output} holds runs of {name} with other flags "
-                                    f"({before['methods'][name]['flags']}): choose another "
-                                    "--output")
-            joined = {key: [*before[key], *(x for x in grid[key] if x not in before[key])]
-                      for key in ("tasks", "seeds")}
-            grid = grid | joined | {"methods": before["methods"] | grid["methods"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
+        except ValueError as error:
             raise UserError(f"{path} cannot be read ({error}): choose another --output") from None
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        temporary = output / "grid.json.tmp"
-        temporary.write_text(json.dumps(grid, indent=1) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; choose another --output"
-                        ) from None
+        for key in ("name", "preset", "total_timesteps"):
+            if before[key] != grid[key]:
+                raise UserError(f"{output} holds a grid whose {key} is {before[key]}, not "
+                                f"{grid[key]}: choose another --output")
+        for name in before["methods"].keys() & grid["methods"].keys():
+            if before["methods"][name] != grid["methods"][name]:
+                raise UserError(f"{output} holds runs of {name} with other flags "
+                                f"({before['methods'][name]['flags']}): choose another --output")
+        for key in ("tasks", "seeds"):
+            grid = grid | {key: list(dict.fromkeys([*before[key], *grid[key]]))}
+        grid = grid | {"methods": before["methods"] | grid["methods"]}
+    with written_whole(output, keep=True) as new:
+        (new / "grid.json").write_text(json.dumps(grid, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------- progress
@@ -271,72 +238,59 @@ def last_evaluation(task: str, run: Progress) -> str:
 
 
 class Screen:
-    """A table that refreshes itself on a terminal, and lines where nobody watches."""
-
-    ROWS, SECONDS, LINE_SECONDS = 30, 2.0, 60.0
+    """What is running: lines that are refreshed in place on a terminal, else printed each minute.
+    """
 
     def __init__(self, cells: list[Cell], out: TextIO):
-        self.cells, self.out, self.outcomes = cells, out, {}
-        self.live, self.next = None, 0.0
-        if out.isatty():
-            from rich.console import Console
-            from rich.live import Live
+        from rich.console import Console  # rich is there where Ray is
+        from rich.live import Live
 
-            self.live = Live(console=Console(file=out, markup=False, highlight=False),
-                             auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        self.cells, self.outcomes = cells, {}
+        # On a terminal rich breaks long lines itself, to know how many it refreshes.
+        self.console = Console(file=out, markup=False, highlight=False,
+                               soft_wrap=not out.isatty())
+        self.live = None
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, auto_refresh=False, redirect_stdout=False,
+                             redirect_stderr=False)
             self.live.start()
+        self.next = 0.0
 
-    def say(self, text: str) -> None:
-        if self.live:
-            self.live.console.print(text)
-        else:
-            print(text, file=self.out, flush=True)
-
-    def ended(self, outcomes: dict[str, Outcome]) -> None:
-        """Tell of these. A job from before may have cells that this grid does not have."""
-        mine = {cell.name for cell in self.cells}
-        outcomes = {name: outcome for name, outcome in outcomes.items() if name in mine}
-        for name, outcome in outcomes.items():
-            self.outcomes[name] = outcome
-            self.say(f"{outcome.state:9} {name}" + (f": {outcome.text}" if outcome.text else ""))
+    def ended(self, cell: Cell, outcome: Outcome) -> None:
+        self.outcomes[cell.name] = outcome
+        text = f": {outcome.text}" if outcome.text else ""
+        self.console.print(f"{outcome.state:9} {cell.name}{text}")
 
     def update(self) -> None:
         if time.monotonic() < self.next:
             return
-        self.next = time.monotonic() + (self.SECONDS if self.live else self.LINE_SECONDS)
+        self.next = time.monotonic() + (2 if self.live else 60)
         running = [cell for cell in self.cells
                    if cell.name not in self.outcomes and is_in_use(cell.folder)]
-        rows = []
+        waiting = len(self.cells) - len(self.outcomes) - len(running)
+        lines = [", ".join(filter(None, [counted(self.outcomes), f"{len(running)} running",
+                                         f"{waiting} waiting or starting"]))]
         for cell in running:
             run = read_progress(cell.folder)
-            rows.append((
-                cell.name, f"{run.steps:,}/{run.total or 0:,}",
-                "-" if run.speed is None else f"{run.speed:.0f}",
-                last_evaluation(cell.task, run),
-                "-" if run.seconds_left is None else format_duration(run.seconds_left),
-            ))
-        counts = Counter(outcome.state for outcome in self.outcomes.values())
-        waiting = len(self.cells) - len(self.outcomes) - len(running)
-        summary = ", ".join([*(f"{n} {state}" for state, n in sorted(counts.items())),
-                             f"{len(running)} running", f"{waiting} waiting or starting"])
-        if not self.live:
-            for name, steps, speed, evaluation, left in rows:
-                self.say(f"running   {name}: {steps} steps, {speed} steps/s, last evaluation: "
-                         f"{evaluation}, {left} left")
-            self.say(summary)
-            return
-        from rich.table import Table
-
-        table = Table("run", "steps", "steps/s", "last evaluation", "time left",
-                      caption=summary)
-        for row in rows[: self.ROWS]:
-            table.add_row(*row)
-        self.live.update(table, refresh=True)
+            speed = "" if run.speed is None else f", {run.speed:.0f} steps/s"
+            left = "" if run.seconds_left is None else f", {format_duration(run.seconds_left)} left"
+            lines.append(f"running   {cell.name}: {run.steps:,}/{run.total or 0:,} steps{speed}, "
+                         f"last evaluation: {last_evaluation(cell.task, run)}{left}")
+        text = "\n".join(lines)
+        if self.live:
+            self.live.update(text, refresh=True)
+        else:
+            self.console.print(text)
 
     def close(self) -> None:
         if self.live:
-            self.update()
             self.live.stop()
+
+
+def counted(outcomes: dict[str, Outcome]) -> str:
+    """How many cells ended how: "1 failed, 3 finished"."""
+    counts = Counter(outcome.state for outcome in outcomes.values())
+    return ", ".join(f"{n} {state}" for state, n in sorted(counts.items()))
 
 
 # -------------------------------------------------------------------------------- main
@@ -357,9 +311,13 @@ def notes_to(path: Path) -> Iterator[None]:
 
 
 def run_grid(
-    engine: RayEngine | SlurmEngine, cells: list[Cell], out: TextIO
+    engine: RayEngine | SlurmEngine, cells: list[Cell], retries: int, out: TextIO
 ) -> dict[str, Outcome]:
-    """Run the cells until each has ended; the first Ctrl-C lets them save, the second ends."""
+    """Run the cells until each has ended; the first Ctrl-C lets them save, the second ends.
+
+    A cell whose worker, machine or job died is submitted again, up to `retries` times without any
+    progress.
+    """
     stops: list[int] = []
 
     def stop(number: int, _frame: Any) -> None:
@@ -369,14 +327,24 @@ def run_grid(
 
     for number in engine.stopped_by:  # after the engine's start: Ray sets its own
         signal.signal(number, stop)
-    screen, told = Screen(cells, out), False
+    screen, told, deaths = Screen(cells, out), False, defaultdict(Deaths)
     try:
         while len(screen.outcomes) < len(cells):
             if stops and not told:
                 told = True
-                screen.say("stopping: running cells are saved first")
+                screen.console.print("stopping: running cells are saved first")
                 engine.stop()
-            screen.ended(engine.poll())
+            again = []
+            for cell, outcome in engine.poll():
+                if is_finished(cell.folder):  # maybe before the others of its job
+                    outcome = Outcome("finished")
+                died = outcome.state == "died" and not told
+                if died and deaths[cell.name].add(saved_steps(cell.folder)) <= retries:
+                    again.append(cell)
+                else:
+                    screen.ended(cell, outcome)
+            if again:
+                engine.submit(again)
             screen.update()
             time.sleep(0.5)
     finally:
@@ -406,29 +374,29 @@ def main(args: Args, extra: list[str]) -> int:
         return 0
     out = sys.stdout
     with notes_to(output / "engine.log"):
-        engine = RayEngine(args) if args.engine == "ray" else SlurmEngine(args, output)
         try:
-            print(f"{engine.where}; a run gets {engine.share.cores} cores, "
-                  f"{engine.share.gpus:g} GPUs, {args.memory_per_run:g} GiB", file=out, flush=True)
-            engine.submit(todo)
-            if args.detach:
-                print("submitted; the same command without --detach shows how far they are",
-                      file=out)
-                return 0
-            outcomes = run_grid(engine, todo, out)
-        finally:
-            engine.close()
-    counts = Counter(outcome.state for outcome in outcomes.values())
-    print(", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
-    statuses = {"stopped": 130, "refused": 2, "failed": 1}
-    return next((status for state, status in statuses.items() if counts[state]), 0)
+            engine = RayEngine(args) if args.engine == "ray" else SlurmEngine(args, output)
+        except ImportError as error:
+            raise UserError(f"--engine {args.engine} needs {error.name}: pip install -r "
+                            "requirements-grid.txt (or: make grid)") from None
+        print(f"{engine.where}; a run gets {engine.share.cores} cores, {engine.share.gpus:g} GPUs, "
+              f"{args.memory_per_run:g} GiB", file=out, flush=True)
+        engine.submit(todo)
+        if args.detach:
+            print("submitted; the same command without --detach shows how far they are", file=out)
+            return 0
+        outcomes = run_grid(engine, todo, args.retries, out)
+    print(counted(outcomes))
+    states = {outcome.state for outcome in outcomes.values()}
+    statuses = {"stopped": 130, "refused": 2, "failed": 1, "died": 1}
+    return next((status for state, status in statuses.items() if state in states), 0)
 
 
 if __name__ == "__main__":
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     try:
-        status = main(parse(Args, words[:cut]), words[cut + 1 :])
+        status = main(flags.parse(Args, words[:cut]), words[cut + 1 :])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = error.status

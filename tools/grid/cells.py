@@ -46,7 +46,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: finished, stopped, refused (a user error) or failed; and why."""
+    """How a cell ended, and why: finished, stopped, refused (a user error), failed, or died with
+    its worker, machine or job."""
 
     state: str
     text: str = ""
@@ -73,29 +74,18 @@ class Deaths:
 
 def last_words(folder: Path) -> str:
     """The last line that a run printed."""
-    try:
-        lines = (folder / LOG).read_text(errors="replace").split("\n")
-        return next(line.strip() for line in reversed(lines) if line.strip())
-    except (OSError, StopIteration):
-        return "it printed nothing"
+    text = (folder / LOG).read_text(errors="replace").strip()
+    return text.split("\n")[-1] or "it printed nothing"
 
 
 @dataclass
 class Job:
-    """Cells that share what an engine gives one task, run side by side.
-
-    Attributes:
-        cells: what to run.
-        variables: for the runs' environment, beside this process's own.
-        cwd: where they start.
-        retries: how often a cell that died is started again without any progress. A user error is
-            never tried again.
-    """
+    """Cells that share what an engine gives one task, run side by side."""
 
     cells: list[Cell]
-    variables: dict[str, str]
-    cwd: str
-    retries: int = 3
+    variables: dict[str, str]  # for the runs' environment, beside this process's own
+    cwd: str  # where they start
+    retries: int = 3  # of a cell that died, without any progress; a user error is never tried again
 
     def __post_init__(self) -> None:
         self._running: dict[str, subprocess.Popen] = {}
@@ -135,6 +125,7 @@ class Job:
                 continue
 
     def _look_after(self, cell: Cell) -> Outcome | None:
+        """Start a cell, or look at its process; how it ended, if it has."""
         process = self._running.get(cell.name)
         if process is None:
             if is_finished(cell.folder):
@@ -150,27 +141,23 @@ class Job:
         del self._running[cell.name]
         if status == 0:
             return Outcome("finished")
-        if status == 2:
-            if is_in_use(cell.folder):  # someone was quicker: it is waited for
-                return None
-            return Outcome("refused", last_words(cell.folder))
+        words = last_words(cell.folder)
+        if status == 2:  # if someone was quicker to start it, it is waited for
+            return None if is_in_use(cell.folder) else Outcome("refused", words)
         deaths = self._deaths[cell.name]
         if deaths.add(saved_steps(cell.folder)) > self.retries:
             how = signal.Signals(-status).name if status < 0 else f"status {status}"
-            return Outcome("failed", f"{how}, {deaths.count} times: "
-                                     f"{last_words(cell.folder)} ({cell.folder / LOG})")
+            return Outcome("failed", f"{how}, {deaths.count} times: {words} ({cell.folder / LOG})")
         self._start_at[cell.name] = time.monotonic() + deaths.pause
         return None
 
     def _claim(self, cell: Cell) -> bool:
         """Whether the cell is this job's to start. (A run locks its folder when it is set up.)"""
-        if cell.name in self._claims:
-            return True
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        claim = take_lock(cell.folder / CLAIM)
-        if claim is not None:
-            self._claims[cell.name] = claim
-        return claim is not None
+        if cell.name not in self._claims:
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            if claim := take_lock(cell.folder / CLAIM):
+                self._claims[cell.name] = claim
+        return cell.name in self._claims
 
     def _start(self, cell: Cell) -> subprocess.Popen:
         command = [sys.executable, *cell.command()]
@@ -184,15 +171,8 @@ class Job:
                 start_new_session=True,
             )
 
-
-def run_job(job: Job) -> dict[str, Outcome]:
-    """`Job.run` as a function, for Ray."""
-    return job.run()
-
-
-class SlurmJob(Job):
-    """The same for submitit, which calls `checkpoint` before SLURM's time limit and then requeues
-    the job."""
+    # What submitit asks for: a call that runs the job, and what to submit again in its place. It
+    # calls `checkpoint` before SLURM's time limit.
 
     def __call__(self) -> dict[str, Outcome]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # scancel: the runs save
@@ -202,7 +182,4 @@ class SlurmJob(Job):
         from submitit.helpers import DelayedSubmission
 
         self.stop()
-        return DelayedSubmission(dataclasses.replace(self))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_running": {}, "_claims": {}}
+        return DelayedSubmission(dataclasses.replace(self))  # without its processes

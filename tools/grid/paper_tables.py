@@ -11,27 +11,19 @@ from common.envs.metaworld_tasks import MT10
 
 @dataclass(frozen=True)
 class Method:
-    """A column of a table, or a curve of a figure.
+    """A column of a table, or a curve of a figure."""
 
-    Attributes:
-        label: what the paper calls it.
-        script, flags: the command, without task, seed and VLM.
-        vlm: which of a preset's VLMs it has; None: none.
-    """
-
-    label: str
-    script: str
+    label: str  # what the paper calls it
+    script: str  # with `flags` the command, without task, seed and VLM
     flags: str = ""
-    vlm: str | None = "liv"
+    vlm: str | None = "liv"  # which of a preset's VLMs it has; None: none
 
 
 @dataclass(frozen=True)
 class Table:
-    """Names in `METHODS`, tasks, and the preset that it has by default."""
-
-    methods: tuple[str, ...]
+    methods: tuple[str, ...]  # names in `METHODS`
     tasks: tuple[str, ...] = MT10
-    preset: str = "paper"
+    preset: str = "paper"  # by default
 
 
 @dataclass(frozen=True)

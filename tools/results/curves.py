@@ -1,5 +1,6 @@
 """The figures of `tools.results`: success over environment steps and over wall-clock."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -64,14 +65,13 @@ def plot_curves(results: Results, by_time: bool):
 
     A band is the 95 % interval of the mean over seeds, by a bootstrap.
     """
-    panels = {task: lambda m, task=task: curve(results.groups.get((m, task), []), by_time)
-              for task in results.tasks}
-    if len(results.common) > 1:
-        panels["mean"] = lambda m: mean_curve(results, m, by_time)
-    for task in results.return_tasks:
-        panels[task] = lambda m, task=task: curve(results.groups.get((m, task), []), by_time, True)
-    data = {(name, method): found for name, make in panels.items()
-            for method in results.names if (found := make(method)) is not None}
+    panels = [*results.rows, *results.return_tasks]
+    data = {}  # (panel, method) -> its curve
+    for name, method in itertools.product(panels, results.names):
+        found = mean_curve(results, method, by_time) if name == "mean" else curve(
+            results.groups.get((method, name), []), by_time, name in results.return_tasks)
+        if found is not None:
+            data[name, method] = found
     if not data:
         return None
     longest = max(x[-1] for x, _ in data.values())
@@ -84,6 +84,7 @@ def plot_curves(results: Results, by_time: bool):
         figure, axes = plt.subplots(
             rows, columns, sharey=not results.return_tasks, squeeze=False, layout="constrained",
             figsize=(max(2.1 * columns, 4.6), 1.75 * rows + 0.75))
+        lines = {}  # method -> its curve in a panel
         for axis, name in zip(axes.flat, panels, strict=False):
             for number, method in enumerate(reversed(results.names)):
                 if (name, method) not in data:
@@ -91,10 +92,11 @@ def plot_curves(results: Results, by_time: bool):
                 x, values = data[name, method]
                 scale_y = 1 if name in results.return_tasks else 100
                 colour = COLOURS[number % len(COLOURS)]
-                axis.plot(x / scale, scale_y * values.mean(0), color=colour, lw=1.3,
-                          label=shown_name(results.names[method]), zorder=3 - number / 100,
-                          marker="o", ms=3, markevery=[len(x) - 1], clip_on=False,  # its end
-                          ls=DASHES[number // len(COLOURS) % len(DASHES)])
+                [lines[method]] = axis.plot(
+                    x / scale, scale_y * values.mean(0), color=colour, lw=1.3,
+                    label=shown_name(results.names[method]), zorder=3 - number / 100,
+                    marker="o", ms=3, markevery=[len(x) - 1], clip_on=False,  # its end
+                    ls=DASHES[number // len(COLOURS) % len(DASHES)])
                 if len(values) > 1:
                     band = bootstrap((values,), np.mean, axis=0, n_resamples=1_000,
                                      method="percentile", rng=np.random.default_rng(0),
@@ -116,11 +118,9 @@ def plot_curves(results: Results, by_time: bool):
         measures = ["success at the last step (%)"] * bool(results.tasks)
         figure.supylabel(" or ".join(measures + ["return"] * bool(results.return_tasks)),
                          fontsize=8)
-        handles = {label: handle for axis in axes.flat for handle, label in
-                   zip(*axis.get_legend_handles_labels(), strict=True)}
-        labels = [label for label in map(shown_name, results.names.values()) if label in handles]
-        figure.legend([handles[label] for label in labels], labels, frameon=False, fontsize=8,
-                      loc="outside upper center", ncols=min(len(labels), 2 * columns, 5))
+        figure.legend(handles=[lines[method] for method in results.names if method in lines],
+                      loc="outside upper center", ncols=min(len(lines), 2 * columns, 5),
+                      frameon=False, fontsize=8)
         return figure
 
 

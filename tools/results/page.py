@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from common.names import markdown
 from tools.results.curves import plot_curves, save_figure
 from tools.results.runs import Run
 from tools.results.statistics import NONE, Interval
-from tools.results.summary import MEASURES, Results
+from tools.results.summary import Results
 from tools.shared.plots import fill
 
 
@@ -33,98 +34,60 @@ class Table:
         return f"## {self.title}\n{self.note}\n\n{text}\n"
 
 
-def percent(value: float | None, interval: Interval = NONE, std: float | None = None) -> str:
-    """A share as text: "60 (23 to 88) ± 49"."""
+def shown(value: float | None, interval: Interval = NONE, std: float | None = None,
+          share: bool = True) -> str:
+    """A share in percent, "60 (23 to 88) ± 49", or a return, "-143 (-160 to -120) ± 20"."""
     if value is None or math.isnan(value):
         return "–"
-    text = f"{100 * value:.3g}"
+    scale, form, form_of_ends = (100, ".3g", ".0f") if share else (1, ".4g", ".4g")
+    text = f"{scale * value:{form}}"
     if not math.isnan(interval[0]):
-        text += f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
-    return text if std is None or math.isnan(std) else f"{text} ± {100 * std:.3g}"
-
-
-def number(row: dict[str, Any] | None) -> str:
-    """A return as text: "-143 (-160 to -120) ± 20; last quarter -150"."""
-    if row is None:
-        return "–"
-    text = f"{row['return']:.4g}"
-    if not math.isnan(row["low"]):
-        text += f" ({row['low']:.4g} to {row['high']:.4g})"
-    if not math.isnan(row["std"]):
-        text += f" ± {row['std']:.3g}"
-    return f"{text}; last quarter {row['return_last_quarter']:.4g}"
+        low, high = (f"{scale * end:{form_of_ends}}" for end in interval)
+        text += f" ({low} to {high})"
+    return text if std is None or math.isnan(std) else f"{text} ± {scale * std:.3g}"
 
 
 def make_tables(results: Results, records: dict, improvements: dict) -> list[Table]:
     """What the page shows: by task, over all tasks, a comparison, and how the runs were made."""
-    names, head, rows = results.names, ["task"], []
-    for method, name in names.items():
-        head.append(name)
+    names, budget = results.names, results.runs[0].budget
+
+    def last_step(method: str, task: str) -> str:
+        row = records[method, task]
+        # Where each run either fails or succeeds, Wilson's interval needs no deviation.
+        binary = task != "mean" and set(results.scores[method, task]["success_at_end"]) <= {0, 1}
+        return shown(row["success_at_end"], (row["low"], row["high"]),
+                       None if binary else row["std"])
+
+    def late(method: str, task: str) -> str:
+        text = shown(records[method, task]["last_quarter"])
+        if task == "mean":
+            return text
+        held = results.scores[method, task]["held"]
+        return f"{text}; {held.sum():.0f} of {len(held)} held"
+
+    def mean_return(method: str, task: str) -> str:
+        row = records[method, task]
+        text = shown(row["return"], (row["low"], row["high"]), row["std"], share=False)
+        return f"{text}; last quarter {row['return_last_quarter']:.4g}"
+
+    def by_method(tasks: list[str], cell: Callable[[str, str], str]) -> list[list[str]]:
+        return [[task, *(cell(method, task) if (method, task) in records else "–"
+                         for method in names)] for task in tasks]
+
+    head, rows = ["task", *names.values()], by_method(results.rows, last_step)
+    for method in reversed(names):  # the paper's column behind ours
         if method in results.columns:
-            head.append(f"{name}, paper")
-    for task in [*results.tasks, *["mean"] * (len(results.common) > 1)]:
-        rows.append([task])
-        for method in names:
-            row = records.get((method, task))
-            rows[-1].append("–")
-            if row is not None:
-                # Where each run either fails or succeeds, Wilson's interval needs no deviation.
-                binary = task != "mean" and set(results.scores[MEASURES[0], method, task]) <= {0, 1}
-                rows[-1][-1] = percent(row["success_at_end"], (row["low"], row["high"]),
-                                       None if binary else row["std"])
-            if method in results.columns:
-                paper = row or results.paper(method, [task])
-                rows[-1].append(percent(paper.get("paper"), std=paper.get("paper_std")))
+            place = list(names).index(method) + 2
+            head.insert(place, f"{names[method]}, paper")
+            for row in rows:
+                paper = results.paper(method, results.common if row[0] == "mean" else row[:1])
+                row.insert(place, shown(paper.get("paper"), std=paper.get("paper_std")))
     few = "" if len(results.common) == len(results.tasks) else (
         " Means are over the tasks that every method has: "
         f"{', '.join(results.common) or 'there are none'}.")
     tables = " and ".join(sorted({table for table, _ in results.columns.values()}))
     paper = tables and (f" The paper's numbers are those of its {tables}: 1,000,000 steps, LIV or "
                         "CLIP as the VLM.")
-    by_task = Table(
-        "Success at the last step",
-        f"Percent of the evaluation after {results.runs[0].budget:,} steps. In brackets the 95 % "
-        "interval: of a cell Wilson's (of shares of episodes a bootstrap over seeds), of the mean "
-        "a bootstrap stratified by task. ± is the standard deviation over seeds, in the last row "
-        f"of each seed's mean over the tasks.{few}{paper}", head, rows)
-    late_rows = []
-    for task in [*results.tasks, *["mean"] * (len(results.common) > 1)]:
-        late_rows.append([task])
-        for method in names:
-            row = records.get((method, task))
-            late_rows[-1].append("–" if row is None else percent(row["last_quarter"]))
-            if row is not None and task != "mean":
-                held = results.scores["held", method, task]
-                late_rows[-1][-1] += f"; {held.sum():.0f} of {len(held)} held"
-    late = Table(
-        "Success at the last step, in the last quarter",
-        f"Percent, mean over the evaluations after {0.75 * results.runs[0].budget:,.0f} steps and "
-        "over seeds: one evaluation says little of a policy that changes. Held: seeds with at "
-        f"least 90 % in them.{few}", ["task", *names.values()], late_rows)
-    overall = Table(
-        "Over all tasks",
-        "IQM: mean of the middle half of all runs, with its stratified bootstrap. Last quarter, "
-        "held: as above. Once: success at any step of the episode.",
-        ["method", "runs", "at the end", "IQM", "last quarter", "held", "once"],
-        [[row["method"], str(row["runs"]), percent(row["success_at_end"]),
-          percent(row["iqm"], (row["iqm_low"], row["iqm_high"])), percent(row["last_quarter"]),
-          percent(row["held"]), percent(row["success_once"])]
-         for (_, task), row in records.items() if task == "mean"])
-    comparison = Table(
-        "Probability of improvement",
-        "How often, in percent, a run of the row's method is better at its end than one of the "
-        "column's on the same task; ties count half; mean over tasks, stratified bootstrap.",
-        ["", *names.values()],
-        [[name, *(percent(*improvements[a, b]) if a != b else "" for b in names)]
-         for a, name in names.items() if improvements])
-    returns = Table(
-        "Return",
-        f"Mean of the evaluation after {results.runs[0].budget:,} steps over seeds, of "
-        "environments without a success. In brackets the 95 % interval, a bootstrap over seeds; ± "
-        "is the standard deviation over seeds. Behind it the mean over the evaluations of the last "
-        "quarter.", ["task", *names.values()],
-        [[task, *(number(records.get((method, task))) for method in names)]
-         for task in results.return_tasks])
     made = []
     for method, name in names.items():
         runs = [run for run in results.runs if run.method == method]
@@ -135,12 +98,43 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
             str(runs[0].about.get("vlm_id") or "–"),
             "; ".join(sorted({describe_hardware(run.about["hardware"]) for run in runs})),
             "–" if math.isnan(hours) else f"{hours:.2g}"])
-    how = Table(
-        "How they were made",
-        "The JSON files beside the CSVs have every run's command, and the versions of packages.",
-        ["method", "command of one run", "commits", "VLM", "hardware", "hours a run"], made,
-        words=True)
-    return [table for table in (by_task, late, overall, comparison, returns, how) if table.rows]
+    found = (
+        Table("Success at the last step",
+              f"Percent of the evaluation after {budget:,} steps. In brackets the 95 % interval: "
+              "of a cell Wilson's (of shares of episodes a bootstrap over seeds), of the mean a "
+              "bootstrap stratified by task. ± is the standard deviation over seeds, in the last "
+              f"row of each seed's mean over the tasks.{few}{paper}", head, rows),
+        Table("Success at the last step, in the last quarter",
+              f"Percent, mean over the evaluations after {0.75 * budget:,.0f} steps and over "
+              "seeds: one evaluation says little of a policy that changes. Held: seeds with at "
+              f"least 90 % in them.{few}", ["task", *names.values()],
+              by_method(results.rows, late)),
+        Table("Over all tasks",
+              "IQM: mean of the middle half of all runs, with its stratified bootstrap. Last "
+              "quarter, held: as above. Once: success at any step of the episode.",
+              ["method", "runs", "at the end", "IQM", "last quarter", "held", "once"],
+              [[row["method"], str(row["runs"]), shown(row["success_at_end"]),
+                shown(row["iqm"], (row["iqm_low"], row["iqm_high"])),
+                shown(row["last_quarter"]), shown(row["held"]), shown(row["success_once"])]
+               for (_, task), row in records.items() if task == "mean"]),
+        Table("Probability of improvement",
+              "How often, in percent, a run of the row's method is better at its end than one of "
+              "the column's on the same task; ties count half; mean over tasks, stratified "
+              "bootstrap.", ["", *names.values()],
+              [[name, *(shown(*improvements[a, b]) if a != b else "" for b in names)]
+               for a, name in names.items() if improvements]),
+        Table("Return",
+              f"Mean of the evaluation after {budget:,} steps over seeds, of environments without "
+              "a success. In brackets the 95 % interval, a bootstrap over seeds; ± is the standard "
+              "deviation over seeds. Behind it the mean over the evaluations of the last quarter.",
+              ["task", *names.values()],
+              by_method(results.return_tasks, mean_return)),
+        Table("How they were made",
+              "The JSON files beside the CSVs have every run's command, and the versions of "
+              "packages.", ["method", "command of one run", "commits", "VLM", "hardware",
+                            "hours a run"], made, words=True),
+    )
+    return [table for table in found if table.rows]
 
 
 def short_commit(run: Run) -> str:
@@ -175,14 +169,11 @@ def write_page(output: Path, title: str, runs: list[Run]) -> str:
     write_records(output / "improvement.csv", [
         {"method": results.names[a], "over": results.names[b], "probability": share,
          "low": low, "high": high} for (a, b), (share, (low, high)) in improvements.items()])
-    pictures = {}
-    measure = "Success" if results.tasks else "Return"
-    if results.tasks and results.return_tasks:
-        measure = "Success and return"
-    for name, caption, by_time in (("curves", f"{measure} over environment steps", False),
-                                   ("wall_clock", f"{measure} over wall-clock", True)):
-        figure = plot_curves(results, by_time)
-        if figure is not None:
+    kinds = ["success"] * bool(results.tasks) + ["return"] * bool(results.return_tasks)
+    measure, pictures = " and ".join(kinds).capitalize(), {}
+    for name, by_time in (("curves", False), ("wall_clock", True)):
+        if figure := plot_curves(results, by_time):
+            caption = f"{measure} over {'wall-clock' if by_time else 'environment steps'}"
             pictures[name] = caption, save_figure(figure, output / name)
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     about = (f"{len(runs)} runs of {runs[0].budget:,} environment steps; methods: "

@@ -1,9 +1,9 @@
 """Finished runs for `tools.results`: read from where they are, checked, written as CSV and JSON."""
 
 import dataclasses
+import itertools
 import json
 import re
-import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ import numpy as np
 from common.envs.metaworld_tasks import ENV_IDS
 from common.errors import UserError
 from common.flags import MAY_CHANGE, flag_of
-from common.names import distinct_name, file_name, folder_name
+from common.names import file_name, folder_name
 from common.run_folder import CONFIG, METRICS, read_config, read_metrics
 
 HEADER = "seed,env_steps,success_once,success_at_end"
@@ -31,37 +31,26 @@ HARDWARE = ("cpu_count", "num_cores", "jax_devices", "gl")
 
 @dataclass(frozen=True)
 class Run:
-    """The success of one run.
-
-    Attributes:
-        method, label: of the method: its folder's name, and what readers see.
-        script, args: what makes the method: the script, and its flags without `NO_METHOD`.
-        task, seed: of the run.
-        budget: its environment steps.
-        env_steps, success_once, success_at_end: [n], of its evaluations.
-        seconds: [n], wall-clock until each of them, whole ones; NaN if its speed was not logged.
-        about: command, commit, versions, hardware.
-        place: where it was read, for messages.
-        returns: [n], of its evaluations; None if they were not logged.
+    """The success of one run, [n] of its evaluations.
 
     Raises:
         ValueError: a success is no share from 0 to 1, or a return is not finite.
     """
 
-    method: str
-    label: str
-    script: str
+    method: str  # its folder's name
+    label: str  # what readers see of the method
+    script: str  # what makes the method: this, and the flags without `NO_METHOD`
     args: dict[str, Any]
     task: str
     seed: int
-    budget: int
+    budget: int  # environment steps
     env_steps: np.ndarray
     success_once: np.ndarray
     success_at_end: np.ndarray
-    seconds: np.ndarray
-    about: dict[str, Any]
-    place: str
-    returns: np.ndarray | None = None
+    seconds: np.ndarray  # wall-clock until each, whole ones; NaN if the speed was not logged
+    about: dict[str, Any]  # command, commit, versions, hardware
+    place: str  # where it was read, for messages
+    returns: np.ndarray | None = None  # None if they were not logged
 
     def __post_init__(self) -> None:
         for name in ("success_once", "success_at_end"):
@@ -80,10 +69,8 @@ class Run:
     def until(self, budget: int) -> "Run":
         """The same run as it was after `budget` steps."""
         kept = self.env_steps <= budget
-        cut = {name: getattr(self, name)[kept] for name in
-               ("env_steps", "success_once", "success_at_end", "seconds")}
-        if self.returns is not None:
-            cut["returns"] = self.returns[kept]
+        cut = {name: values[kept] for name, values in vars(self).items()
+               if isinstance(values, np.ndarray)}
         return dataclasses.replace(self, budget=budget, **cut)
 
 
@@ -129,11 +116,10 @@ def find_runs(source: str, label: str | None) -> tuple[list[Run], dict[str, Any]
 def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], label: str | None,
              place: str, method: str | None = None) -> Run:
     """A run from its config.json and rows (env_steps, key, value)."""
-    points = defaultdict(list)
+    points = defaultdict(dict)  # key -> {env_steps: value}
     for step, key, value in rows:
-        points[key].append((step, value))
-    once, at_end = (dict(points[key]) for key in EVALUATION)
-    returns = dict(points[RETURN])
+        points[key][step] = value
+    once, at_end, returns = (points[key] for key in (*EVALUATION, RETURN))
     env_steps = np.array(sorted(once.keys() & at_end.keys()), int)
     args = config["args"]
     about = {key: config[key] for key in ABOUT if key in config}
@@ -148,7 +134,7 @@ def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], lab
         budget=max(args["total_timesteps"], *map(int, env_steps[-1:]), 1), env_steps=env_steps,
         success_once=np.array([once[step] for step in env_steps]),
         success_at_end=np.array([at_end[step] for step in env_steps]),
-        seconds=wall_clock(points[SPEED], env_steps), about=about, place=place,
+        seconds=wall_clock(list(points[SPEED].items()), env_steps), about=about, place=place,
         returns=np.array([returns[step] for step in env_steps])
         if all(step in returns for step in env_steps) else None,
     )
@@ -156,22 +142,14 @@ def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], lab
 
 def without_place(command: str) -> str:
     """A command without where its run went."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # written by a version that did not quote
-        return re.sub(r" --(run-dir|resume)[ =]\S+", "", command)
-    kept = [word for i, word in enumerate(words) if not re.match(r"--(run-dir|resume)(=|$)", word)
-            and words[i - 1 : i] not in (["--run-dir"], ["--resume"])]
-    return shlex.join(kept)
+    return re.sub(r" --(run-dir|resume)[ =]('[^']*'|\S)+", "", command)
 
 
 def wall_clock(speeds: list[tuple[int, float]], env_steps: np.ndarray) -> np.ndarray:
     """Seconds until each of `env_steps`, from the rows of `time/steps_per_second`: each is the
     speed since the row before. NaN where a speed is missing or impossible."""
-    if not speeds:
-        return np.full(len(env_steps), np.nan)
-    steps, rates = np.array(sorted(speeds)).T
-    if not (np.isfinite(rates) & (rates > 0)).all():
+    steps, rates = np.array(sorted(speeds)).reshape(-1, 2).T
+    if not len(steps) or not (np.isfinite(rates) & (rates > 0)).all():
         return np.full(len(env_steps), np.nan)
     steps = np.concatenate([[0], steps])
     seconds = np.concatenate([[0], np.cumsum(np.diff(steps) / rates)])
@@ -193,14 +171,12 @@ def read_run(folder: Path, label: str | None = None, method: str | None = None) 
 def read_grid(folder: Path, grid: dict[str, Any]) -> list[Run]:
     """The cells of a grid that have begun; `<method>/<task>/<seed>` are their run folders."""
     runs, missing = [], 0
-    for method, about in grid["methods"].items():
-        for task in grid["tasks"]:
-            for seed in grid["seeds"]:
-                cell = folder / method / task / str(seed)
-                if (cell / METRICS).exists():
-                    runs.append(read_run(cell, about.get("label") or method, method))
-                else:
-                    missing += 1
+    for method, task, seed in itertools.product(grid["methods"], grid["tasks"], grid["seeds"]):
+        cell = folder / method / task / str(seed)
+        if (cell / METRICS).exists():
+            runs.append(read_run(cell, grid["methods"][method]["label"], method))
+        else:
+            missing += 1
     if missing:
         note(f"{folder}: no run yet in {missing} of {missing + len(runs)} cells")
     return runs
@@ -259,28 +235,19 @@ def name_methods(runs: list[Run]) -> list[Run]:
     for run in runs:
         for key, value in run.args.items():
             values[run.script, key].add(repr(value))
-    named = []
-    for run in runs:
-        if not run.label:
-            flags = [flag_text(key, value) for key, value in run.args.items()
-                     if len(values[run.script, key]) > 1]
-            label = " ".join([run.script, *flags])
-            run = dataclasses.replace(run, label=label, method=folder_name(label))
-        named.append(run)
-    return named
+
+    def named(run: Run) -> Run:
+        label = " ".join([run.script, *(flag_text(key, value) for key, value in run.args.items()
+                                        if len(values[run.script, key]) > 1)])
+        return dataclasses.replace(run, label=label, method=folder_name(label))
+
+    return [run if run.label else named(run) for run in runs]
 
 
 def flag_text(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return flag_of(key if value else f"no_{key}")
     return f"{flag_of(key)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-
-
-def separate_methods(kept: list[Run], given: list[Run]) -> list[Run]:
-    """`given`, each method in a folder that no other label has, here or in `kept`."""
-    owners = {run.method: run.label for run in kept}
-    return [dataclasses.replace(run, method=distinct_name(run.method, run.label, owners))
-            for run in given]
 
 
 def tasks_of_returns(runs: Iterable[Run]) -> set[str]:
@@ -310,10 +277,9 @@ def check_runs(runs: list[Run], budget: int | None) -> list[Run]:
         if run.done < needed:
             note(f"{run.place} is unfinished and left out: evaluated at {run.done:,} of "
                  f"{needed:,} steps")
-        elif budget and run.budget < budget:
-            note(f"{run.place} is left out: it has {run.budget:,} steps, --budget is {budget:,}")
-        elif budget and run.env_steps[0] > budget:
-            note(f"{run.place} is left out: its first evaluation is at {run.env_steps[0]:,} steps")
+        elif budget and not run.env_steps[0] <= budget <= run.budget:
+            note(f"{run.place} is left out: it was evaluated at {run.env_steps[0]:,} to "
+                 f"{run.budget:,} steps, --budget is {budget:,}")
         else:
             finished.append(run.until(budget) if budget else run)
     if not finished:
@@ -332,14 +298,13 @@ def check_runs(runs: list[Run], budget: int | None) -> list[Run]:
             raise UserError(f"{other.place} and {run.place} are both {run.label} on {run.task} "
                             f"with seed {run.seed}: give one, or each its --label")
         first = methods.setdefault(run.method, run)
-        for key in sorted(first.args.keys() | run.args.keys()):
-            mine, others = run.args.get(key), first.args.get(key)
-            if mine != others and key in first.args and key in run.args:
-                raise UserError(f"runs of {run.label} differ in {flag_of(key)}: {others} "
-                                f"({first.place}), {mine} ({run.place}); give each its --label")
-        if first.script != run.script:
-            raise UserError(f"runs of {run.label} are of {first.script}.py ({first.place}) and "
-                            f"{run.script}.py ({run.place}); give each its --label")
+        mine, others = ({"script": r.script} | {flag_of(key): value for key, value in
+                                                r.args.items()} for r in (run, first))
+        for key in sorted(mine.keys() & others.keys()):
+            if mine[key] != others[key]:
+                raise UserError(f"runs of {run.label} differ in {key}: {others[key]} "
+                                f"({first.place}), {mine[key]} ({run.place}); give each its "
+                                "--label")
     return finished
 
 
@@ -354,15 +319,12 @@ def write_runs(output: Path, runs: list[Run]) -> None:
         groups[run.method, run.task].append(run)
     for (method, task), group in groups.items():
         (output / method).mkdir(parents=True, exist_ok=True)
-        rows = [f"{run.seed},{step},{once:.8g},{at_end:.8g}" for run in group for step, once, at_end
-                in zip(run.env_steps, run.success_once, run.success_at_end, strict=True)]
-        header = HEADER
-        if task in of_returns:
-            header += ",return"
-            values = np.concatenate([run.returns for run in group])
-            rows = [f"{row},{value:.8g}" for row, value in zip(rows, values, strict=True)]
-        path = output / method / file_name(task)
-        path.with_name(f"{path.name}.csv").write_text("\n".join([header, *rows]) + "\n")
+        name, counts = file_name(task), task in of_returns
+        table = np.concatenate([np.column_stack([
+            np.full(len(run.env_steps), run.seed), run.env_steps, run.success_once,
+            run.success_at_end, *[run.returns] * counts]) for run in group])
+        np.savetxt(output / method / f"{name}.csv", table, ["%d", "%d", *["%.8g"] * (2 + counts)],
+                   ",", header=HEADER + ",return" * counts, comments="")
         first = group[0]
         made = [{"seed": run.seed, **run.about, "seconds": [] if np.isnan(run.seconds).any() else
                  [int(second) for second in run.seconds]} for run in group]
@@ -370,7 +332,7 @@ def write_runs(output: Path, runs: list[Run]) -> None:
                 "args": first.args, "runs": made}
         text = json.dumps(data, indent=1)
         text = re.sub(r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()), text)
-        path.with_name(f"{path.name}.json").write_text(text + "\n")
+        (output / method / f"{name}.json").write_text(text + "\n")
 
 
 def note(text: str) -> None:

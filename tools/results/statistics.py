@@ -5,7 +5,6 @@ Scores are success rates from 0 to 1. Scores of a method on several tasks are `s
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -53,21 +52,16 @@ def interval_of_mean(samples: list[np.ndarray]) -> Interval | None:
 
     None where the mean has more than `MOST_VALUES` values.
     """
-    found = {0.0: 1.0}  # the sum over tasks so far -> its probability
+    sums, shares = np.zeros(1), np.ones(1)  # of the tasks so far, and how often there is each
     for scores in samples:
-        draw = 1 / len(scores)
         for _ in scores:  # each run is drawn anew
-            sums: defaultdict[float, float] = defaultdict(float)
-            for total, probability in found.items():
-                for score in scores:
-                    sums[round(total + score * draw, 9)] += probability * draw
-            found = sums
-            if len(found) > MOST_VALUES:
+            added = np.add.outer(sums, scores / len(scores)).ravel().round(9)
+            sums, which = np.unique(added, return_inverse=True)
+            shares = np.bincount(which, np.repeat(shares / len(scores), len(scores)))
+            if len(sums) > MOST_VALUES:
                 return None
-    values = np.array(sorted(found))
-    reached = np.cumsum([found[value] for value in values])
-    ends = values[np.searchsorted(reached, np.array([0.025, 0.975]) - 1e-9)] / len(samples)
-    return float(ends[0]), float(ends[1])
+    ends = sums[np.searchsorted(np.cumsum(shares), np.array([0.025, 0.975]) - 1e-9)]
+    return float(ends[0]) / len(samples), float(ends[1]) / len(samples)
 
 
 def mean_of_tasks(*samples: np.ndarray, axis: int = -1) -> np.ndarray:

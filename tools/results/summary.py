@@ -6,22 +6,19 @@ from typing import Any
 import numpy as np
 
 from common.envs.metaworld_tasks import MT10
+from tools.results import statistics
 from tools.results.paper_numbers import ORDER, find_column
 from tools.results.runs import Run, tasks_of_returns
-from tools.results.statistics import (
-    Interval,
-    interquartile_mean,
-    interval_of_cell,
-    interval_over_runs,
-    is_held,
-    last_quarter,
-    mean_of_tasks,
-    probability_of_improvement,
-    std_of_seeds,
-)
 
-MEASURES = ("success_at_end", "last_quarter", "held", "success_once")
-RETURNS = ("return", "return_last_quarter")
+
+def scores_of(run: Run, of_return: bool) -> dict[str, float]:
+    """What counts of a run: its last evaluation, and those in the last quarter of its steps."""
+    values = run.returns if of_return else run.success_at_end
+    late = statistics.last_quarter(run.env_steps, values, run.budget)
+    if of_return:
+        return {"return": values[-1], "return_last_quarter": late}
+    return {"success_at_end": values[-1], "last_quarter": late, "held": statistics.is_held(late),
+            "success_once": run.success_once[-1]}
 
 
 class Results:
@@ -34,9 +31,9 @@ class Results:
         tasks: those with a success, MT10's first, in the paper's order.
         return_tasks: those without, of which the return counts.
         common: those of `tasks` that every method has; means are over them.
-        scores: [runs] by (measure, method, task), of the last evaluation; `last_quarter` and `held`
-            of those in the last quarter of the steps. Of `return_tasks` `return` and
-            `return_last_quarter`.
+        rows: `tasks`, and "mean" if several are common.
+        groups: the runs by (method, task).
+        scores: measure -> [runs] by (method, task), see `scores_of`.
     """
 
     def __init__(self, runs: list[Run]):
@@ -54,24 +51,17 @@ class Results:
         for run in self.runs:
             self.groups[run.method, run.task].append(run)
         self.common = [t for t in self.tasks if all((m, t) in self.groups for m in self.names)]
+        self.rows = [*self.tasks, *["mean"] * (len(self.common) > 1)]
         self.scores = {}
         for (method, task), group in self.groups.items():
-            if task in self.return_tasks:
-                values = ([run.returns[-1] for run in group],
-                          [last_quarter(run.env_steps, run.returns, run.budget) for run in group])
-                for measure, value in zip(RETURNS, values, strict=True):
-                    self.scores[measure, method, task] = np.array(value, float)
-                continue
-            shares = [last_quarter(run.env_steps, run.success_at_end, run.budget) for run in group]
-            values = ([run.success_at_end[-1] for run in group], shares,
-                      [is_held(share) for share in shares],
-                      [run.success_once[-1] for run in group])
-            for measure, value in zip(MEASURES, values, strict=True):
-                self.scores[measure, method, task] = np.array(value, float)
+            found = [scores_of(run, task in self.return_tasks) for run in group]
+            self.scores[method, task] = {
+                measure: np.array([scores[measure] for scores in found], float)
+                for measure in found[0]}
 
-    def samples(self, method: str, measure: str = MEASURES[0]) -> list[np.ndarray]:
+    def samples(self, method: str, measure: str) -> list[np.ndarray]:
         """Scores [runs] of each common task."""
-        return [self.scores[measure, method, task] for task in self.common]
+        return [self.scores[method, task][measure] for task in self.common]
 
     def complete_seeds(self, method: str) -> dict[int, list[Run]]:
         """The runs on the common tasks of the seeds that have them all."""
@@ -96,44 +86,42 @@ class Results:
         """The rows of table.csv: each cell, and each method's mean over the common tasks."""
         rows = {}
         for method in self.names:
-            for task in self.tasks:
-                if (method, task) in self.groups:
-                    scores = [self.scores[measure, method, task] for measure in MEASURES]
-                    low, high = interval_of_cell(scores[0])
-                    rows[method, task] = {
-                        "method": self.names[method], "task": task, "runs": len(scores[0]),
-                        **{m: value.mean() for m, value in zip(MEASURES, scores, strict=True)},
-                        "low": low, "high": high, "std": std_of_seeds(scores[0][:, None]),
-                        **self.paper(method, [task])}
-            for task in self.return_tasks:
-                if (method, task) in self.groups:
-                    scores = [self.scores[measure, method, task] for measure in RETURNS]
-                    low, high = interval_over_runs(scores[:1], mean_of_tasks)
-                    rows[method, task] = {
-                        "method": self.names[method], "task": task, "runs": len(scores[0]),
-                        **{m: value.mean() for m, value in zip(RETURNS, scores, strict=True)},
-                        "low": low, "high": high, "std": std_of_seeds(scores[0][:, None])}
+            for task in [*self.tasks, *self.return_tasks]:
+                if (method, task) not in self.groups:
+                    continue
+                scores = self.scores[method, task]
+                ends = next(iter(scores.values()))
+                low, high = statistics.interval_over_runs([ends], statistics.mean_of_tasks) if (
+                    task in self.return_tasks) else statistics.interval_of_cell(ends)
+                rows[method, task] = {
+                    "method": self.names[method], "task": task, "runs": len(ends),
+                    **{measure: values.mean() for measure, values in scores.items()},
+                    "low": low, "high": high, "std": statistics.std_of_seeds(ends[:, None]),
+                    **self.paper(method, [task])}
             if self.common:
-                samples, seeds = self.samples(method), self.complete_seeds(method)
+                samples, seeds = self.samples(method, "success_at_end"), self.complete_seeds(method)
                 ends = [[run.success_at_end[-1] for run in runs] for runs in seeds.values()]
-                low, high = interval_over_runs(samples, mean_of_tasks)
-                iqm_low, iqm_high = interval_over_runs(samples, interquartile_mean)
+                low, high = statistics.interval_over_runs(samples, statistics.mean_of_tasks)
+                iqm = statistics.interquartile_mean
+                iqm_low, iqm_high = statistics.interval_over_runs(samples, iqm)
                 rows[method, "mean"] = {
                     "method": self.names[method], "task": "mean", "runs": sum(map(len, samples)),
-                    **{m: mean_of_tasks(*self.samples(method, m)) for m in MEASURES},
-                    "low": low, "high": high, "std": std_of_seeds(np.array(ends)),
+                    **{measure: statistics.mean_of_tasks(*self.samples(method, measure))
+                       for measure in self.scores[method, self.common[0]]},
+                    "low": low, "high": high, "std": statistics.std_of_seeds(np.array(ends)),
                     **self.paper(method, self.common),
-                    "iqm": interquartile_mean(*samples), "iqm_low": iqm_low, "iqm_high": iqm_high}
+                    "iqm": iqm(*samples), "iqm_low": iqm_low, "iqm_high": iqm_high}
         return rows
 
-    def improvements(self) -> dict[tuple[str, str], tuple[float, Interval]]:
+    def improvements(self) -> dict[tuple[str, str], tuple[float, statistics.Interval]]:
         """Probability of improvement of each method over each other."""
         found = {}
         names = list(self.names) if self.common else []
+        samples = {method: self.samples(method, "success_at_end") for method in names}
         for i, ours in enumerate(names):
             for theirs in names[:i]:
-                share, (low, high) = probability_of_improvement(
-                    self.samples(ours), self.samples(theirs))
+                share, (low, high) = statistics.probability_of_improvement(
+                    samples[ours], samples[theirs])
                 found[ours, theirs] = share, (low, high)
                 found[theirs, ours] = 1 - share, (1 - high, 1 - low)
         return found

@@ -15,14 +15,14 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge
 
 from common.cli import run_script
 from common.cores import num_cores
@@ -38,7 +38,7 @@ from common.envs.registry import METAWORLD
 from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
-from common.flags import NotNegativeInt, check_ranges
+from common.flags import NotNegativeInt, PositiveInt, check_ranges
 from common.versions import git_commit, versions
 from common.vlms import VLM, load_vlm, view_for
 from common.vlms.interface import centre_view
@@ -94,11 +94,11 @@ class Args:
     """for goal-baseline regularisation; default: the task's own"""
     checkpoints: tuple[Path, ...] = ()
     """run folders: their reward after alignment, and the paths of their policies"""
-    episodes: int = 50
+    episodes: Annotated[int, Ge(2)] = 50
     """goals, each played by the expert, sub-optimally and at random"""
     steps: int = 200
     """environment steps of an episode"""
-    every: int = 4
+    every: PositiveInt = 4
     """environment steps from one picture to the next"""
     goal: Literal["fixed", "random"] | None = None
     """default: as the first checkpoint was trained, else random"""
@@ -110,7 +110,7 @@ class Args:
     """of the pictures; paper: MuJoCo's default, slow"""
     run_code: bool = False
     """execute the copies of scripts in the run folders; only for folders that you trust"""
-    workers: int = 0
+    workers: NotNegativeInt = 0
     """processes that play and draw; 0: one per core; no effect on the results"""
     output: Path | None = None
     """new folder; default: reports/<task>__<vlm>, with -2, -3 ... behind it if that exists"""
@@ -125,10 +125,7 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
     `goal`: the goal picture as it is drawn, of which the VLM sees its own view.
     """
     view = view_for(vlm, METAWORLD)
-    if goal is not None:
-        goal_pixels = middle_pixels(goal[None])[0]
-        goal_embedding = np.asarray(vlm.embed_images(view.crop(goal[None])))[0]
-    embeddings, pixel_distance, success, first_success, first = [], [], [], [], None
+    embeddings, distance, success, first_success, first = [], [], [], [], None
     before = dict(os.environ)
     os.environ.update(WORKER_ENVIRONMENT)  # the pool's processes start with these
     pool = multiprocessing.get_context("spawn").Pool(workers)
@@ -136,22 +133,22 @@ def collect(scene: Scene, episodes: int, workers: int, vlm: VLM, goal: np.ndarra
     os.environ.update(before)
     with pool:
         for drawn in pool.imap(partial(draw_episodes, scene), range(episodes)):
-            frames = view.crop(drawn.frames)
-            flat = frames.reshape(-1, *frames.shape[2:])
-            shape = drawn.success.shape
-            embeddings.append(np.asarray(vlm.embed_images(flat)).reshape(*shape, -1))
+            whole = drawn.frames.reshape(-1, *drawn.frames.shape[2:])
+            embeddings.append(np.asarray(vlm.embed_images(view.crop(whole))))
             if goal is not None:
-                whole = drawn.frames.reshape(-1, *drawn.frames.shape[2:])
-                distance = np.linalg.norm(middle_pixels(whole) - goal_pixels, axis=-1)
-                pixel_distance.append(distance.reshape(shape))
+                pixels = middle_pixels(whole) - middle_pixels(goal[None])
+                distance.append(np.linalg.norm(pixels, axis=-1))
             success.append(drawn.success)
             first_success.append(drawn.first_success)
-            first = frames if first is None else first
-    stacked = np.stack(embeddings)
-    distance = goal is not None and np.linalg.norm(stacked - goal_embedding, axis=-1)
-    return Data(stacked, np.stack(pixel_distance) if goal is not None else None,
-                distance if goal is not None else None, np.stack(success),
-                np.stack(first_success), first)
+            first = view.crop(drawn.frames) if first is None else first
+    shape = np.shape(success)
+    embedded = np.stack(embeddings).reshape(*shape, -1)
+    nearness = {}
+    if goal is not None:
+        goal_embedding = np.asarray(vlm.embed_images(view.crop(goal[None])))[0]
+        nearness = {vlm.name: -np.linalg.norm(embedded - goal_embedding, axis=-1),
+                    "raw pixels": -np.reshape(distance, shape)}
+    return Data(embedded, nearness, np.array(success), np.array(first_success), first)
 
 
 def middle_pixels(frames: np.ndarray) -> np.ndarray:
@@ -179,12 +176,10 @@ def measure(reward: np.ndarray, data: Data, every: int, seed: int) -> dict[str, 
     of sub-optimal episodes with a failure frame that scores like a success (at least the median of
     success frames); epic: Lemma 1, the states being those of all frames.
     """
-    progress = []
-    for episode, first in zip(reward[:, EXPERT], data.first_success[:, EXPERT], strict=True):
-        until = episode[: max(first, 0) // every + 1]
-        if len(until) > 2:
-            progress.append(spearman(np.arange(len(until)), until))
-    progress = [value for value in progress if not math.isnan(value)]
+    ways = [episode[: max(first, 0) // every + 1] for episode, first in
+            zip(reward[:, EXPERT], data.first_success[:, EXPERT], strict=True)]
+    progress = np.array([spearman(np.arange(len(way)), way) for way in ways if len(way) > 2])
+    progress = progress[~np.isnan(progress)]
     goal, other = reward[data.success], reward[~data.success]
     failures = ~data.success[:, SUBOPTIMAL]
     highest = np.where(failures, reward[:, SUBOPTIMAL], -np.inf).max(1)[failures.any(1)]
@@ -195,8 +190,8 @@ def measure(reward: np.ndarray, data: Data, every: int, seed: int) -> dict[str, 
         chosen, labels = reward[rows], data.success[rows]
         resampled.append(auc(chosen[labels], chosen[~labels]))
     return {
-        "spearman": float(np.mean(progress)) if progress else math.nan,
-        "spearman_standard_error": standard_error(np.array(progress)) if progress else math.nan,
+        "spearman": float(progress.mean()) if len(progress) else math.nan,
+        "spearman_standard_error": standard_error(progress),
         "auc": auc(goal, other),
         "auc_95": [float(x) for x in np.nanpercentile(resampled, [2.5, 97.5])]
         if np.isfinite(resampled).any() else [math.nan, math.nan],
@@ -279,19 +274,6 @@ def paths(trained: Trained, env_id: str) -> dict[str, list[np.ndarray]]:
 # ------------------------------------------------------------------------------- main
 
 
-def check(args: Args) -> None:
-    """Raises:
-        UserError: names the flag whose value cannot work.
-    """
-    check_ranges(args)
-    if args.episodes < 2 or args.every < 1 or args.workers < 0:
-        raise UserError("--episodes must be 2 or more, --every 1 or more, --workers not negative; "
-                        f"they are {args.episodes}, {args.every} and {args.workers}")
-    if not 4 * args.every <= args.steps <= MAX_EPISODE_STEPS - 1:
-        raise UserError(f"--steps must be four times --every {args.every} or more and below "
-                        f"{MAX_EPISODE_STEPS}, not {args.steps}")
-
-
 def distinct_names(folders: list[Path]) -> list[str]:
     """The folders' last names; where two have the same one, as cells of a grid, their parents' too.
 
@@ -300,22 +282,21 @@ def distinct_names(folders: list[Path]) -> list[str]:
     """
     if len(set(folders)) < len(folders):
         raise UserError("--checkpoints holds a folder twice")
-    for count in range(1, max((len(folder.parts) for folder in folders), default=1) + 1):
+    names, count = [], 0
+    while len(set(names)) < len(folders):
+        count += 1
         names = ["/".join(folder.parts[-count:]) for folder in folders]
-        if len(set(names)) == len(names):
-            break
     return names
 
 
-def open_checkpoints(args: Args, env_id: str) -> list[Trained]:
-    """The runs of --checkpoints.
+def open_checkpoints(args: Args, env_id: str) -> dict[str, Trained]:
+    """The runs of --checkpoints, by the names that the report gives them.
 
     Raises:
         UserError: one is no run, or of another task, VLM, camera or quality.
     """
     runs = [open_run(folder, run_code=args.run_code) for folder in args.checkpoints]
     names = distinct_names([run.folder.resolve() for run in runs])
-    runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
     for run in runs:
         if run.args.env_id != env_id:
             raise UserError(f"{run.folder} was trained on {run.args.env_id}, not on {env_id}")
@@ -327,7 +308,7 @@ def open_checkpoints(args: Args, env_id: str) -> list[Trained]:
             if ours != theirs:
                 raise UserError(f"{run.folder} was trained with --{name.replace('_', '-')} "
                                 f"{theirs}, not {ours}")
-    return runs
+    return dict(zip(names, runs, strict=True))
 
 
 def goal_picture(env_id: str, goal: str, seed: int, camera: Camera) -> np.ndarray | None:
@@ -344,7 +325,7 @@ def goal_picture(env_id: str, goal: str, seed: int, camera: Camera) -> np.ndarra
 
 
 def build_rewards(
-    data: Data, texts: dict[str, np.ndarray], runs: list[Trained], vlm: VLM
+    data: Data, texts: dict[str, np.ndarray], runs: dict[str, Trained], vlm: VLM
 ) -> dict[str, tuple[str, np.ndarray]]:
     """Name -> (kind, reward [E, 3, n]) of all that is compared.
 
@@ -355,11 +336,10 @@ def build_rewards(
     flat = data.embeddings.reshape(-1, vlm.embed_dim)
     rewards = {f"“{prompt}”": ("raw", cosine_similarity(text, data.embeddings))
                for prompt, text in texts.items()}
-    rewards |= {run.name: ("checkpoint", run.vlm_reward(vlm)(flat).reshape(shape))
-                for run in runs if run.has_vlm}
-    if data.goal_distance is not None:
-        rewards[f"goal picture, {vlm.name}"] = "goal picture", -data.goal_distance
-        rewards["goal picture, raw pixels"] = "goal picture", -data.pixel_distance
+    rewards |= {name: ("checkpoint", run.vlm_reward(vlm)(flat).reshape(shape))
+                for name, run in runs.items() if run.has_vlm}
+    rewards |= {f"goal picture, {what}": ("goal picture", reward)
+                for what, reward in data.nearness.items()}
     for name, (_, reward) in rewards.items():
         check_finite(reward, f"the reward of {name}")
     return rewards
@@ -375,23 +355,26 @@ def comparable(figures: dict[str, Any], meaningless: set[str]) -> list[str]:
 def main(args: Args) -> dict[str, Any]:
     """Write the report; returns what its JSON holds."""
     start = time.monotonic()
-    check(args)
+    check_ranges(args)
+    if not 4 * args.every <= args.steps <= MAX_EPISODE_STEPS - 1:
+        raise UserError(f"--steps must be four times --every {args.every} or more and below "
+                        f"{MAX_EPISODE_STEPS}, not {args.steps}")
     env_id = resolve_env_id(args.env_id)
     prompts = list(dict.fromkeys(prompt_for(env_id, p) for p in args.prompt or (None,)))
     baseline_prompt = baseline_prompt_for(env_id, args.baseline_prompt)
     default = Path("reports") / f"{env_id}__{args.vlm.replace('/', '-')}"
     output = new_folder(args.output) if args.output else free_folder(default)
     runs = open_checkpoints(args, env_id)
-    goal, seed = args.goal, args.seed
-    if goal is None:
-        goal = "fixed" if runs and runs[0].args.goal == "fixed" else "random"
+    first = next(iter(runs.values()), None)
+    goal = args.goal or ("fixed" if first and first.args.goal == "fixed" else "random")
+    seed = args.seed
     if seed is None:
-        seed = runs[0].args.seed if runs else 0
-        if runs and goal == "random":  # goals that neither training nor its evaluations had
+        seed = first.args.seed if first else 0
+        if first and goal == "random":  # goals that neither training nor its evaluations had
             seed += 2 * EVAL_SEED_OFFSET
     vlm = load_vlm(args.vlm, weights=args.vlm_weights)
     view = view_for(vlm, METAWORLD)
-    for run in runs:
+    for run in runs.values():
         if run.has_vlm:
             run.check_vlm(vlm)
             if run.view != view:
@@ -427,13 +410,13 @@ def main(args: Args) -> dict[str, Any]:
     if plain and raw and plain["auc"] >= max(figures[n]["auc"] for n in raw):
         notes.append("A goal picture compared in raw pixels separates success as well as the best "
                      f"of these texts, or better (AUC {cell(plain['auc'])}).")
-    for run in runs:
+    for name, run in runs.items():
         if run.has_vlm and (run.args.goal, run.args.seed) != (goal, seed):
-            notes.append(f"{run.name} was trained with goal {run.args.goal} and seed "
+            notes.append(f"{name} was trained with goal {run.args.goal} and seed "
                          f"{run.args.seed}; this report plays goal {goal}, seed {seed}.")
-    epic = {p: epic_by_alpha(text, baseline, data) for p, text in texts.items()}
-    epic = {p: curve for p, curve in epic.items() if curve is not None}
-    ways = {f"{run.name}, {run.env_steps:,} steps": paths(run, env_id) for run in runs}
+    epic = {prompt: curve for prompt, text in texts.items()
+            if (curve := epic_by_alpha(text, baseline, data))}
+    ways = {f"{name}, {run.env_steps:,} steps": paths(run, env_id) for name, run in runs.items()}
     succeeded = (data.first_success >= 0).mean(0)
     goals = f"{args.episodes} random goals"
     if goal == "fixed":
@@ -452,35 +435,25 @@ def main(args: Args) -> dict[str, Any]:
         "epic_by_alpha": {"alpha": ALPHAS.tolist(), **epic},
         "args": asdict(args), "commit": git_commit(), "versions": versions(),
     }
-    plotted = {n: r for n, (_, r) in rewards.items()}
-    text_rewards = {n: r for n, (kind, r) in rewards.items() if kind != "goal picture"}
-    drawn: dict[str, Callable[[], Any]] = {
-        "curves": lambda: plot_curves(plotted, data, args.every),
-        "frames": lambda: plot_frames(text_rewards, data, args.every),
-        "histograms": lambda: plot_histograms(plotted, data),
-    }
+    plotted = {name: reward for name, (_, reward) in rewards.items()}
+    plots = {"curves": plot_curves(plotted, data, args.every),
+             "frames": plot_frames(plotted, data, args.every),
+             "histograms": plot_histograms(plotted, data)}
     if epic and data.success.any():
-        drawn["epic"] = lambda: plot_epic(ALPHAS, epic)
+        plots["epic"] = plot_epic(ALPHAS, epic)
     if ways:
-        drawn["paths"] = lambda: plot_paths(ways)
+        plots["paths"] = plot_paths(ways)
     with written_whole(output) as folder:
-        write(folder, results, drawn)
+        for name, plot in plots.items():
+            plot.savefig(folder / f"{name}.png", dpi=120)
+            plt.close(plot)
+        text = json.dumps(without_nan(results), indent=1, default=str)  # paths become text
+        (folder / "report.json").write_text(text + "\n")
+        pictures = {name: (folder / f"{name}.png").read_bytes() for name in plots}
+        (folder / "report.html").write_text(page(results, pictures))
     print_report(results)
     print(f"written in {time.monotonic() - start:.0f} s: {output / 'report.html'}")
     return results
-
-
-def write(output: Path, results: dict[str, Any], drawn: dict[str, Callable[[], Any]]) -> None:
-    pictures = {}
-    for name, draw in drawn.items():
-        figure = draw()
-        path = output / f"{name}.png"
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
-        pictures[name] = path.read_bytes()
-    text = json.dumps(without_nan(results), indent=1, default=str)  # paths become text
-    (output / "report.json").write_text(text + "\n")
-    (output / "report.html").write_text(page(results, pictures))
 
 
 def print_report(results: dict[str, Any]) -> None:

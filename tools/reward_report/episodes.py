@@ -97,8 +97,7 @@ class Data(NamedTuple):
     """E goals, three kinds of behaviour, n pictures of each episode."""
 
     embeddings: np.ndarray  # [E, 3, n, D]
-    pixel_distance: np.ndarray | None  # [E, 3, n], to the goal picture
-    goal_distance: np.ndarray | None  # [E, 3, n], the same between embeddings
+    nearness: dict[str, np.ndarray]  # to the goal picture, [E, 3, n], by what measures it; or {}
     success: np.ndarray  # [E, 3, n] bool
     first_success: np.ndarray  # [E, 3] int, the step; -1: never
     frames: np.ndarray  # [3, n, size, size, 3], of the first goal

@@ -43,25 +43,25 @@ def plot_curves(rewards: dict[str, np.ndarray], data: Data, every: int):
     steps = every * np.arange(data.success.shape[-1])
     reached = data.first_success[:, EXPERT]
     for axis, (name, reward) in zip(axes, rewards.items(), strict=True):
-        for kind, colour in reversed([*enumerate(COLOURS)]):
+        for kind, colour in enumerate(COLOURS):
             mean, std = reward[:, kind].mean(0), reward[:, kind].std(0)
-            axis.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.18, lw=0)
-            axis.plot(steps, mean, color=colour, lw=1.8, label=KINDS[kind])
+            axis.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.18, lw=0,
+                              zorder=1 - 0.1 * kind)  # the expert in front
+            axis.plot(steps, mean, color=colour, lw=1.8, label=KINDS[kind], zorder=2 - 0.1 * kind)
         if (reached > 0).any():
             median = float(np.median(reached[reached > 0]))
             axis.axvline(median, color="#2e7d32", ls="--", lw=1, label="expert succeeds (median)")
         axis.set_title(shortened(name))
         axis.set_xlabel("step", fontsize=8)
         clean(axis)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles[-2::-1] + handles[-1:] if len(handles) == 4 else handles[::-1],
-                  labels[-2::-1] + labels[-1:] if len(labels) == 4 else labels[::-1],
-                  fontsize=8, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center",
+                  ncols=4, frameon=False)
     return figure
 
 
 def plot_frames(rewards: dict[str, np.ndarray], data: Data, every: int):
-    """One goal: reward along each of the three episodes, its frames beneath (Figures 1 and 16)."""
+    """One goal: the first reward along each of the three episodes, its frames beneath (Figures 1
+    and 16)."""
     first = data.first_success[0, EXPERT]
     num_steps = every * (data.success.shape[-1] - 1)
     last = min(num_steps, round(1.3 * first / every) * every if first > 0 else num_steps)

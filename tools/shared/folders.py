@@ -70,9 +70,4 @@ def written_whole(folder: Path, keep: bool = False) -> Iterator[Path]:
             return
         if folder.exists():
             folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
+        new.rename(folder)
