@@ -32,8 +32,8 @@ from common import flags, pixels, replay
 from common.cli import run_script
 from common.convolution import convolve, few_at_a_time
 from common.envs.metaworld_suite import MAX_EPISODE_STEPS
+from common.envs.registry import METAWORLD
 from common.envs.rendering import Camera
-from common.envs.suites import METAWORLD
 from common.evaluate import Evaluator
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition
 from common.run import start_run

@@ -26,8 +26,8 @@ from flax import struct
 from common import flags, replay
 from common.cli import run_script
 from common.envs.metaworld_suite import ACTION_DIM, MAX_EPISODE_STEPS, OBJECT, Experts
+from common.envs.registry import METAWORLD
 from common.envs.rendering import Camera
-from common.envs.suites import METAWORLD
 from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import Evaluator

@@ -34,8 +34,8 @@ from flax import struct
 from common import flags, replay
 from common.cli import run_script
 from common.envs.metaworld_suite import MAX_EPISODE_STEPS
+from common.envs.registry import METAWORLD
 from common.envs.rendering import Camera
-from common.envs.suites import METAWORLD
 from common.envs.workers import Step
 from common.evaluate import Evaluator
 from common.replay import EmbeddedFrame, Ring, Sizes, Transition

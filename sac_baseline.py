@@ -30,7 +30,7 @@ from flax import struct
 from common import flags, replay
 from common.cli import run_script
 from common.envs.metaworld_envpool import EnvPoolMetaWorld
-from common.envs.suites import METAWORLD, suite_for
+from common.envs.registry import METAWORLD, suite_for
 from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import Ring, Sizes, Transition

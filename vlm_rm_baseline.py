@@ -35,8 +35,8 @@ from flax import struct
 
 from common import flags, replay
 from common.cli import run_script
+from common.envs.registry import suite_for
 from common.envs.rendering import Camera
-from common.envs.suites import suite_for
 from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import Evaluator

@@ -34,8 +34,8 @@ from flax import struct
 
 from common import flags, replay
 from common.cli import run_script
+from common.envs.registry import GYMNASIUM
 from common.envs.rendering import Camera
-from common.envs.suites import GYMNASIUM
 from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import Evaluator

@@ -14,10 +14,10 @@ or it is not there. No pickle: arrays in .npz, the rest in JSON.
 import hashlib
 import io
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 
 from common.errors import ShortageError, UserError
 from common.replay import Ring, add_rows, read_rows, row_bytes
-from common.run_folder import CHECKPOINTS, checkpoint_folder, checkpoints
+from common.run_folder import CHECKPOINTS, checkpoint_folder, checkpoints, write_file
 
 KEEP = 2  # checkpoints kept: the newest, and the one before in case the newest is damaged
 FORMAT = 5  # raised when what the scripts save changes: they would misread an older one
@@ -57,15 +57,11 @@ def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host:
     totals = {}
     previous = _newest_manifest(run_dir)
     for name, ring in rings.items():
-        total = int(ring.total)
-        oldest = max(0, total - ring.capacity)
-        totals[name] = total
-        start = oldest
-        for file, digest in (previous or {"files": {}})["files"].items():
-            if not file.startswith(f"rings/{name}-"):
-                continue
-            _, stop = _row_range(file)
-            if oldest < stop <= total:
+        total = totals[name] = int(ring.total)
+        start = oldest = max(0, total - ring.capacity)
+        for file, digest in previous["files"].items():
+            of, _, stop = _rows_in(file)
+            if of == name and oldest < stop <= total:
                 files[file] = digest
                 start = max(start, stop)
         rows_per_file = max(1, FILE_BYTES // row_bytes(ring))
@@ -88,7 +84,7 @@ def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host:
     manifest = {"format": FORMAT, "env_steps": env_steps, "state": digest, "files": files,
                 "totals": totals}
     manifest["digest"] = _digest(manifest)
-    _write_bytes(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write_file(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
     temporary.rename(folder)
     _remove_old(run_dir)
     return folder
@@ -154,15 +150,11 @@ def read_newest(
         UserError: no checkpoint can be used.
         OSError: the disk cannot be read.
     """
-    folders = checkpoints(run_dir)
-    if env_steps is not None:
-        folders = [checkpoint_folder(run_dir, env_steps)]
-
-    def read(folder: Path) -> tuple[int, list[np.ndarray], Any]:
-        manifest, structure = _read_state(folder)
-        return manifest["env_steps"], structure["tree"], structure["host"]
-
-    return _newest_whole(run_dir, folders, read, say)[0]
+    one = [] if env_steps is None else [checkpoint_folder(run_dir, env_steps)]
+    (manifest, structure), _ = _newest_whole(
+        run_dir, one or checkpoints(run_dir), _read_state, say
+    )
+    return manifest["env_steps"], structure["tree"], structure["host"]
 
 
 def unflatten(leaves: list[np.ndarray], tree: Any) -> Any:
@@ -175,7 +167,7 @@ def unflatten(leaves: list[np.ndarray], tree: Any) -> Any:
     if len(leaves) != len(templates) or any(
         a.shape != np.shape(b) for a, b in zip(leaves, templates, strict=True)
     ):
-        raise CheckpointError("its networks have other shapes than this script's")
+        raise CheckpointError("its arrays have other shapes than this script's")
     return jax.tree.unflatten(jax.tree.structure(tree), [jnp.asarray(x) for x in leaves])
 
 
@@ -183,8 +175,7 @@ def space_needed(rings: dict[str, Ring], total_timesteps: int) -> int:
     """Bytes that a run's last checkpoint needs; of `rings` only shapes and dtypes are looked at."""
     need = 400 * 2**20  # networks, environments, policies, curves, videos
     for ring in rings.values():
-        stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(ring.data))
-        need += int(stored * min(1.0, total_timesteps / ring.capacity))
+        need += row_bytes(ring) * min(ring.capacity, total_timesteps)
     return need
 
 
@@ -224,8 +215,9 @@ def _newest_whole(run_dir: Path, folders: list[Path], load: Callable[[Path], Any
 def _read_state(folder: Path) -> tuple[dict, dict]:
     """A checkpoint's manifest, and the leaves of its tree and its host values."""
     manifest = _read_manifest(folder)
-    state = _read_npz(folder / "state.npz", manifest["state"])
-    return manifest, _decode(json.loads(state["json"].tobytes()), state)
+    with np.load(io.BytesIO(_read(folder / "state.npz", manifest["state"]))) as file:
+        arrays = dict(file)
+    return manifest, json.loads(arrays["json"].tobytes(), object_hook=partial(_decode, arrays))
 
 
 def _load(root: Path, folder: Path, tree: Any, rings: dict[str, Ring]):
@@ -235,40 +227,36 @@ def _load(root: Path, folder: Path, tree: Any, rings: dict[str, Ring]):
     # All files are checked before a row is written: if one is damaged, the rings are filled from
     # the checkpoint before, and must still be empty.
     for file, digest in manifest["files"].items():
-        _check_digest(root / file, digest)
-    restored_rings = {name: _fill(ring, root, [
-        file for file in manifest["files"] if file.startswith(f"rings/{name}-")
-    ], manifest["totals"][name]) for name, ring in rings.items()}
+        _read(root / file, digest)
+    restored_rings = {}
+    for name, ring in rings.items():
+        files = [root / file for file in manifest["files"] if _rows_in(file)[0] == name]
+        restored_rings[name] = _fill(ring, files, manifest["totals"][name])
     return manifest["env_steps"], restored_tree, restored_rings, structure["host"]
 
 
-def _fill(ring: Ring, root: Path, files: list[str], total: int) -> Ring:
+def _fill(ring: Ring, files: list[Path], total: int) -> Ring:
     """The empty `ring` with the newest rows of `files` up to row number `total`; it is donated."""
     if any(x.is_deleted() for x in jax.tree.leaves(ring.data)):  # by a checkpoint that failed late
         ring = Ring(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ring.data), ring.total)
     for file in files:
-        start, stop = _row_range(file)
+        _, start, stop = _rows_in(file)
         first = max(start, total - ring.capacity)
-        with np.load(root / file, allow_pickle=False) as stored:
+        with np.load(file) as stored:
             leaves = [stored[str(i)][first - start:] for i in range(len(stored.files))]
-        templates = jax.tree.leaves(ring.data)
-        if len(leaves) != len(templates) or any(
-            x.shape != (stop - first, *store.shape[1:])
-            for x, store in zip(leaves, templates, strict=True)
-        ):
-            raise CheckpointError("its rows have other shapes than this script's")
-        ring = add_rows(Ring(ring.data, jnp.asarray(first, jnp.int32)),
-                        jax.tree.unflatten(jax.tree.structure(ring.data), leaves))
+        rows = jax.tree.map(
+            lambda x, n=stop - first: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype), ring.data)
+        ring = add_rows(Ring(ring.data, jnp.asarray(first, jnp.int32)), unflatten(leaves, rows))
     return Ring(ring.data, jnp.asarray(total, jnp.int32))
 
 
-def _newest_manifest(run_dir: Path) -> dict | None:
+def _newest_manifest(run_dir: Path) -> dict:
     for folder in checkpoints(run_dir):
         try:
             return _read_manifest(folder)
         except (OSError, CheckpointError):
             continue
-    return None
+    return {"files": {}}
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -290,62 +278,36 @@ def _digest(manifest: dict) -> str:
 def _remove_old(run_dir: Path) -> None:
     """Delete all but the newest `KEEP` checkpoints, and what those do not need."""
     root = run_dir / CHECKPOINTS
-    for unfinished in root.glob(".writing_*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    for unfinished in (root / "rings").glob("*.tmp"):
-        unfinished.unlink(missing_ok=True)
-    folders = checkpoints(run_dir)
-    for folder in folders[KEEP:]:
+    kept, old = checkpoints(run_dir)[:KEEP], checkpoints(run_dir)[KEEP:]
+    for folder in [*old, *root.glob(".writing_*")]:
         shutil.rmtree(folder, ignore_errors=True)
-    needed: set[str] = set()
-    for folder in folders[:KEEP]:
-        try:
-            needed |= set(_read_manifest(folder)["files"])
-        except (OSError, CheckpointError):
-            return  # without knowing what is needed, nothing is deleted
-    for file in (root / "rings").glob("*.npz"):
-        if f"rings/{file.name}" not in needed:
-            file.unlink(missing_ok=True)
+    try:
+        needed = {root / file for folder in kept for file in _read_manifest(folder)["files"]}
+    except (OSError, CheckpointError):
+        return  # without knowing what is needed, nothing is deleted
+    for file in set((root / "rings").iterdir()) - needed:
+        file.unlink(missing_ok=True)
 
 
-def _row_range(file: str) -> tuple[int, int]:
-    _, start, stop = Path(file).stem.rsplit("-", 2)
-    return int(start), int(stop)
+def _rows_in(file: str | Path) -> tuple[str, int, int]:
+    """The ring of a file of rows, number of its first row, and of the one behind its last."""
+    name, start, stop = Path(file).stem.rsplit("-", 2)
+    return name, int(start), int(stop)
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> str:
+    """Write an .npz file; returns its sha256."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    return _write_bytes(path, buffer.getbuffer())
+    write_file(path, buffer.getbuffer())
+    return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
-def _write_bytes(path: Path, data: bytes | memoryview) -> str:
-    """Write through a temporary name, flushed to the disk; returns the sha256."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    return hashlib.sha256(data).hexdigest()
-
-
-def _check_digest(path: Path, digest: str) -> None:
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            raise CheckpointError(f"{path.name} does not match its checksum")
-
-
-def _read_npz(path: Path, digest: str) -> dict[str, np.ndarray]:
+def _read(path: Path, digest: str) -> bytes:
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != digest:
         raise CheckpointError(f"{path.name} does not match its checksum")
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return dict(arrays)
+    return data
 
 
 def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
@@ -365,13 +327,8 @@ def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
 
 
-def _decode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    if isinstance(value, list):
-        return [_decode(v, arrays) for v in value]
-    if isinstance(value, dict):
-        if "__array__" in value:
-            return arrays[value["__array__"]]
-        if "__tuple__" in value:
-            return tuple(_decode(v, arrays) for v in value["__tuple__"])
-        return {k: _decode(v, arrays) for k, v in value["__dict__"]}
-    return value
+def _decode(arrays: dict[str, np.ndarray], value: dict) -> Any:
+    """What `_encode` wrote as a dict; what is in it has been decoded."""
+    if "__array__" in value:
+        return arrays[value["__array__"]]
+    return tuple(value["__tuple__"]) if "__tuple__" in value else dict(value["__dict__"])

@@ -1,5 +1,6 @@
 """The command line that all scripts share: its parsing, --resume and errors."""
 
+import argparse
 import dataclasses
 import errno
 import inspect
@@ -94,12 +95,9 @@ def stored_args(stored: dict[str, Any], args_type: type[ArgsT], name: str) -> Ar
 
 def resumed_folder(argv: list[str]) -> str | None:
     """The value of --resume in `argv`, if any; a missing value is left to the parser."""
-    for i, word in enumerate(argv):
-        if word == "--resume" and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith("--resume="):
-            return word.removeprefix("--resume=")
-    return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?")
+    return parser.parse_known_args(argv)[0].resume
 
 
 def check_device() -> None:

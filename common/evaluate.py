@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from common.envs.registry import suite_for
 from common.envs.rendering import Camera
-from common.envs.suites import suite_for
 from common.errors import UserError
 from common.flags import Goal
 
@@ -40,9 +40,9 @@ class Evaluator:
         frame_stack: 0: the policy sees states; K: the last K frames, the newest last.
         action_repeat: physics steps per action.
         seed_offset: added to the seed where episodes are drawn, so that training has not seen them.
-        num_workers: worker processes; default: chosen from the number of cores.
 
     Attributes:
+        episode_length: actions in an episode, at most.
         settings: what a policy must be shown to be evaluated in the same way elsewhere.
         episodes: the measures of each episode of the last call, see `play`.
         actions: the policy's in the first episode of each environment in the last call, a list of
@@ -62,7 +62,6 @@ class Evaluator:
         frame_stack: int = 0,
         action_repeat: int = 1,
         seed_offset: int = EVAL_SEED_OFFSET,
-        num_workers: int | None = None,
     ):
         if not frame_stack:
             camera = camera._replace(size=VIDEO_CAMERA.size)
@@ -76,8 +75,8 @@ class Evaluator:
             goal=goal,
             camera=camera if capture_video or frame_stack else None,
             action_repeat=action_repeat,
-            num_workers=num_workers,
         )
+        self.episode_length = self.envs.episode_length
         self._start = self.envs.get_state()
         self._lengths_differ = suite.lengths_differ
         self.settings = {
@@ -159,11 +158,6 @@ class Evaluator:
         measures = {"success_once": success_once, "success_at_end": success_at_end,
                     "return": returns, "length": lengths}
         return measures, actions, pictures
-
-    @property
-    def episode_length(self) -> int:
-        """Steps of an episode, at most."""
-        return self.envs.episode_length
 
     def close(self) -> None:
         self.envs.close()

@@ -12,6 +12,7 @@ import shutil
 import types
 import typing
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, MinLen, Predicate
@@ -63,7 +64,7 @@ class RunArgs:
 
     @property
     def reward_shift(self) -> float:  # added to the task's reward; minus one on Meta-World (B.2)
-        from common.envs.suites import suite_for
+        from common.envs.registry import suite_for
 
         return suite_for(self.env_id).reward_shift
 
@@ -80,6 +81,12 @@ class RunArgs:
 ArgsT = TypeVar("ArgsT", bound=RunArgs)
 
 
+@cache
+def note(text: str) -> None:
+    """Say it once, though environments and VLMs are made several times."""
+    print(f"note: {text}", flush=True)
+
+
 def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -88,16 +95,9 @@ def parse(args_type: Any, argv: list[str] | None = None, **options: Any) -> Any:
     """`tyro.cli`, whose help takes all memory in a terminal of a few columns."""
     import tyro
 
-    before = os.environ.get("COLUMNS")
     if shutil.get_terminal_size().columns < LEAST_COLUMNS:
         os.environ["COLUMNS"] = str(LEAST_COLUMNS)
-    try:
-        return tyro.cli(args_type, args=argv, **options)
-    finally:
-        if before is None:
-            os.environ.pop("COLUMNS", None)
-        else:
-            os.environ["COLUMNS"] = before
+    return tyro.cli(args_type, args=argv, **options)
 
 
 def has_type(value: Any, kind: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from common.errors import UserError
+from common.flags import RunArgs
 from common.run_folder import (
     METRICS,
     METRICS_HEADER,
@@ -26,26 +27,16 @@ class Logger:
     Args:
         run_dir: the run folder.
         config: what `run_folder.write_config` returned.
-        track: send to W&B as well (offline without a login: set WANDB_MODE=offline).
-        project, entity: the W&B project, and whose it is (None: the user's own).
-        total_timesteps: for the live line's ETA.
+        args: the script's: how many steps there will be, and whether and where W&B gets them too.
         resume_from: drop rows with a larger `env_steps` that a killed run left behind.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        config: dict[str, Any],
-        *,
-        track: bool,
-        project: str,
-        entity: str | None = None,
-        total_timesteps: int,
-        resume_from: int | None = None,
+        self, run_dir: Path, config: dict[str, Any], args: RunArgs, resume_from: int | None = None
     ):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run_dir, self.total_timesteps = run_dir, total_timesteps
+        self.total_timesteps = args.total_timesteps
         if resume_from is not None:
             keep_metrics_until(run_dir, resume_from)
         self._file: TextIO = open(run_dir / METRICS, "a", newline="")
@@ -53,7 +44,7 @@ class Logger:
             self._file.write(METRICS_HEADER)
         purge = None if resume_from is None else resume_from + 1
         self._tensorboard = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=purge)
-        self._wandb = start_wandb(run_dir, config, project, entity) if track else None
+        self._wandb = start_wandb(run_dir, config, args) if args.track else None
         self._last_time, self._last_steps = time.monotonic(), resume_from or 0
         self._seconds_per_step: float | None = None  # lately: phases differ a lot in speed
         self._line_width = 0
@@ -142,23 +133,21 @@ def first_not_finite(metrics: dict[str, Any]) -> str | None:
     return next((k for k, v in metrics.items() if not math.isfinite(np.asarray(v).item())), None)
 
 
-def start_wandb(run_dir: Path, config: dict[str, Any], project: str, entity: str | None):
+def start_wandb(run_dir: Path, config: dict[str, Any], args: RunArgs):
     """A W&B run with the configuration; the same id on --resume, so that its curve continues.
 
     The arguments are flat and the script is `exp_name`, as in CleanRL's runs; what else config.json
     holds is below `facts`. The script is kept as W&B's code of the run.
     """
     facts = {key: value for key, value in config.items() if key not in ("args", "script")}
-    try:
-        import wandb
+    import wandb
 
+    try:
         run = wandb.init(
-            entity=entity, project=project, name=run_dir.name, id=config["run_id"],
-            resume="allow", dir=str(run_dir), save_code=True,
+            entity=args.wandb_entity, project=args.wandb_project, name=run_dir.name,
+            id=config["run_id"], resume="allow", dir=str(run_dir), save_code=True,
             config={"exp_name": config["script"], **config["args"], "facts": facts},
         )
-    except ImportError:
-        raise UserError("--track needs the wandb package: pip install wandb") from None
     except Exception as error:  # wandb's own errors share no base class worth naming
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(

@@ -25,22 +25,24 @@ MOST = 100  # policies kept
 MOST_BYTES = 200 * 2**20  # of them together: 24 of those of furl_drq_pixels.py
 
 
-def arrays_used(policy: Callable, state: Any, obs: Any) -> dict[str, jax.Array]:
-    """The arrays of `state` that `policy(state, obs)` depends on, by their names in it.
+def names_used(policy: Callable, state: Any, obs: Any) -> list[str]:
+    """The names of the arrays of `state` that `policy(state, obs)` depends on.
 
     JAX's own program of the policy tells which they are, so no script has to.
     """
+    names = list(named_arrays(state))
     try:
         program = jax.make_jaxpr(policy)(state, obs).jaxpr
         _, used = dce_jaxpr(program, [True] * len(program.outvars))
     except Exception:  # JAX cannot look into every function: this one may use them all
-        used = itertools.repeat(True)
-    return {name: x for (name, x), is_used in zip(_named(state), used, strict=False) if is_used}
+        return names
+    return [name for name, is_used in zip(names, used, strict=False) if is_used]
 
 
-def _named(tree: Any) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-            for path, leaf in jax.tree.leaves_with_path(tree)]
+def named_arrays(state: Any) -> dict[str, Any]:
+    """The arrays of a state by their names in it."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree.leaves_with_path(state)}
 
 
 def save(run_dir: Path, env_steps: int, arrays: dict[str, jax.Array], eval_every: int) -> None:
@@ -49,7 +51,7 @@ def save(run_dir: Path, env_steps: int, arrays: dict[str, jax.Array], eval_every
     Args:
         run_dir: the run folder.
         env_steps: of the policy.
-        arrays: see `arrays_used`.
+        arrays: what it acts by, see `names_used`.
         eval_every: steps from one evaluation to the next.
 
     Raises:
@@ -74,14 +76,11 @@ def _thin_out(run_dir: Path, newest: int, eval_every: int, most: int) -> None:
         stretch *= 2
     if stretch == 1:
         return
-    kept, of = kept_policies(run_dir), scores(run_dir)
+    kept, of, none = kept_policies(run_dir), scores(run_dir), (-np.inf, -np.inf)
     for _, group in itertools.groupby(kept, lambda steps: number(steps) // stretch):
-        *worse, _ = sorted(group, key=lambda steps: (of.get(steps, NO_SCORE), steps))
+        *worse, _ = sorted(group, key=lambda steps: (of.get(steps, none), steps))
         for env_steps in worse:
             kept[env_steps].unlink()
-
-
-NO_SCORE = (-np.inf, -np.inf)
 
 
 def scores(run_dir: Path) -> dict[int, tuple[float, float]]:
@@ -101,7 +100,7 @@ def drop_after(run_dir: Path, env_steps: int) -> None:
 
 
 def read(run_dir: Path, env_steps: int) -> dict[str, np.ndarray]:
-    """The arrays of a policy that is kept, see `arrays_used`.
+    """The arrays of a policy that is kept, by their names.
 
     Raises:
         UserError: the file is damaged, or cannot be read.
@@ -123,7 +122,7 @@ def unflatten(arrays: dict[str, np.ndarray], tree: Any) -> Any:
         CheckpointError: a shape differs, or there is no place for an array.
     """
     rest, leaves = dict(arrays), []
-    for name, x in _named(tree):
+    for name, x in named_arrays(tree).items():
         unknown = np.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0
         leaves.append(jnp.asarray(rest.pop(name, np.full(x.shape, unknown, x.dtype))))
     if rest:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.errors import ShortageError
 from common.memory import check_memory
 from common.vlms import VLM, View
 
@@ -91,11 +90,7 @@ def init_ring(example_row: Rows, capacity: int, flag: str = "--buffer-size") -> 
     """
     need = capacity * sum(np.asarray(x).nbytes for x in jax.tree.leaves(example_row))
     check_memory(need, f"a buffer of {capacity:,} rows", f"choose a smaller {flag}")
-    try:
-        return jax.block_until_ready(empty_ring(example_row, capacity))
-    except (MemoryError, RuntimeError) as error:  # XLA raises a RuntimeError when out of memory
-        raise ShortageError(f"a buffer of {capacity:,} rows needs {need / 2**30:.1f} GiB, which "
-                            f"this device does not have: choose a smaller {flag}") from error
+    return empty_ring(example_row, capacity)
 
 
 def empty_ring(example_row: Rows, capacity: int) -> Ring:
@@ -178,16 +173,11 @@ def newest_episode(steps: Ring, env: jax.Array, num_envs: int, episode_length: i
     """One environment's rows of the episode that has just ended, leaves [episode_length, ...].
 
     Args:
-        steps: one row for each environment and step; the newest are of the episodes' last step.
+        steps: one row for each environment and step; the newest are of the episodes' last step. It
+            holds whole episodes, as `flags.check_replay` makes sure before a run begins.
         env: number of the environment, int [].
         num_envs, episode_length: of the episodes, which have all ended in that step.
-
-    Raises:
-        ValueError: the ring cannot hold the episodes, which scripts refuse
-            before a run begins.
     """
-    if steps.capacity < num_envs * episode_length:
-        raise ValueError(f"the ring must hold {num_envs * episode_length} steps")
     first = steps.total - num_envs * episode_length + env
     return take(steps, (first + num_envs * jnp.arange(episode_length)) % steps.capacity)
 

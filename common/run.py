@@ -18,8 +18,8 @@ import numpy as np
 
 from common import checkpoint, policies
 from common.cli import script_name, source_file
+from common.envs.registry import suite_for
 from common.envs.rendering import gl_info
-from common.envs.suites import suite_for
 from common.envs.workers import STOP_SIGNALS, Step
 from common.errors import UserError
 from common.evaluate import Evaluator
@@ -44,7 +44,7 @@ class PendingEvaluation(NamedTuple):
     env_steps: int  # of the policy that is evaluated
     steps_per_iteration: int  # steps of its episodes in each iteration of training
     video_path: Path | None
-    arrays: dict[str, jax.Array]  # of the policy; filled at its first action
+    state: Any  # of the policy
 
 
 copy_arrays = jax.jit(partial(jax.tree.map, jnp.copy))
@@ -69,6 +69,7 @@ class Run:
         self._environments = [x for x in (evaluator, envs) if x is not None]
         self._evaluator = evaluator
         self._pending: PendingEvaluation | None = None
+        self._policy_names: list[str] = []  # of the arrays that the policy acts by
         self._waiting_rows: list[tuple[int, dict[str, float]]] = []  # for the pending evaluation's
         self._logger: Logger | None = None
         self.env_steps = 0  # done when the current iteration ends
@@ -103,15 +104,8 @@ class Run:
     @property
     def logger(self) -> Logger:
         if self._logger is None:
-            self._logger = self._open_logger(resume_from=None)
+            self._logger = Logger(self.dir, self.config, self.args)
         return self._logger
-
-    def _open_logger(self, resume_from: int | None) -> Logger:
-        return Logger(
-            self.dir, self.config, track=self.args.track, project=self.args.wandb_project,
-            entity=self.args.wandb_entity, total_timesteps=self.args.total_timesteps,
-            resume_from=resume_from,
-        )
 
     def begin(self, state: Any, buffers: Any, envs: Any) -> tuple[Any, Any, np.ndarray]:
         """Where the run is to go on: at its first step, or with --resume at its newest checkpoint.
@@ -138,7 +132,7 @@ class Run:
             if not envs.resumes_episodes:
                 self._succeeded[:], self._returns[:] = False, 0
             policies.drop_after(self.dir, self.env_steps)
-            self._logger = self._open_logger(resume_from=self.env_steps)
+            self._logger = Logger(self.dir, self.config, self.args, resume_from=self.env_steps)
             self._logger.say(f"resumed at {self.env_steps:,} steps")
             if not envs.resumes_episodes:
                 self._logger.say(f"note: episodes begin anew: the state of {self.args.env_id} "
@@ -154,7 +148,7 @@ class Run:
         iteration = self.args.steps_per_iteration
         for env_steps in range(self.env_steps, self.args.total_timesteps, iteration):
             if self._pending is not None:
-                self._play_on(self._pending.steps_per_iteration)
+                self._play_on()
             self.env_steps = env_steps + iteration
             yield env_steps
 
@@ -217,42 +211,39 @@ class Run:
         """
         self._finish_evaluation()
         state = copy_arrays(state)  # because an update takes its memory for the next one
-        arrays: dict[str, jax.Array] = {}
 
         def act(obs: np.ndarray) -> jax.Array:
-            if not arrays:
-                arrays.update(policies.arrays_used(policy, state, obs))
+            if not self._policy_names:
+                self._policy_names = policies.names_used(policy, state, obs)
             return policy(state, obs)
 
         playing = self._evaluator.play(act, self.video_path())
         iterations = max(1, self.args.eval_every // self.args.steps_per_iteration)
         # One step more than an episode has ends the evaluation, and so before the next one is due.
         steps = -(-(self._evaluator.episode_length + 1) // iterations)
-        self._pending = PendingEvaluation(
-            playing, self.env_steps, steps, self.video_path(), arrays)
+        self._pending = PendingEvaluation(playing, self.env_steps, steps, self.video_path(), state)
 
-    def _play_on(self, steps: int) -> None:
-        """Play `steps` more of the pending evaluation, and log it if it ends."""
-        for _ in range(steps):
+    def _play_on(self) -> None:
+        """Play some more of the pending evaluation, and log it if it ends."""
+        for _ in range(self._pending.steps_per_iteration):
             try:
                 next(self._pending.playing)
             except StopIteration as end:
-                return self.log_evaluation(end.value)
+                return self._log_evaluation(end.value)
 
     def _finish_evaluation(self) -> None:
         while self._pending is not None:
-            self._play_on(self._pending.steps_per_iteration)
+            self._play_on()
 
-    def log_evaluation(self, evaluation: dict[str, float]) -> None:
-        """Write the rows of the pending evaluation, or of one just made, and those that waited."""
-        env_steps, video_path = self.env_steps, self.video_path()
-        if self._pending is not None:
-            env_steps, video_path = self._pending.env_steps, self._pending.video_path
+    def _log_evaluation(self, evaluation: dict[str, float]) -> None:
+        """Write the rows of the pending evaluation, which has ended, and those that waited."""
+        env_steps = self._pending.env_steps
         self.evaluation = {key: float(value) for key, value in evaluation.items()}
         self.logger.log(env_steps, self.evaluation)
-        self.logger.log_video(env_steps, video_path)
-        if self._pending is not None:
-            policies.save(self.dir, env_steps, self._pending.arrays, self.args.eval_every)
+        self.logger.log_video(env_steps, self._pending.video_path)
+        arrays = policies.named_arrays(self._pending.state)
+        arrays = {name: arrays[name] for name in self._policy_names}
+        policies.save(self.dir, env_steps, arrays, self.args.eval_every)
         self._write_waiting_rows()
 
     def _write_waiting_rows(self) -> None:

@@ -13,7 +13,6 @@ loads neither JAX nor torch.
 import contextlib
 import dataclasses
 import fcntl
-import itertools
 import json
 import os
 import secrets
@@ -101,15 +100,16 @@ def create_run_dir(run_dir: str | None, env_id: str, script: str, seed: int) -> 
 
 def make_free_folder(path: Path) -> Path:
     """Make the folder `path`, or the first of `path`-2, `path`-3 ... that is not there."""
-    for number in itertools.count(1):
-        free = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        try:
+    free, number = path, 1
+    while True:
+        try:  # not looked for before: another process may be about to make it
             free.mkdir(parents=True)
             return free
         except FileExistsError:
             if not free.is_dir():  # a file above it
                 raise
-    raise AssertionError("unreachable")
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
 
 
 def holds_run(path: Path) -> bool:
@@ -176,7 +176,7 @@ def write_config(run_dir: Path, args: Any, **facts: Any) -> dict[str, Any]:
         "num_cores": num_cores(),
         **facts,
     }
-    _write_json(run_dir / CONFIG, config)
+    _store(run_dir, config)
     return config
 
 
@@ -184,18 +184,29 @@ def store_total(run_dir: Path, config: dict[str, Any], total_timesteps: int) -> 
     """Note in `config`, and in `config.json`, that a run is continued up to so many steps."""
     if config["args"].get("total_timesteps") != total_timesteps:
         config["args"]["total_timesteps"] = total_timesteps
-        _write_json(run_dir / CONFIG, config)
+        _store(run_dir, config)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _replace(path, json.dumps(content, indent=2, default=str) + "\n")
+def _store(run_dir: Path, config: dict[str, Any]) -> None:
+    write_file(run_dir / CONFIG, (json.dumps(config, indent=2, default=str) + "\n").encode())
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write `path`, whose earlier content stays until the new one is complete."""
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write `path`, flushed to the disk; its earlier content stays until the new one is complete.
+
+    Raises:
+        OSError: the disk is full or read-only.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_config(run_dir: Path, name: str | None = None) -> dict[str, Any]:
@@ -273,7 +284,7 @@ def metrics_line(env_steps: int, key: str, value: float) -> str:
 def keep_metrics_until(run_dir: Path, env_steps: int) -> None:
     """Drop the rows beyond `env_steps`, and what cannot be read."""
     kept = [metrics_line(*row) for row in read_metrics(run_dir).rows if row[0] <= env_steps]
-    _replace(run_dir / METRICS, METRICS_HEADER + "".join(kept))
+    write_file(run_dir / METRICS, (METRICS_HEADER + "".join(kept)).encode())
 
 
 # --------------------------------------------------------------------------------- progress

@@ -31,10 +31,5 @@ def git_commit() -> str:
 
 def versions() -> dict[str, str]:
     """Installed version of each package that a result can depend on."""
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": sys.version.split()[0], **installed}

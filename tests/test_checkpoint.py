@@ -20,7 +20,7 @@ import pytest
 from conftest import paper_scripts
 
 import sac_baseline as sac
-from common import checkpoint, replay
+from common import checkpoint, replay, run_folder
 from common.errors import UserError
 from common.replay import Sizes
 from common.run import Run, start_run
@@ -344,7 +344,7 @@ def test_a_full_disk_leaves_earlier_checkpoints(tmp_path, monkeypatch, name, bud
         return FullDisk(file, budget) if "w" in mode and name in str(path) else file
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "open", full_open, raising=False)
+        patch.setattr(run_folder, "open", full_open, raising=False)
         with pytest.raises(OSError) as caught:
             save(tmp_path, 9)
     assert caught.value.errno == errno.ENOSPC
@@ -362,7 +362,7 @@ def test_a_disk_that_cannot_be_opened_or_flushed(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "open", no_space, raising=False)
+        patch.setattr(run_folder, "open", no_space, raising=False)
         with pytest.raises(OSError):
             save(tmp_path, 9)
     with monkeypatch.context() as patch:

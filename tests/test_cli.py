@@ -25,13 +25,13 @@ from conftest import ROOT
 
 import common.run
 import furl_sac_state
-from common import checkpoint, cli, flags, logger, policies, replay, run_folder, system, versions
-from common.envs.suites import METAWORLD
+from common import checkpoint, cli, flags, logger, replay, run_folder, system, versions
+from common.envs.registry import METAWORLD
 from common.envs.workers import Step, WorkerError
 from common.errors import ShortageError, UserError
 from common.logger import Logger
 from common.replay import Sizes
-from common.run import Run, start_run
+from common.run import PendingEvaluation, Run, start_run
 from common.run_folder import kept_policies
 from furl_sac_state import Args
 
@@ -212,7 +212,7 @@ def test_help_in_a_narrow_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "5")
     with pytest.raises(SystemExit) as stop:
         flags.parse(Args, ["--help"])
-    assert stop.value.code == 0 and os.environ["COLUMNS"] == "5"
+    assert stop.value.code == 0
     assert "--learning-starts" in capsys.readouterr().out
 
 
@@ -646,8 +646,7 @@ def test_config_says_what_a_reader_needs(tmp_path):
 
 
 def make_logger(run_dir: Path, **kwargs) -> Logger:
-    options = {"track": False, "project": "furl", "total_timesteps": 1000, **kwargs}
-    return Logger(run_dir, {}, **options)
+    return Logger(run_dir, {}, Args(total_timesteps=1000), **kwargs)
 
 
 def test_metrics_are_in_long_form(tmp_path):
@@ -848,13 +847,20 @@ def at(run: Run, env_steps: int) -> Run:
     return run
 
 
+def log_evaluation(run: Run, env_steps: int, evaluation: dict) -> None:
+    """As when one that began at once with the policy of `env_steps` ends."""
+    run._pending = PendingEvaluation(iter(()), env_steps, 1, None, {"w": jnp.ones(2)})
+    run._policy_names = ["w"]
+    at(run, env_steps)._log_evaluation(evaluation)
+
+
 def save(run: Run, env_steps: int, state, buffers, envs: Envs | None = None) -> None:
     at(run, env_steps).save(state, buffers, envs or Envs())
 
 
 def test_start_run_writes_config_and_says_where(tmp_path, capsys):
     run = start(tmp_path)
-    at(run, 100).log_evaluation({"eval/success_once": 0.0, "eval/success_at_end": 0.0})
+    log_evaluation(run, 100, {"eval/success_once": 0.0, "eval/success_at_end": 0.0})
     run.close()
     out = capsys.readouterr().out
     assert out.startswith(f"run folder: {tmp_path / 'run'}") and "prompt: Go." in out
@@ -1010,7 +1016,7 @@ def test_training_rows_and_success_of_finished_episodes(tmp_path, capsys):
     yes, no = True, False
     run.count_episodes(a_step(np.array([yes, no, no, no]), np.array([no, no, no, no])))
     run.count_episodes(a_step(np.array([no, no, no, yes]), np.array([yes, yes, no, yes])))  # 2 of 3
-    at(run, 100).log_evaluation({"eval/success_once": jnp.float32(1), "eval/success_at_end": 0.5})
+    log_evaluation(run, 100, {"eval/success_once": jnp.float32(1), "eval/success_at_end": 0.5})
     at(run, 100).log_training("relay", {"losses/q": jnp.array(0.25), "charts/relaying": True})
     at(run, 200).log_training("aligned", {"losses/q": jnp.array(0.5)})  # no episode has ended since
     run.close()
@@ -1121,14 +1127,12 @@ def test_a_run_is_resumed_with_its_counts(tmp_path, capsys, resumes_episodes, su
     ring = replay.add_rows(small_ring(), {"id": np.arange(3, dtype=np.int32)})
     run.count_episodes(a_step(np.array([True, False, False, False]), np.zeros(4, bool)))
     run.count_episodes(a_step(np.zeros(4, bool), np.array([False, True, False, False])))
-    at(run, 100).log_evaluation({"eval/success_once": 1.0, "eval/success_at_end": 1.0})
+    log_evaluation(run, 100, {"eval/success_once": 1.0, "eval/success_at_end": 1.0})
     envs = Envs()
     envs.time = np.arange(4.0) + 7
     save(run, 100, {"w": jnp.ones(2)}, Rings(ring), envs)
-    at(run, 200).log_evaluation({"eval/success_once": 0.0, "eval/success_at_end": 0.0})
+    log_evaluation(run, 200, {"eval/success_once": 0.0, "eval/success_at_end": 0.0})
     run.close()
-    for env_steps in (100, 200):
-        policies.save(run.dir, env_steps, {"w": jnp.ones(2)}, 100)
 
     resumed = resume(run.dir)
     assert resumed.dir == run.dir

@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common import cli
-from common.envs.suites import METAWORLD, suite_for
+from common.envs.registry import METAWORLD, suite_for
 from common.errors import UserError
 from common.flags import flag_of
 

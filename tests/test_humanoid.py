@@ -175,7 +175,7 @@ def test_every_pose_and_look_is_registered():
     for pose in POSES:
         for look in humanoid.LOOKS:
             env_id = humanoid.env_id(pose, look)
-            assert suite.knows(env_id) and suite.evaluated_on(env_id) == env_id
+            assert suite.SUITE.evaluated_on(env_id) == env_id
             assert suite.max_episode_steps(env_id) == 100
             assert suite.SUITE.prompt_for(env_id, None) == POSES[pose].prompt
             assert suite.SUITE.baseline_prompt_for(env_id, None) == "a humanoid robot"

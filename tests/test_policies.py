@@ -41,9 +41,8 @@ def a_state(scale: float = 1.0) -> State:
 def test_what_a_policy_acts_by_comes_back(tmp_path):
     """What does not come back is NaN, so that whatever depends on it can be told."""
     state, obs = a_state(), np.ones((1, 3), np.float32)
-    arrays = policies.arrays_used(policy, state, obs)
-    assert arrays.keys() == {"agent/w"}
-    policies.save(tmp_path, 30, arrays, 10)
+    assert policies.names_used(policy, state, obs) == ["agent/w"]
+    policies.save(tmp_path, 30, {"agent/w": policies.named_arrays(state)["agent/w"]}, 10)
     stored = policies.read(tmp_path, 30)
     found = policies.unflatten(stored, jax.eval_shape(a_state))
     np.testing.assert_array_equal(policy(found, obs), policy(state, obs))
@@ -60,8 +59,8 @@ def test_what_a_policy_acts_by_comes_back(tmp_path):
 
 
 def test_of_a_policy_that_jax_cannot_trace_all_is_kept():
-    arrays = policies.arrays_used(lambda state, obs: np.asarray(state.other), a_state(), 0.5)
-    assert arrays.keys() == {"agent/opt", "agent/w", "count", "other"}
+    names = policies.names_used(lambda state, obs: np.asarray(state.other), a_state(), 0.5)
+    assert names == ["agent/opt", "agent/w", "count", "other"]
 
 
 @pytest.mark.parametrize(("script", "obs_shape", "most"), [
@@ -74,9 +73,9 @@ def test_policies_of_scripts_are_small(script, obs_shape, most):
     state = jax.eval_shape(
         lambda key: script.init_state(key, Sizes(39, 4, 8), script.Args()), jax.random.key(0))
     obs = jax.ShapeDtypeStruct(obs_shape, np.uint8 if len(obs_shape) > 2 else np.float32)
-    arrays = policies.arrays_used(script.policy, state, obs)
-    assert 0.01 < sum(x.size * x.dtype.itemsize for x in arrays.values()) / 1e6 < most
-    assert all("critic" not in name and "opt" not in name for name in arrays)
+    arrays, names = policies.named_arrays(state), policies.names_used(script.policy, state, obs)
+    assert 0.01 < sum(arrays[n].size * arrays[n].dtype.itemsize for n in names) / 1e6 < most
+    assert all("critic" not in name and "opt" not in name for name in names)
 
 
 def play(tmp_path, evaluations: dict[int, tuple[float, float]], eval_every: int = 10) -> list[int]:

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import system  # noqa: E402
+from common.envs.registry import METAWORLD  # noqa: E402
 from common.envs.rendering import Camera, Renderer, gl_info  # noqa: E402
-from common.envs.suites import METAWORLD  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.vlms import View, view_for  # noqa: E402
 from tools.shared import golden  # noqa: E402
@@ -86,12 +86,9 @@ def test_renderers_do_not_draw_into_each_other():
     )
 
 
-def test_cameras_by_name_and_number():
+def test_the_names_of_cameras():
     env = scene("drawer-open-v3")
     assert tuple(env.model.camera(i).name for i in range(env.model.ncam)) == METAWORLD.cameras
-    np.testing.assert_array_equal(
-        draw("drawer-open-v3", "fast", camera="corner2"), draw("drawer-open-v3", "fast")
-    )
 
 
 # ------------------------------------------------------------------- what a VLM sees of it
@@ -171,9 +168,7 @@ def test_the_view_is_that_of_the_authors(task, drawn_by_hand):
     ("options", "message"),
     [
         ({"id": 9}, r"unknown camera 9; this task has 0 \(topview\)"),
-        ({"id": "front"}, "unknown camera front"),
         ({"quality": "best"}, "allowed: fast, paper"),
-        ({"size": 0}, "must be positive"),
     ],
 )
 def test_bad_arguments_say_what_is_allowed(options, message):

@@ -261,12 +261,6 @@ def test_sorted_episodes_wrap_around_small_rings():
     assert rows_of(negatives, 5) == expected[1][-5:]
 
 
-def test_a_replay_too_small_for_an_episode_is_refused():
-    [steps] = list(play([[set()] * 3], 11))
-    with pytest.raises(ValueError, match="the ring must hold 12 steps"):
-        sort_episodes(empty_frames(4), empty_frames(4), steps, 3, EPISODE)
-
-
 # --------------------------------------------------------------------------- lag pairs
 
 

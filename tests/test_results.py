@@ -578,13 +578,14 @@ def test_runs_of_wandb_are_read_as_folders_are(tmp_path, monkeypatch, capsys):
 
 def test_offline_logging_keeps_script_and_video(tmp_path, monkeypatch):
     from common.evaluate import write_video
+    from common.flags import RunArgs
     from common.logger import Logger
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_RUN_GROUP", "group-of-mine")
     config = {"args": {"env_id": "push-v3"}, "script": "furl_sac_state", "run_id": "0123abcd"}
-    log = Logger(tmp_path, config, track=True, project="furl", entity="us", total_timesteps=10)
+    log = Logger(tmp_path, config, RunArgs(track=True, wandb_entity="us", total_timesteps=10))
     video = tmp_path / "videos/00000010.mp4"
     write_video(video, [np.zeros((32, 32, 3), np.uint8)] * 4)
     log.log(10, {"eval/success_once": 1.0})

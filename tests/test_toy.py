@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from common.envs import humanoid, suites, vlm_rm_tasks
+from common.envs import humanoid, registry, vlm_rm_tasks
 from common.errors import UserError
 from common.vlms import load_vlm, view_for
 from common.vlms.mini import EMBED_DIM, WEIGHTS, init_mini, load_mini, word_pieces
@@ -70,12 +70,12 @@ def test_the_shipped_files_are_small(kind):
     ("HumanoidSplitsOriginal-v0", "poses"), ("reach-v3", "mini"),
 ])
 def test_the_default_is_the_one_that_knows_the_pictures(env_id, name):
-    assert suites.suite_for(env_id).default_vlm(env_id) == name
+    assert registry.suite_for(env_id).default_vlm(env_id) == name
 
 
 def test_loaded_by_name(poles):
     vlm = load_vlm("toy", device="cpu")
-    view = view_for(vlm, suites.METAWORLD)
+    view = view_for(vlm, registry.METAWORLD)
     assert view.size == vlm.frame_size == FRAME_SIZE and view.margin == 0
     assert vlm.name == "toy" and vlm.id.startswith("toy-") and f"-{FRAME_SIZE}px-" in vlm.id
     images = np.asarray(vlm.embed_images(poles.frames[:2]))

@@ -410,11 +410,6 @@ def test_unknown_names_say_what_is_allowed():
 
 def test_arguments_are_checked(checkpoint):
     one_line_error("exclude each other", "tiny-resnet", weights=checkpoint, pretrained=False)
-    with pytest.raises(UserError, match="allowed are auto, cpu and cuda"):
-        load_vlm("mini", device="tpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="no CUDA device"):
-            load_vlm("mini", device="cuda")
 
 
 @pytest.mark.parametrize("name", ["tiny-resnet", "mini"])
@@ -470,7 +465,7 @@ def test_a_malicious_pickle_is_not_executed(name, source, tmp_path):
     (tmp_path / "named.safetensors").write_bytes(pickle.dumps(Bomb(target)))
     for file in ("zip.pt", "liv.pt", "legacy.pt", "plain.pt", "named.safetensors"):
         pickled = file.endswith(".pt") and name != "mini"  # mini's are safetensors, whatever named
-        reason = "could execute code" if pickled else "cannot"
+        reason = "tensors alone" if pickled else "cannot"
         one_line_error(f"{file}.*{reason}|{reason}.*{file}", name, weights=tmp_path / file)
     assert not target.exists()
     pickle.loads(pickle.dumps(Bomb(target)))
@@ -482,7 +477,7 @@ def test_torchscript_archives_are_refused(source, tmp_path):
         warnings.simplefilter("ignore")  # deprecated, but how OpenAI's files were made
         script = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
         torch.jit.save(script, tmp_path / "RN50.pt")
-    one_line_error("TorchScript archive.*safetensors", "clip", weights=tmp_path / "RN50.pt")
+    one_line_error("TorchScript archives.*safetensors", "clip", weights=tmp_path / "RN50.pt")
 
 
 def test_without_network_one_line_says_what_helps(tmp_path):

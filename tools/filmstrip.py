@@ -17,7 +17,7 @@ import tyro
 from PIL import Image, ImageDraw
 
 from common.cli import run_script
-from common.envs.suites import suite_for
+from common.envs.registry import suite_for
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, all_same
 from common.run_folder import kept_policies

@@ -19,7 +19,7 @@ import numpy as np
 from common.cli import run_script
 from common.envs import vlm_rm_tasks
 from common.envs.gymnasium_suite import make_env, square
-from common.envs.suites import GYMNASIUM
+from common.envs.registry import GYMNASIUM
 from common.errors import UserError
 from common.flags import NotNegativeInt, PositiveInt, Share, check_ranges
 from common.vlms import load_vlm, view_for

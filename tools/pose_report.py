@@ -21,8 +21,8 @@ from PIL import Image
 
 from common.cli import run_script
 from common.envs import humanoid
+from common.envs.registry import GYMNASIUM
 from common.envs.rendering import prepare_gl
-from common.envs.suites import GYMNASIUM
 from common.errors import UserError
 from common.flags import NotNegativeInt, PositiveInt, Share, check_ranges
 from common.vlms import load_vlm, view_for

@@ -1,14 +1,14 @@
 """The suite of Gymnasium: any of its environments that draws itself (`render_mode="rgb_array"`).
 
 An id is one that `gymnasium.make` knows, `module:Name-v0` for one that a module registers.
-Observations are flattened to one vector; continuous actions are scaled to -1 to 1. What an
-environment returns is checked against Gymnasium's contract, see `contract.py`.
+Continuous actions are scaled to -1 to 1. What an environment returns is checked against Gymnasium's
+contract and flattened to one vector, see `contract.py`.
 """
 
 import difflib
 import importlib
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -20,9 +20,10 @@ from PIL import Image
 from common.envs import contract, vlm_rm_tasks
 from common.envs.rendering import Camera, prepare_gl
 from common.envs.suite import Suite
+from common.envs.vlm_rm_tasks import task_for
 from common.envs.workers import VecEnv
 from common.errors import UserError
-from common.flags import Goal, flag_of
+from common.flags import Goal, flag_of, note
 from common.system import GL
 
 DEFAULT_MAX_EPISODE_STEPS = 1_000  # where an environment has no limit
@@ -30,25 +31,12 @@ PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 # Modules whose environments have no state but their attributes, and MuJoCo's.
 KNOWN_STATE = ("gymnasium.envs.classic_control.", "gymnasium.envs.mujoco.", "common.envs.")
 # Wrappers without a state of their own but for the number of steps, which is saved.
-STATELESS = (
-    contract.Checked, gymnasium.wrappers.FlattenObservation, gymnasium.wrappers.OrderEnforcing,
-    gymnasium.wrappers.PassiveEnvChecker, gymnasium.wrappers.RescaleAction,
-    gymnasium.wrappers.TimeLimit,
-)
+STATELESS = (contract.Checked, gymnasium.wrappers.OrderEnforcing, gymnasium.wrappers.RescaleAction,
+             gymnasium.wrappers.TimeLimit)
 
 vlm_rm_tasks.register()
 # Gymnasium's own renderer does not know what draws on macOS.
 mujoco_rendering._ALL_RENDERERS.setdefault(GL, mujoco.GLContext)
-
-
-def knows(env_id: str) -> bool:
-    """Whether `gymnasium.make` could know the id; that of a module (`module:Name-v0`) counts."""
-    return ":" in env_id or env_id in gymnasium.registry
-
-
-def ids() -> list[str]:
-    """All that are registered."""
-    return list(gymnasium.registry)
 
 
 def resolve_env_id(name: str) -> str:
@@ -62,7 +50,7 @@ def resolve_env_id(name: str) -> str:
     except ImportError as error:
         raise UserError(f"unknown environment {name!r}; {error}") from None
     except gymnasium.error.Error as error:
-        closest = difflib.get_close_matches(name, ids(), n=3, cutoff=0.4)
+        closest = difflib.get_close_matches(name, gymnasium.registry, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(closest)}?" if closest else str(error).splitlines()[0]
         raise UserError(f"unknown environment {name!r}; {hint}") from None
     return name
@@ -80,18 +68,6 @@ def max_episode_steps(env_id: str) -> int:
     return _spec(env_id).max_episode_steps or DEFAULT_MAX_EPISODE_STEPS
 
 
-def evaluated_on(env_id: str) -> str:
-    """The environment that a policy for `env_id` is evaluated on: the original of a changed one."""
-    task = vlm_rm_tasks.TASKS.get(env_id)
-    return task.evaluated_on if task else env_id
-
-
-def default_vlm(env_id: str) -> str:
-    """The embedded VLM that knows the pictures, or `toy`, which knows the least."""
-    task = vlm_rm_tasks.TASKS.get(env_id)
-    return task.vlm if task else "toy"
-
-
 def _text(env_id: str, text: str | None, kind: str) -> str:
     """The prompt or baseline prompt (`kind`) of a run: any text, or the task's own (None).
 
@@ -100,10 +76,9 @@ def _text(env_id: str, text: str | None, kind: str) -> str:
     """
     flag = flag_of(kind)
     if text is None:
-        task = vlm_rm_tasks.TASKS.get(env_id)
-        if task is None:
+        text = getattr(task_for(env_id), kind)
+        if text is None:
             raise UserError(f"{env_id} has no {kind.replace('_', ' ')} of its own: give {flag}")
-        return getattr(task, kind)
     if not text.strip():
         raise UserError(f"{flag} must not be empty")
     return text.strip()
@@ -126,9 +101,8 @@ class VecGymnasium(VecEnv):
             control can. Else the episodes after a resumption are new ones.
 
     Raises:
-        UserError: an argument is not allowed, or the environment has no frames, or observations or
-            actions of a kind that is not supported.
-        WorkerError: a worker has failed.
+        UserError, WorkerError: as `VecEnv`; UserError too where the environment breaks Gymnasium's
+            contract, or has observations or actions of a kind that is not supported.
     """
 
     def __init__(
@@ -143,17 +117,15 @@ class VecGymnasium(VecEnv):
     ):
         if goal != "fixed":
             raise UserError(f"--goal {goal} is for Meta-World's tasks; {env_id} has one goal")
-        if seed < 0:
-            raise UserError(f"seed must not be negative, but is {seed}")
         size = camera.size if camera else 0
         resolve_env_id(env_id)
         before = contract.global_state()
         probe = _build(env_id, size)
         contract.try_out(probe, env_id)
-        own_globals = not contract.same_state(before, contract.global_state())
+        own_globals = before != contract.global_state()
         if own_globals:
-            _note(f"{env_id} draws from Python's or NumPy's global generator, not from its own "
-                  "np_random: each environment gets a state of it of its own, from the seed")
+            note(f"{env_id} draws from Python's or NumPy's global generator, not from its own "
+                 "np_random: each environment gets a state of it of its own, from the seed")
         space = probe.action_space
         discrete = isinstance(space, gymnasium.spaces.Discrete)
         self.resumes_episodes = _state_is_known(probe) and not own_globals
@@ -192,31 +164,31 @@ def make_env(
 
 
 def _build(env_id: str, frame_size: int) -> gymnasium.Env:
-    options: dict[str, Any] = {"max_episode_steps": max_episode_steps(env_id)}
+    # The limit comes last, around `Checked`: what it gets of a step it takes apart.
+    options: dict[str, Any] = {"max_episode_steps": -1, "disable_env_checker": True}
+    size: dict[str, int] = {}
     try:
+        creator = _spec(env_id).entry_point
+        if isinstance(creator, str):
+            creator = gymnasium.envs.registration.load_env_creator(creator)
+        is_class = isinstance(creator, type)  # not a function
         if frame_size:
-            cls = _class_of(env_id)
-            if "rgb_array" not in cls.metadata.get("render_modes", ()):
+            if is_class and "rgb_array" not in creator.metadata.get("render_modes", ()):
                 raise UserError(f"{env_id} draws no frames (no render mode rgb_array), which are "
                                 "needed here")
             options["render_mode"] = "rgb_array"
-            if issubclass(cls, MujocoEnv):  # else it draws 480 px, which takes longer
-                options |= {"width": frame_size, "height": frame_size}
-        options["disable_env_checker"] = True
+            if is_class and issubclass(creator, MujocoEnv):  # else it draws 480 px, that is slower
+                size = {"width": frame_size, "height": frame_size}
         try:
-            env = gymnasium.make(env_id, **options)
-        except TypeError:  # a class or function of one's own, which need not take a size
-            if options.pop("width", None) is None:
+            env = gymnasium.make(env_id, **options, **size)
+        except TypeError:  # a class of one's own, which need not take a size
+            if not size:
                 raise
-            del options["height"]
             env = gymnasium.make(env_id, **options)
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         raise UserError(f"{env_id} cannot be made here: {str(error).splitlines()[0]}") from error
-    for name in ("action_space", "observation_space"):
-        if not isinstance(getattr(env, name, None), gymnasium.Space):
-            raise UserError(f"{env_id} has no {name}")
     env = _with_actions(contract.Checked(env, env_id), env_id)
-    return _with_observations(env, env_id)
+    return gymnasium.wrappers.TimeLimit(env, max_episode_steps(env_id))
 
 
 def _with_actions(env: gymnasium.Env, env_id: str) -> gymnasium.Env:
@@ -225,66 +197,22 @@ def _with_actions(env: gymnasium.Env, env_id: str) -> gymnasium.Env:
     Raises:
         UserError: its actions are others, or cannot be scaled.
     """
-    spaces, space = gymnasium.spaces, env.action_space
+    spaces, space = gymnasium.spaces, getattr(env, "action_space", None)
     if isinstance(space, spaces.Discrete):
         if space.start != 0:
             raise UserError(f"the actions of {env_id} must be counted from 0")
         return env
-    if not isinstance(space, spaces.Box) or len(space.shape) != 1 or not space.shape[0]:
+    if not (isinstance(space, spaces.Box) and len(space.shape) == 1 and space.shape[0]
+            and np.issubdtype(space.dtype, np.floating)):
         raise UserError(f"the actions of {env_id} are {space}: only Discrete and one-dimensional "
-                        "Box are supported")
-    if not np.issubdtype(space.dtype, np.floating):
-        raise UserError(f"the actions of {env_id} are {space}, whole numbers: only Discrete and a "
                         "Box of floats are supported")
-    if not space.is_bounded():
-        raise UserError(f"the actions of {env_id} have no bounds: they cannot be scaled")
-    with np.errstate(all="ignore"):  # of bounds that are equal, or too far apart for their type
-        scaled = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        reached = [scaled.func(np.full(space.shape, end, np.float32)) for end in (-1, 1)]
-        span = space.high.astype(np.float64) - space.low
-        miss = np.abs(np.subtract(reached, [space.low, space.high], dtype=np.float64))
-    # Of bounds like 1e9 and 1e9 + 1 rounding leaves little; NaN is never near.
-    if not (np.isfinite(span) & (span > 0) & (miss <= span / 50)).all():
-        raise UserError(f"the actions of {env_id} are {space}: their bounds are equal or too far "
-                        "apart, so that they cannot be scaled to -1 to 1")
-    return scaled
-
-
-def _with_observations(env: gymnasium.Env, env_id: str) -> gymnasium.Env:
-    """`env` with a vector as its observation.
-
-    Raises:
-        UserError: there is none.
-    """
-    spaces = gymnasium.spaces
-    try:
-        flat = spaces.flatten_space(env.observation_space)
-    except NotImplementedError:  # Gymnasium's answer for a kind of space that it does not know
-        flat = None
-    if not isinstance(flat, spaces.Box) or not flat.shape[0]:
-        raise UserError(f"the observations of {env_id} are {env.observation_space}, which cannot "
-                        "be flattened to a vector of numbers")
-    if spaces.utils.is_space_dtype_shape_equiv(env.observation_space, flat):
-        return env
-    return gymnasium.wrappers.FlattenObservation(env)
-
-
-@cache
-def _note(text: str) -> None:
-    """Once, though environments are made for training and for evaluation."""
-    print(f"note: {text}")
-
-
-def _class_of(env_id: str) -> type[gymnasium.Env]:
-    spec = _spec(env_id)
-    creator = spec.entry_point
-    if isinstance(creator, str):
-        creator = gymnasium.envs.registration.load_env_creator(creator)
-    if isinstance(creator, type):
-        return creator
-    env = creator(**spec.kwargs)  # a function: nothing but an environment tells
-    env.close()
-    return type(env.unwrapped)
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    # Rounding leaves little of bounds like 1e9 and 1e9 + 1.
+    rounding = np.finfo(np.float32).eps * np.maximum(np.abs(low), np.abs(high))
+    if not ((high - low > 50 * rounding) & (high - low <= contract.LARGEST)).all():
+        raise UserError(f"the actions of {env_id} are {space}: they have no bounds, or equal ones, "
+                        "or too far apart, so that they cannot be scaled to -1 to 1")
+    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
 def make_draw(env: gymnasium.Env, camera: Camera) -> Callable[..., np.ndarray]:
@@ -315,11 +243,6 @@ def square(picture: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def elapsed_steps(env: gymnasium.Env) -> int:
-    """Steps since the episode began."""
-    return env.get_wrapper_attr("_elapsed_steps")
-
-
 def _state_is_known(env: gymnasium.Env) -> bool:
     """Whether `get_env_state` holds all of the state, that of the wrappers included."""
     while env is not env.unwrapped:
@@ -339,7 +262,7 @@ def get_env_state(env: gymnasium.Env) -> dict[str, Any]:
         if env.has_wrapper_attr("global_state"):
             state["globals"] = env.get_wrapper_attr("global_state")
         return state
-    state["elapsed"] = elapsed_steps(env)
+    state["elapsed"] = env.get_wrapper_attr("_elapsed_steps")
     plain = bool | int | float | str | tuple | np.ndarray | np.generic | None
     state["attributes"] = {
         name: value.copy() if isinstance(value, np.ndarray) else value
@@ -396,10 +319,12 @@ def set_env_state(env: gymnasium.Env, state: dict[str, Any]) -> np.ndarray | Non
 
 SUITE = Suite(
     resolve_env_id, prompt_for=partial(_text, kind="prompt"),
-    baseline_prompt_for=partial(_text, kind="baseline_prompt"), default_vlm=default_vlm,
-    evaluated_on=evaluated_on, make_vec=VecGymnasium,
+    baseline_prompt_for=partial(_text, kind="baseline_prompt"),
+    default_vlm=lambda env_id: task_for(env_id).vlm,
+    evaluated_on=lambda env_id: task_for(env_id).evaluated_on, make_vec=VecGymnasium,
     cameras=("the environment's own",), default_camera=0, crops_border=False, reward_shift=0.0,
     starts_differ=True, lengths_differ=True, shows_returns=True, sparse_reward=False,
-    make_env=make_env, make_draw=make_draw, elapsed_steps=elapsed_steps,
+    make_env=make_env, make_draw=make_draw,
+    elapsed_steps=lambda env: env.get_wrapper_attr("_elapsed_steps"),
     get_env_state=get_env_state, set_env_state=set_env_state,
 )

@@ -315,11 +315,10 @@ def env_id(pose: str, look: Look = "camera") -> str:
 
 
 def register() -> None:
-    """Make the environments known to Gymnasium; again does nothing."""
+    """Make the environments known to Gymnasium."""
     for pose in POSES:
         for look in LOOKS:
-            if env_id(pose, look) not in gymnasium.registry:
-                gymnasium.register(
-                    env_id(pose, look), PosingHumanoid, max_episode_steps=EPISODE_LENGTH,
-                    kwargs={"pose": pose, "look": look},
-                )
+            gymnasium.register(
+                env_id(pose, look), PosingHumanoid, max_episode_steps=EPISODE_LENGTH,
+                kwargs={"pose": pose, "look": look},
+            )

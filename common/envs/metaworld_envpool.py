@@ -29,12 +29,10 @@ class EnvPoolMetaWorld:
     """N environments of one task in EnvPool's threads, with the methods of `VecMetaWorld`.
 
     Args:
-        env_id: a task of `common.envs.metaworld_tasks`.
-        num_envs: N.
+        env_id, num_envs: as for `VecMetaWorld`.
         seed: decides the sequences of goals.
         goal: `random`: new in every episode and observed, or `random-hidden`.
         max_episode_steps: 1 to 500.
-        num_workers: threads; default: one per core, at most N.
 
     Attributes:
         obs_dim, action_dim, episode_length, engine: as those of `VecMetaWorld`.
@@ -55,7 +53,6 @@ class EnvPoolMetaWorld:
         seed: int,
         goal: Goal = "random",
         max_episode_steps: int = MAX_EPISODE_STEPS,
-        num_workers: int | None = None,
     ):
         if goal not in ("random", "random-hidden"):
             raise UserError(f"--engine envpool draws a new goal in every episode and cannot have "
@@ -68,7 +65,7 @@ class EnvPoolMetaWorld:
         self.env_id, self.num_envs = resolve_env_id(env_id), num_envs
         self._pool = envpool.make_gymnasium(
             envpool_id(self.env_id), num_envs=num_envs, seed=seed % 2**31,
-            num_threads=num_workers or num_cores(), max_episode_steps=max_episode_steps,
+            num_threads=num_cores(), max_episode_steps=max_episode_steps,
             partially_observable=goal == "random-hidden",
         )
         version = metadata.version("envpool")

@@ -53,8 +53,7 @@ class VecMetaWorld(VecEnv):
         options: `num_workers`, `action_repeat`, `draw_resets` and `draw_every` of `VecEnv`.
 
     Raises:
-        UserError: an argument is not allowed, or frames cannot be drawn here.
-        WorkerError: a worker has failed.
+        UserError, WorkerError: as `VecEnv`; UserError for an unknown task or goal mode too.
     """
 
     def __init__(
@@ -71,11 +70,6 @@ class VecMetaWorld(VecEnv):
     ):
         env_id = resolve_env_id(env_id)
         self.engine = f"metaworld {metadata.version('metaworld')}, mujoco {mujoco.__version__}"
-        if seed < 0:
-            raise UserError(f"seed must not be negative, but is {seed}")
-        if not 1 <= max_episode_steps <= MAX_EPISODE_STEPS:
-            raise UserError(f"max_episode_steps must be 1 to {MAX_EPISODE_STEPS}, not "
-                            f"{max_episode_steps}")
         env = {"env_id": env_id, "seed": seed, "goal": goal, "show_goal": show_goal}
         super().__init__(
             __name__, env, num_envs, obs_dim=OBS_DIM, action_dim=ACTION_DIM, camera=camera,
@@ -187,11 +181,6 @@ def set_env_state(env, state: dict[str, Any]) -> None:
     mujoco.mj_setState(env.model, env.data, state["physics"], PHYSICS)
 
 
-def elapsed_steps(env) -> int:
-    """Physics steps since the episode began."""
-    return env.curr_path_length
-
-
 def make_draw(env, camera: Camera) -> Callable[..., np.ndarray]:
     """`draw(env, first=False)`: the picture of any environment of this one's task; `first`: of an
     episode, before any step."""
@@ -254,6 +243,6 @@ SUITE = Suite(
     reward_shift=-1.0,  # B.2 of the paper
     starts_differ=False, lengths_differ=False, shows_returns=False,
     sparse_reward=True,  # Meta-World's own reward is not used
-    make_env=make_env, make_draw=make_draw, elapsed_steps=elapsed_steps,
+    make_env=make_env, make_draw=make_draw, elapsed_steps=lambda env: env.curr_path_length,
     get_env_state=get_env_state, set_env_state=set_env_state,
 )

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -93,23 +94,17 @@ class Camera(NamedTuple):
     """What draws a picture, and how."""
 
     size: int  # width and height of the picture, pixels
-    id: int | str = 2  # number or name
+    id: int = 2  # number
     quality: str = "fast"  # or "paper"
 
 
-def camera_number(model: mujoco.MjModel, camera: int | str) -> int:
-    """The id of a camera given by name or id.
-
-    Raises:
-        UserError: the model has no such camera.
+def check_camera(camera_id: int, names: Sequence[str]) -> None:
+    """Raises:
+        UserError: there is no such camera among those that have `names`.
     """
-    names = [model.camera(i).name for i in range(model.ncam)]
-    if camera in names:
-        return names.index(camera)
-    if isinstance(camera, int) and 0 <= camera < model.ncam:
-        return camera
-    listed = ", ".join(f"{i} ({name})" for i, name in enumerate(names))
-    raise UserError(f"unknown camera {camera}; this task has {listed}")
+    if not 0 <= camera_id < len(names):
+        listed = ", ".join(f"{i} ({name})" for i, name in enumerate(names))
+        raise UserError(f"unknown camera {camera_id}; this task has {listed}")
 
 
 class Renderer:
@@ -120,20 +115,20 @@ class Renderer:
         camera: size, number and quality of the pictures.
 
     Raises:
-        UserError: unknown camera or quality, a size below 1, or nothing can draw here.
+        UserError: unknown camera or quality, or nothing can draw here.
     """
 
     def __init__(self, model: mujoco.MjModel, camera: Camera):
         size, camera_id, quality = camera
         if quality not in QUALITIES:
             raise UserError(f"unknown quality {quality!r}; allowed: {', '.join(QUALITIES)}")
-        if size < 1:
-            raise UserError(f"a picture of {size} px cannot be drawn: the size must be positive")
+        names = [model.camera(i).name for i in range(model.ncam)]
+        check_camera(camera_id, names)
         self._gl = _gl_context()
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self._camera.fixedcamid = camera_number(model, camera_id)
-        self._bottom_up = model.camera(self._camera.fixedcamid).name in UPSIDE_DOWN
+        self._camera.fixedcamid = camera_id
+        self._bottom_up = names[camera_id] in UPSIDE_DOWN
         drawn = _drawn_model(model, size, quality)
         self._gl.make_current()
         self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_50.value)

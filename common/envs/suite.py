@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from common.envs.rendering import Camera
-from common.errors import UserError
+from common.envs.rendering import Camera, check_camera
 
 # draw(env, first=False) -> uint8 [size, size, 3]; `first`: before an episode's first step
 Draw = Callable[..., np.ndarray]
@@ -45,6 +44,4 @@ class Suite:
         """Raises:
             UserError: the suite has no such camera.
         """
-        if camera_id >= len(self.cameras):
-            listed = ", ".join(f"{i} ({name})" for i, name in enumerate(self.cameras))
-            raise UserError(f"unknown camera {camera_id}; this task has {listed}")
+        check_camera(camera_id, self.cameras)

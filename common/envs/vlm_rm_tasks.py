@@ -46,14 +46,15 @@ class Task:
     """An environment with the paper's prompts (Table 3).
 
     Attributes:
-        prompt, baseline_prompt: goal l and baseline b.
-        evaluated_on: the id of the environment whose return counts.
+        prompt, baseline_prompt: goal l and baseline b; None in environments that are not the
+            paper's.
+        evaluated_on: the id of the environment whose return counts: the original of a changed one.
         axis: what Figure 2 draws the reward over.
-        vlm: the embedded VLM that knows the pictures.
+        vlm: the embedded VLM that knows the pictures, or `toy`, which knows the least.
     """
 
-    prompt: str
-    baseline_prompt: str
+    prompt: str | None
+    baseline_prompt: str | None
     evaluated_on: str
     axis: Axis | None = None
     vlm: str = "toy"
@@ -67,7 +68,6 @@ CAR_POSITION = Axis(
     "position of the car", np.linspace(-1.2, 0.6, 91), goal=0.45, near=0.5,
     state=lambda position, rng: np.array([position, 0]),
 )
-
 
 CARTPOLE = ("pole vertically upright on top of the cart", "pole and cart")
 MOUNTAIN_CAR = (
@@ -85,6 +85,11 @@ TASKS = {
     for name, pose in humanoid.POSES.items()
     for env_id in (humanoid.env_id(name, look) for look in humanoid.LOOKS)
 }
+
+
+def task_for(env_id: str) -> Task:
+    """Of any environment of Gymnasium."""
+    return TASKS.get(env_id, Task(None, None, env_id))
 
 
 class EndlessCartPole(CartPoleEnv):
@@ -198,12 +203,11 @@ def _scenery(width: int, height: int, goal: float) -> np.ndarray:
 
 
 def register() -> None:
-    """Make the environments known to Gymnasium; again does nothing."""
+    """Make the environments known to Gymnasium."""
     for env_id, entry_point, steps in (
         ("CartPoleEndless-v1", EndlessCartPole, 500),
         ("MountainCarAbsorbing-v0", AbsorbingMountainCar, 999),
         ("MountainCarTextured-v0", TexturedMountainCar, 999),
     ):
-        if env_id not in gymnasium.registry:
-            gymnasium.register(env_id, entry_point, max_episode_steps=steps)
+        gymnasium.register(env_id, entry_point, max_episode_steps=steps)
     humanoid.register()

@@ -24,7 +24,7 @@ import gymnasium
 import numpy as np
 
 from common.cores import ONE_THREAD, num_cores
-from common.envs.rendering import QUALITIES, Camera
+from common.envs.rendering import Camera
 from common.envs.suite import Suite
 from common.errors import UserError
 from common.system import memory_file
@@ -61,29 +61,11 @@ class Step(NamedTuple):
         return self.terminated | self.truncated
 
 
-def _layout(
-    num_envs: int, obs_dim: int, actions: tuple, frame_size: int, draw_resets: bool
-) -> dict[str, tuple]:
-    """Name -> (shape, dtype) of the shared arrays; `actions` is given."""
-    layout: dict[str, tuple] = {
-        "obs": ((num_envs, obs_dim), np.float32),
-        "final_obs": ((num_envs, obs_dim), np.float32),
-        "actions": actions,
-        "success": ((num_envs,), np.bool_),
-        "reward": ((num_envs,), np.float32),
-        "terminated": ((num_envs,), np.bool_),
-        "truncated": ((num_envs,), np.bool_),
-    }
-    if frame_size:
-        layout["frames"] = ((num_envs, frame_size, frame_size, 3), np.uint8)
-        layout["drawn"] = ((num_envs,), np.bool_)
-    if frame_size and draw_resets:
-        layout["reset_frames"] = layout["frames"]
-    return layout
-
-
 def _map_arrays(memory_fd: int, layout: dict[str, tuple]) -> dict[str, np.ndarray]:
-    """The shared arrays in a file without a name, each at a multiple of 64 bytes."""
+    """The shared arrays in a file without a name, each at a multiple of 64 bytes.
+
+    `layout`: name -> (shape, dtype).
+    """
     sizes = [-(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64
              for shape, dtype in layout.values()]
     if os.fstat(memory_fd).st_size == 0:
@@ -122,7 +104,7 @@ class VecEnv:
         draws: whether there are frames.
 
     Raises:
-        UserError: an argument is not allowed, or frames cannot be drawn here.
+        UserError: an environment cannot be made, or frames cannot be drawn here.
         WorkerError: a worker has failed.
     """
 
@@ -147,29 +129,24 @@ class VecEnv:
     ):
         self.env_id, self.num_envs = env["env_id"], num_envs
         self.obs_dim, self.action_dim, self.discrete = obs_dim, action_dim, discrete
-        if camera is not None and camera.quality not in QUALITIES:
-            raise UserError(f"unknown quality {camera.quality!r}; allowed: {', '.join(QUALITIES)}")
-        if num_envs < 1:
-            raise UserError(f"num_envs must be positive, not {num_envs}")
-        if action_repeat < 1 or max_episode_steps % action_repeat:
-            raise UserError(f"action_repeat must divide {max_episode_steps}, the steps of an "
-                            f"episode, but is {action_repeat}")
-        if draw_every < 1:
-            raise UserError(f"draw_every must be positive, not {draw_every}")
-        if num_workers is not None and num_workers < 1:
-            raise UserError(f"num_workers must be positive, not {num_workers}")
         self.episode_length = max_episode_steps // action_repeat
         self.action_space = (
             gymnasium.spaces.MultiDiscrete([action_dim] * num_envs) if discrete
             else gymnasium.spaces.Box(-1, 1, (num_envs, action_dim), np.float32)
         )
-        self.observation_space = gymnasium.spaces.Box(
-            -np.inf, np.inf, (num_envs, obs_dim), np.float32
-        )
         self.draws = camera is not None
-        frame_size = camera.size if camera else 0
-        actions = (self.action_space.shape, self.action_space.dtype)
-        layout = _layout(num_envs, obs_dim, actions, frame_size, draw_resets)
+        layout = {
+            "obs": ((num_envs, obs_dim), np.float32),
+            "final_obs": ((num_envs, obs_dim), np.float32),
+            "actions": (self.action_space.shape, self.action_space.dtype),
+            "reward": ((num_envs,), np.float32),
+        }
+        layout |= {name: ((num_envs,), np.bool_) for name in ("success", "terminated", "truncated")}
+        if camera:
+            layout["frames"] = ((num_envs, camera.size, camera.size, 3), np.uint8)
+            layout["drawn"] = ((num_envs,), np.bool_)
+            if draw_resets:
+                layout["reset_frames"] = layout["frames"]
         memory_fd = memory_file()
         self._arrays = _map_arrays(memory_fd, layout)
         self._workers: list[tuple[subprocess.Popen, Connection]] = []
@@ -243,39 +220,25 @@ class VecEnv:
             try:
                 connection.send((command, payload))
             except OSError:
-                self._fail(process, connection)
+                self._receive_from(process, connection)  # its last words, if it had time for them
 
     def _receive(self) -> list[Any]:
-        replies = []
-        for process, connection in self._workers:
-            try:
-                kind, reply = connection.recv()
-            except (EOFError, OSError):
-                self._fail(process, connection)
-            if kind == "user error":
-                self.close()
-                raise UserError(reply)
-            if kind == "error":
-                self.close()
-                raise WorkerError(f"an environment worker failed:\n{reply}")
-            replies.append(reply)
-        return replies
+        return [self._receive_from(*worker) for worker in self._workers]
 
-    def _fail(self, process: subprocess.Popen, connection: Connection) -> None:
-        try:  # its last words, if it had time for them
-            while connection.poll():
-                kind, reply = connection.recv()
-                if kind in ("error", "user error"):
-                    self.close()
-                    raise WorkerError(f"an environment worker failed:\n{reply}")
-        except (EOFError, OSError):
-            pass
+    def _receive_from(self, process: subprocess.Popen, connection: Connection) -> Any:
         try:
-            status = process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            status = None
+            kind, reply = connection.recv()
+        except (EOFError, OSError):
+            kind, reply = "death", None
+        if kind == "ok":
+            return reply
         self.close()
-        how = f"by signal {-status}" if status is not None and status < 0 else f"status {status}"
+        if kind == "user error":
+            raise UserError(reply)
+        if kind == "error":
+            raise WorkerError(f"an environment worker failed:\n{reply}")
+        status = process.returncode
+        how = f"by signal {-status}" if status < 0 else f"status {status}"
         raise WorkerError(f"an environment worker has died ({how}) without a traceback: out of "
                           "memory, or killed from outside")
 

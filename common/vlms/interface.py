@@ -10,7 +10,6 @@ that `--help` and a misspelt argument need not wait for.
 from __future__ import annotations
 
 import hashlib
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ import numpy as np
 
 from common.cache import cached_arrays
 from common.errors import UserError
+from common.flags import note
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,9 @@ MAX_BATCH = 32  # frames per forward pass: RN50 needs some 50 MB each
 
 class VLM:
     """A frozen model.
+
+    A subclass has two methods more, both with tensors: `_encode_images`, RGB pictures of any size,
+    uint8 [B, H, W, 3] -> [B, D], and `_encode_text`, N prompts -> [N, D].
 
     Attributes:
         name: as asked for.
@@ -94,8 +97,8 @@ class VLM:
         import torch
 
         if not self.knows(prompt):
-            say_once(f"note: {self.name} knows no word of the prompt {prompt!r}: all such prompts "
-                     "are the same to it")
+            note(f"{self.name} knows no word of the prompt {prompt!r}: all such prompts are the "
+                 "same to it")
 
         def compute() -> dict[str, np.ndarray]:
             with torch.inference_mode():
@@ -108,17 +111,6 @@ class VLM:
             raise UserError(f"{self.name} has no embedding of {prompt!r} that is finite and not "
                             "zero: its weights are damaged")
         return embedding
-
-    def _encode_images(self, frames: torch.Tensor) -> torch.Tensor:
-        raise TypeError("use a subclass")
-
-    def _encode_text(self, prompts: list[str]) -> torch.Tensor:
-        raise TypeError("use a subclass")
-
-
-@cache
-def say_once(text: str) -> None:
-    print(text, flush=True)
 
 
 class View(NamedTuple):

@@ -25,7 +25,7 @@ def load_vlm(
         seed: of random weights.
 
     Raises:
-        UserError: unknown name or device, no network and no file, or a file that does not fit.
+        UserError: unknown name, no network and no file, or a file that does not fit.
             Files are never unpickled in a way that could execute code.
     """
     if weights is not None and not pretrained:
@@ -35,16 +35,10 @@ def load_vlm(
         if not weights.is_file():
             reason = "is not a file" if weights.exists() else "no such file"
             raise UserError(f"--vlm-weights {weights}: {reason}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"unknown device {device!r}: allowed are auto, cpu and cuda")
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("torch finds no CUDA device on this machine: use cpu or auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {"name": name, "weights": weights and str(weights.resolve()),
-                "pretrained": pretrained, "seed": seed}
     from common.vlms.toy import EMBEDDED
 
     if name in EMBEDDED:
@@ -55,5 +49,6 @@ def load_vlm(
         from common.vlms.openclip_vlm import load_open_clip
 
         vlm = load_open_clip(name, weights, pretrained, torch.device(device), seed)
-    vlm.settings = settings
+    vlm.settings = {"name": name, "weights": weights and str(weights.resolve()),
+                    "pretrained": pretrained, "seed": seed}
     return vlm

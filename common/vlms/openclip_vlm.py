@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-import pickle
 import socket
 import warnings
 from collections.abc import Iterator
@@ -225,28 +224,21 @@ def _reach_text_side(architecture: str) -> None:
 
 def _hub_file(repository: str, files: list[str]) -> Path:
     """The first of `files` that the repository has."""
-    from huggingface_hub import (
-        get_hf_file_metadata,
-        hf_hub_download,
-        hf_hub_url,
-        try_to_load_from_cache,
-    )
+    import huggingface_hub as hub
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     for file in files:
-        cached = try_to_load_from_cache(repository, file)
+        cached = hub.try_to_load_from_cache(repository, file)
         if isinstance(cached, str):
             return Path(cached)
     for file in files:
         try:
             # Asked once here, because the download itself would try for half a minute.
-            get_hf_file_metadata(hf_hub_url(repository, file), timeout=TIMEOUT)
+            hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=TIMEOUT)
+            return Path(hub.hf_hub_download(repository, file))
         except RemoteEntryNotFoundError:
             if file == files[-1]:
                 raise
-            continue
-        return Path(hf_hub_download(repository, file))
-    raise ValueError("no file named")
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -266,19 +258,9 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             with _quiet():
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen kinds on a damaged file
-        if "TorchScript" in str(error):
-            raise UserError(
-                f"{path} is a TorchScript archive, which is a program and not only weights: save "
-                "torch.jit.load(file).state_dict() as .safetensors and give that"
-            ) from None
-        if isinstance(error, pickle.UnpicklingError):
-            raise UserError(
-                f"{path} is refused: it holds more than tensors, and loading it could execute "
-                "code; save only its tensors, as .safetensors or as a state dict"
-            ) from None
         raise UserError(
-            f"{path} cannot be read ({type(error).__name__}): truncated, unreadable, or not a "
-            "weights file"
+            f"{path} cannot be read ({_first_line(error)}): give tensors alone, which cannot "
+            "execute code, as .safetensors or as a state dict"
         ) from None
     for wrapper in ("liv", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.envs.metaworld_suite import goal_image
+from common.envs.registry import METAWORLD
 from common.envs.rendering import Camera
-from common.envs.suites import METAWORLD
 from common.vlms.interface import VLM, view_for
 
 

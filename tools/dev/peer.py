@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from common.envs import metaworld_suite
-from common.envs.suites import METAWORLD, suite_for
+from common.envs.registry import METAWORLD, suite_for
 
 Package = Literal["stable_baselines3", "sbx"]
 PACKAGES: tuple[Package, ...] = get_args(Package)

@@ -23,7 +23,7 @@ import tyro
 from annotated_types import Ge, Le
 
 from common.cli import run_script
-from common.envs.suites import suite_for
+from common.envs.registry import suite_for
 from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, all_same

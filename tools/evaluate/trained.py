@@ -21,8 +21,8 @@ import numpy as np
 
 from common import checkpoint, policies
 from common.cli import stored_args
+from common.envs.registry import suite_for
 from common.envs.rendering import Camera
-from common.envs.suites import suite_for
 from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import Sizes

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.envs.suites import suite_for
+from common.envs.registry import suite_for
 from common.errors import UserError
 from common.evaluate import Evaluator, write_video
 from tools.evaluate.trained import Trained

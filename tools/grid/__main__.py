@@ -129,7 +129,7 @@ def chosen_methods(args: Args) -> dict[str, tuple[Method, tuple[str, ...]]]:
     if unknown := set(args.methods) - set(found):
         raise UserError(f"unknown method {min(unknown)!r}; there are {', '.join(found)}")
     if args.env_ids:
-        from common.envs.suites import suite_for  # late: it takes seconds
+        from common.envs.registry import suite_for  # late: it takes seconds
 
         tasks = [id for name in args.env_ids for id in (MT10 if name == "mt10" else (name,))]
         tasks = tuple(dict.fromkeys(suite_for(id).resolve_env_id(id) for id in tasks))

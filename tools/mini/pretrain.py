@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from common.envs.metaworld_tasks import INSTRUCTIONS, MT10
-from common.vlms.mini import CROP_SIZE, TOKEN_DIM, Mini, load_mini, quantise, save_mini
+from common.vlms.mini import CROP_SIZE, TOKEN_DIM, Mini, load_mini, save_mini
 from tools.mini.scenes import (
     COUNTERFACTUAL,
     DATA,
@@ -95,6 +95,15 @@ def collect(args: Args) -> None:
 
 
 # --------------------------------------------------------------------------- text
+
+
+def quantise(vectors: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """float [n, d] -> (int8 [n, d], scale float32 [d])."""
+    scale = np.abs(vectors).max(0) / 127
+    return (
+        torch.from_numpy(np.round(vectors / scale).astype(np.int8)),
+        torch.from_numpy(scale.astype(np.float32)),
+    )
 
 
 def distill() -> None:

@@ -34,8 +34,8 @@ from common.envs.metaworld_tasks import (
     prompt_for,
     resolve_env_id,
 )
+from common.envs.registry import METAWORLD
 from common.envs.rendering import Camera
-from common.envs.suites import METAWORLD
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.flags import NotNegativeInt, PositiveInt, check_ranges

@@ -30,7 +30,7 @@ def scene(task: str):
     return env
 
 
-def draw(task: str, quality: str, size: int = SIZE, camera: int | str = 2) -> np.ndarray:
+def draw(task: str, quality: str, size: int = SIZE, camera: int = 2) -> np.ndarray:
     """The picture of the task's scene, uint8 [size, size, 3]."""
     env = scene(task)
     renderer = Renderer(env.model, Camera(size, camera, quality))

@@ -2,8 +2,9 @@
 
 import difflib
 
+import gymnasium
+
 from common.envs.gymnasium_suite import SUITE as GYMNASIUM
-from common.envs.gymnasium_suite import ids, knows
 from common.envs.metaworld_suite import SUITE as METAWORLD
 from common.envs.suite import Suite
 from common.errors import UserError
@@ -15,12 +16,12 @@ def suite_for(env_id: str) -> Suite:
     Raises:
         UserError: neither knows the id; names the closest ones of both.
     """
-    if knows(env_id):
+    if ":" in env_id or env_id in gymnasium.registry:  # that of a module, `module:Name-v0`
         return GYMNASIUM
     try:
         METAWORLD.resolve_env_id(env_id)
     except UserError as error:
-        others = difflib.get_close_matches(env_id, ids(), n=3, cutoff=0.6)
+        others = difflib.get_close_matches(env_id, gymnasium.registry, n=3, cutoff=0.6)
         hint = f" Or, of Gymnasium, {', '.join(others)}?" if others else ""
         raise UserError(f"{error}{hint}") from None
     return METAWORLD
