@@ -244,9 +244,12 @@ def _fill(ring: Ring, files: list[Path], total: int) -> Ring:
         first = max(start, total - ring.capacity)
         with np.load(file) as stored:
             leaves = [stored[str(i)][first - start:] for i in range(len(stored.files))]
-        rows = jax.tree.map(
-            lambda x, n=stop - first: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype), ring.data)
-        ring = add_rows(Ring(ring.data, jnp.asarray(first, jnp.int32)), unflatten(leaves, rows))
+        shapes = [(stop - first, *x.shape[1:]) for x in jax.tree.leaves(ring.data)]
+        if [x.shape for x in leaves] != shapes:
+            raise CheckpointError("its rows have other shapes than this script's")
+        # The leaves stay NumPy's until then: on the device they would be there twice.
+        ring = add_rows(Ring(ring.data, jnp.asarray(first, jnp.int32)),
+                        jax.tree.unflatten(jax.tree.structure(ring.data), leaves))
     return Ring(ring.data, jnp.asarray(total, jnp.int32))
 
 

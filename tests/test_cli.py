@@ -645,8 +645,8 @@ def test_config_says_what_a_reader_needs(tmp_path):
 # ------------------------------------------------------------------------------ metrics
 
 
-def make_logger(run_dir: Path, **kwargs) -> Logger:
-    return Logger(run_dir, {}, Args(total_timesteps=1000), **kwargs)
+def make_logger(run_dir: Path, total_timesteps: int = 1000, **kwargs) -> Logger:
+    return Logger(run_dir, {}, Args(total_timesteps=total_timesteps), **kwargs)
 
 
 def test_metrics_are_in_long_form(tmp_path):
