@@ -4,8 +4,10 @@ import contextlib
 import gc
 import os
 import re
+import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,18 @@ def pytest_sessionfinish() -> None:
         for context in [x for x in gc.get_objects() if type(x) is mujoco.GLContext]:
             with contextlib.suppress(Exception):
                 context.free()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers_start_quickly():
+    """Of the tests' own processes; elsewhere they start as they always do."""
+    from forked_workers import Worker
+
+    from common import system
+    from common.envs import workers
+
+    if not system.ON_MAC:  # whose libraries cannot be forked
+        workers.subprocess = types.SimpleNamespace(**vars(subprocess) | {"Popen": Worker})
 
 
 def paper_scripts() -> list[str]:
