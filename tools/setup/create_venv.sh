@@ -1,8 +1,8 @@
 #!/bin/sh
 # Usage: tools/setup/create_venv.sh DIR
 # Create a virtual environment with pip in DIR, unless a working one is there. The Python is $PYTHON
-# if set, else the first of 3.11 (what the project is tested with), 3.12, 3.13 that is found. Stops
-# with one line where the system or all Pythons are not supported.
+# if set, else the first of 3.11, 3.12, 3.13 that is found. Stops with one line where the system or
+# all Pythons are not supported.
 set -eu
 dir=$1
 here=$(dirname "$0")
