@@ -336,6 +336,11 @@ def test_what_cannot_be_in_one_table_is_one_line(tmp_path, refused, capfd):
     assert (tmp_path / "cut/furl_sac_state/push-v3.csv").read_bytes() == before
 
 
+def test_a_folder_without_runs_keeps_its_title(tmp_path):
+    (tmp_path / "results.json").write_text('{"title": "T"}')
+    assert results.kept_runs(tmp_path, 100) == ([], {"title": "T"})
+
+
 @pytest.mark.parametrize("bad", ["nan", "inf", "1.5"])
 def test_a_success_that_is_no_share_is_refused(tmp_path, bad):
     write_run(tmp_path / "a", "push-v3", 0, [0, bad])

@@ -92,7 +92,7 @@ def kept_runs(output: Path, budget: int | None) -> tuple[list[Run], dict[str, st
             raise UserError(f"{output} exists and is no results folder: choose another --output")
         return [], {}
     kept, about = find_runs(str(output), None)
-    longest = max(run.budget for run in kept)
+    longest = max((run.budget for run in kept), default=0)
     if budget and budget < longest:
         raise UserError(f"{output} holds runs of {longest:,} steps, which --budget {budget} would "
                         "cut: choose another --output")
