@@ -118,9 +118,13 @@ def plot_curves(results: Results, by_time: bool):
         measures = ["success at the last step (%)"] * bool(results.tasks)
         figure.supylabel(" or ".join(measures + ["return"] * bool(results.return_tasks)),
                          fontsize=8)
-        figure.legend(handles=[lines[method] for method in results.names if method in lines],
-                      loc="outside upper center", ncols=min(len(lines), 2 * columns, 5),
-                      frameon=False, fontsize=8)
+        handles = [lines[method] for method in results.names if method in lines]
+        for ncols in range(min(len(handles), 2 * columns, 5), 0, -1):  # as many as fit
+            legend = figure.legend(handles=handles, loc="outside upper center", ncols=ncols,
+                                   frameon=False, fontsize=8)
+            if legend.get_window_extent().width <= figure.bbox.width or ncols == 1:
+                break
+            legend.remove()
         return figure
 
 
