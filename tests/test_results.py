@@ -480,6 +480,14 @@ def test_the_figure_has_a_panel_for_each_task_and_for_the_mean():
     assert curves.plot_curves(Results(no_time), by_time=True) is None
 
 
+def test_a_long_legend_stays_within_the_figure():
+    runs = [a_run(f"a method with a long name {i}", task, 0, [0, 1])
+            for i in range(7) for task in ("push-v3", "reach-v3")]
+    figure = curves.plot_curves(Results(runs), by_time=False)
+    assert len(figure.legends) == 1 and len(figure.legends[0].get_texts()) == 7
+    assert figure.legends[0].get_window_extent().width <= figure.bbox.width
+
+
 def test_one_figure_of_several_folders(tmp_path, capsys):
     write_run(tmp_path / "a", "push-v3", 0, [0, 1])
     write_run(tmp_path / "b", "push-v3", 0, [0, 1, 1], script="sac_baseline")

@@ -44,7 +44,7 @@ class Checked(gymnasium.Wrapper):
         space = getattr(env, "observation_space", None)
         try:
             flat = spaces.flatten_space(space)
-        except NotImplementedError:  # Gymnasium's answer for a kind of space that it does not know
+        except NotImplementedError:  # Gymnasium cannot flatten spaces of this kind
             flat = None
         if not isinstance(flat, spaces.Box) or not flat.shape[0]:
             raise UserError(f"the observations of {registered_id} are {space}, which cannot be "

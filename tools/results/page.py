@@ -56,7 +56,7 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
         # Where each run either fails or succeeds, Wilson's interval needs no deviation.
         binary = task != "mean" and set(results.scores[method, task]["success_at_end"]) <= {0, 1}
         return shown(row["success_at_end"], (row["low"], row["high"]),
-                       None if binary else row["std"])
+                     None if binary else row["std"])
 
     def late(method: str, task: str) -> str:
         text = shown(records[method, task]["last_quarter"])
