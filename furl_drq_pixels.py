@@ -35,7 +35,7 @@ from common.envs.metaworld_suite import MAX_EPISODE_STEPS
 from common.envs.registry import METAWORLD
 from common.envs.rendering import Camera
 from common.evaluate import Evaluator
-from common.replay import EmbeddedFrame, Ring, Sizes, Transition
+from common.replay import LaggedFrames, Ring, Sizes, Transition
 from common.run import start_run
 from common.vlms import VLM, load_vlm, view_for
 from common.vlms.task import VLMInputs, load_inputs
@@ -367,18 +367,18 @@ def negatives_loss(
 
 
 def positives_loss(
-    projection_params: dict, positives: jax.Array, old_enough: jax.Array, earlier: jax.Array,
-    earlier_exists: jax.Array, negatives: jax.Array, negatives_exist: jax.Array, vlm: VLMInputs,
-    args: Args,
+    projection_params: dict, positives: LaggedFrames, negatives: jax.Array,
+    negatives_exist: jax.Array, vlm: VLMInputs, args: Args,
 ) -> tuple[jax.Array, dict]:
     """Eq. 4: successes above failures, later above earlier in one success; images [batch, D].
 
     Positives from an episode's first k steps are not `old_enough` and take no part.
     """
-    images = jnp.concatenate([positives, earlier, negatives])
-    positive, lagged, negative = jnp.split(vlm_reward(projection_params, images, vlm, args), 3)
-    pos_neg = ranking_loss(positive, negative, args.reward_margin, old_enough & negatives_exist)
-    pos_pos = ranking_loss(positive, lagged, args.reward_margin, earlier_exists)
+    images = jnp.concatenate([positives.embedding, positives.earlier, negatives])
+    positive, earlier, negative = jnp.split(vlm_reward(projection_params, images, vlm, args), 3)
+    may_rank = positives.old_enough & negatives_exist
+    pos_neg = ranking_loss(positive, negative, args.reward_margin, may_rank)
+    pos_pos = ranking_loss(positive, earlier, args.reward_margin, positives.has_earlier)
     return pos_neg + pos_pos, {"pos_neg_loss": pos_neg, "pos_pos_loss": pos_pos}
 
 
@@ -454,15 +454,10 @@ def update_projection(
     if phase.alignment == "goal-image":
         loss_fn = partial(negatives_loss, images=negatives, vlm=vlm, args=args)
     else:
-        frames: EmbeddedFrame = buffers.positives.data
         slots = replay.sample_slots(buffers.positives, positives_key, args.batch_size)
-        earlier_slots, earlier_exists = replay.lagged_slots(buffers.positives, slots, args.lag)
-        loss_fn = partial(
-            positives_loss, positives=frames.embedding[slots],
-            old_enough=frames.time[slots] >= args.lag,
-            earlier=frames.embedding[earlier_slots], earlier_exists=earlier_exists,
-            negatives=negatives, negatives_exist=buffers.negatives.size > 0, vlm=vlm, args=args,
-        )
+        positives = replay.lagged_frames(buffers.positives, slots, args.lag)
+        loss_fn = partial(positives_loss, positives=positives, negatives=negatives,
+                          negatives_exist=buffers.negatives.size > 0, vlm=vlm, args=args)
     projection, opt, metrics = adam_step(loss_fn, state.projection, state.projection_opt, args)
     return state._replace(projection=projection, projection_opt=opt), metrics
 
@@ -635,10 +630,7 @@ def main(args: Args) -> dict[str, float]:
             buffers = store(buffers, *previous)
         if time == 0 and episode > 0:  # all episodes end together
             ended = pixels.without_first(buffers.steps, args.layout)
-            positives, negatives = replay.sort_episodes(
-                buffers.positives, buffers.negatives, ended, args.num_envs, envs.episode_length
-            )
-            buffers = buffers._replace(positives=positives, negatives=negatives)
+            buffers = replay.sort_episodes(buffers, ended, args.num_envs, envs.episode_length)
             phase = choose_phase(buffers, args)
         if env_steps >= max(args.learning_starts, 1):
             state, metrics = update(state, buffers, vlm_inputs, update_key, env_steps, args, phase)

@@ -5,7 +5,7 @@ that a row is written in place whatever the capacity; rows are read inside the j
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from common.memory import check_memory
 from common.vlms import VLM, View
 
 Rows = Any  # a pytree whose leaves share their leading axis
+BuffersT = TypeVar("BuffersT", bound=NamedTuple)
 
 
 class Ring(NamedTuple):
@@ -182,15 +183,28 @@ def newest_episode(steps: Ring, env: jax.Array, num_envs: int, episode_length: i
     return take(steps, (first + num_envs * jnp.arange(episode_length)) % steps.capacity)
 
 
-@partial(jax.jit, static_argnums=(3, 4), donate_argnums=(0, 1))
 def sort_episodes(
-    positives: Ring, negatives: Ring, steps: Ring, num_envs: int, episode_length: int
-) -> tuple[Ring, Ring]:
-    """Copy the frames of the episodes that have just ended from the replay `steps`.
+    buffers: BuffersT, steps: Ring, num_envs: int, episode_length: int
+) -> BuffersT:
+    """Copy the frames of the episodes that have just ended to the positives or the negatives.
 
     An episode with a success gives its frames up to its last success as positives, one without
     gives all of its frames as negatives.
+
+    Args:
+        buffers: a NamedTuple with the rings `positives` and `negatives`, of `EmbeddedFrame`, which
+            are donated.
+        steps, num_envs, episode_length: as for `newest_episode`.
     """
+    rings = buffers.positives, buffers.negatives
+    positives, negatives = _sort_episodes(rings, steps, num_envs, episode_length)
+    return buffers._replace(positives=positives, negatives=negatives)
+
+
+@partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
+def _sort_episodes(
+    rings: tuple[Ring, Ring], steps: Ring, num_envs: int, episode_length: int
+) -> tuple[Ring, Ring]:
     time = jnp.arange(episode_length)
 
     def sort(rings: tuple[Ring, Ring], env: jax.Array) -> tuple[tuple[Ring, Ring], None]:
@@ -204,7 +218,7 @@ def sort_episodes(
         positives = add(rings[0], frames, num_positives)
         return (positives, add(rings[1], frames, num_negatives)), None
 
-    return jax.lax.scan(sort, (positives, negatives), jnp.arange(num_envs))[0]
+    return jax.lax.scan(sort, rings, jnp.arange(num_envs))[0]
 
 
 def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax.Array]:
@@ -217,6 +231,24 @@ def lagged_slots(ring: Ring, slots: jax.Array, lag: int) -> tuple[jax.Array, jax
     age = (ring.total - 1 - slots) % ring.capacity  # number of frames added since
     exists = (frames.time[slots] >= lag) & (age + lag < ring.capacity)
     return (slots - lag) % ring.capacity, exists & frames.before_success[slots]
+
+
+class LaggedFrames(NamedTuple):
+    """Frames of successes [n], each with the one k steps before it (FuRL's Eq. 4)."""
+
+    embedding: jax.Array  # [n, D]
+    old_enough: jax.Array  # bool [n]: not of an episode's first k steps
+    earlier: jax.Array  # embedding k steps before, [n, D]; any where there is none
+    has_earlier: jax.Array  # bool [n], as `lagged_slots` says
+
+
+def lagged_frames(ring: Ring, slots: jax.Array, lag: int) -> LaggedFrames:
+    """The frames at `slots` [n], with those `lag` steps before them."""
+    frames: EmbeddedFrame = ring.data
+    earlier, has_earlier = lagged_slots(ring, slots, lag)
+    return LaggedFrames(
+        frames.embedding[slots], frames.time[slots] >= lag, frames.embedding[earlier], has_earlier
+    )
 
 
 def sample_with_successes(

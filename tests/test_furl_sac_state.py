@@ -11,7 +11,7 @@ import pytest
 
 import furl_sac_state as script
 from common import replay
-from common.replay import Sizes, Transition
+from common.replay import LaggedFrames, Sizes, Transition
 from furl_sac_state import AgentState, Args, Phase, VLMInputs
 
 SMALL = Args(
@@ -175,8 +175,8 @@ def test_positives_loss_is_eq_4():
     # Above negatives: 0, 0.3, 0.05. Above the earlier frames: 0, 0.2, (0.7, which has no pair).
     yes = jnp.array([True, True, True])
     loss, metrics = script.positives_loss(
-        {}, positives, yes, earlier, jnp.array([True, True, False]), negatives, jnp.array(True),
-        NO_GOAL, RAW,
+        {}, LaggedFrames(positives, yes, earlier, jnp.array([True, True, False])), negatives,
+        jnp.array(True), NO_GOAL, RAW,
     )
     assert_close(metrics["pos_neg_loss"], 0.35 / 3)
     assert_close(metrics["pos_pos_loss"], 0.1)
@@ -188,7 +188,7 @@ def test_positives_of_an_episodes_first_steps_take_no_part():
     positives, earlier = at_angles([0.9, 0.5, 0.3]), at_angles([0.2, 0.6, 0.9])
     old_enough = jnp.array([True, False, True])
     _, metrics = script.positives_loss(
-        {}, positives, old_enough, earlier, jnp.array([True, False, False]),
+        {}, LaggedFrames(positives, old_enough, earlier, jnp.array([True, False, False])),
         at_angles([0.1, 0.7, 0.25]), jnp.array(True), NO_GOAL, RAW,
     )
     assert_close(metrics["pos_neg_loss"], 0.05 / 2)
@@ -198,12 +198,14 @@ def test_positives_of_an_episodes_first_steps_take_no_part():
 def test_positives_loss_without_negatives_or_pairs():
     images, yes = (at_angles([0.9, 0.5]), at_angles([0.95, 0.6])), jnp.array([True, True])
     loss, metrics = script.positives_loss(
-        {}, images[0], yes, images[1], yes, jnp.zeros((2, 3)), jnp.array(False), NO_GOAL, RAW
+        {}, LaggedFrames(images[0], yes, images[1], yes), jnp.zeros((2, 3)), jnp.array(False),
+        NO_GOAL, RAW,
     )
     assert metrics["pos_neg_loss"] == 0
     assert_close(loss, (0.15 + 0.2) / 2)
     loss, _ = script.positives_loss(
-        {}, images[0], yes, images[1], ~yes, jnp.zeros((2, 3)), jnp.array(False), NO_GOAL, RAW
+        {}, LaggedFrames(images[0], yes, images[1], ~yes), jnp.zeros((2, 3)), jnp.array(False),
+        NO_GOAL, RAW,
     )
     assert loss == 0
 

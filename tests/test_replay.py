@@ -164,6 +164,11 @@ class Step(NamedTuple):
     reward: np.ndarray
 
 
+class Sorted(NamedTuple):
+    positives: replay.Ring
+    negatives: replay.Ring
+
+
 EPISODE = 4  # steps
 # The times with success, of each environment in each episode.
 Successes = list[list[set[int]]]
@@ -220,11 +225,12 @@ def random_successes(seed: int) -> Successes:
 @pytest.mark.parametrize("capacity", [12, 13, 31])  # of the replay, which holds an episode of each
 def test_episodes_are_sorted_by_their_last_success(successes, capacity):
     before = 6  # rows that the positives' ring has already
-    positives, negatives = add_frames(empty_frames(100), 777, before), empty_frames(100)
+    frames = Sorted(add_frames(empty_frames(100), 777, before), empty_frames(100))
     for number, steps in enumerate(play(successes, capacity)):
         counted = count_positives(steps, 3, EPISODE)
-        total = int(positives.total)
-        positives, negatives = sort_episodes(positives, negatives, steps, 3, EPISODE)
+        total = int(frames.positives.total)
+        frames = sort_episodes(frames, steps, 3, EPISODE)
+        positives, negatives = frames
         expected = expected_frames(successes[: number + 1])
         assert int(positives.total) - before == len(expected[0])
         assert int(negatives.total) == len(expected[1])
@@ -239,8 +245,8 @@ def test_episodes_are_sorted_by_their_last_success(successes, capacity):
 def test_what_the_first_episodes_by_hand_give():
     """The same, spelt out for BY_HAND's first episodes."""
     steps = next(play(BY_HAND, 12))
-    positives, negatives = sort_episodes(
-        empty_frames(20), empty_frames(20), steps, 3, EPISODE)
+    frames = Sorted(empty_frames(20), empty_frames(20))
+    positives, negatives = sort_episodes(frames, steps, 3, EPISODE)
     assert rows_of(positives, int(positives.total)) == [
         (0, 0, 0, True), (0, 1, 1, True),  # up to the only success, at time 1
         (2, 0, 0, True), (2, 1, 1, False), (2, 2, 2, False),  # successes at 0 and at 2
@@ -252,13 +258,13 @@ def test_what_the_first_episodes_by_hand_give():
 def test_sorted_episodes_wrap_around_small_rings():
     """Rings that just hold an episode keep the newest frames."""
     successes = random_successes(2)
-    positives, negatives = empty_frames(EPISODE), empty_frames(5)
+    frames = Sorted(empty_frames(EPISODE), empty_frames(5))
     for steps in play(successes, 12):
-        positives, negatives = sort_episodes(positives, negatives, steps, 3, EPISODE)
+        frames = sort_episodes(frames, steps, 3, EPISODE)
     expected = expected_frames(successes)
     assert min(map(len, expected)) > 5
-    assert rows_of(positives, EPISODE) == expected[0][-EPISODE:]
-    assert rows_of(negatives, 5) == expected[1][-5:]
+    assert rows_of(frames.positives, EPISODE) == expected[0][-EPISODE:]
+    assert rows_of(frames.negatives, 5) == expected[1][-5:]
 
 
 # --------------------------------------------------------------------------- lag pairs
@@ -289,13 +295,22 @@ def test_no_false_pair_where_the_buffer_holds_exactly_one_episode(lag, shift):
     assert sorted(times.tolist()) == list(range(lag, 301))
 
 
+def test_frames_come_with_those_before_them():
+    ring = add_frames(empty_frames(20), 0, 6, first_success=4)
+    frames = replay.lagged_frames(ring, np.arange(2, 6), 3)
+    np.testing.assert_array_equal(frames.embedding[:, 1], [2, 3, 4, 5])
+    np.testing.assert_array_equal(frames.old_enough, [False, True, True, True])
+    np.testing.assert_array_equal(frames.has_earlier, [False, True, True, False])
+    np.testing.assert_array_equal(frames.earlier[1:3, 1], [0, 1])
+
+
 def test_sorted_episodes_give_no_false_pairs_in_a_buffer_of_one_episode():
     """The same, through `sort_episodes`."""
     steps = replay.init_ring(Step(np.zeros(2, np.float16), np.zeros((), np.float32)), 500)
     time = np.arange(500)
     reward = ((time == 300) | (time == 499)).astype(np.float32)
     steps = replay.add_rows(steps, Step(frames_of(0, 500), reward))
-    ring, _ = sort_episodes(empty_frames(500), empty_frames(500), steps, 1, 500)
+    ring, _ = sort_episodes(Sorted(empty_frames(500), empty_frames(500)), steps, 1, 500)
     np.testing.assert_array_equal(ring.data.time, time)
     exists = check_lagged(ring, 10)
     np.testing.assert_array_equal(np.flatnonzero(exists), np.arange(10, 301))
@@ -428,14 +443,15 @@ def test_a_share_of_samples_is_from_successful_episodes():
 def test_sorted_episodes_name_their_rows():
     """Counted from the first row ever written, also when the replay has wrapped."""
     steps = replay.init_ring(Step(np.zeros(2, np.float16), np.zeros((), np.float32)), 13)
-    positives, negatives = empty_frames(40), empty_frames(40)
+    frames = Sorted(empty_frames(40), empty_frames(40))
     for time in range(12):
         reward = np.array([time % 6 == 4, 0], np.float32)
         steps = replay.add_rows(steps, Step(frames_of(time, 2), reward))
         if time % 6 == 5:
-            positives, negatives = sort_episodes(positives, negatives, steps, 2, 6)
-    np.testing.assert_array_equal(positives.data.row[:10], [0, 2, 4, 6, 8, 12, 14, 16, 18, 20])
-    np.testing.assert_array_equal(negatives.data.row[:12], np.arange(1, 24, 2))
+            frames = sort_episodes(frames, steps, 2, 6)
+    row = frames.positives.data.row[:10]
+    np.testing.assert_array_equal(row, [0, 2, 4, 6, 8, 12, 14, 16, 18, 20])
+    np.testing.assert_array_equal(frames.negatives.data.row[:12], np.arange(1, 24, 2))
 
 
 def test_a_frame_stands_for_the_steps_until_the_next():
