@@ -602,8 +602,8 @@ def main(args: Args) -> dict[str, float]:
     state, buffers, _ = run.begin(state, buffers, envs)
 
     def store(buffers: Buffers, step: pixels.PixelStep, first, frames, new: bool) -> Buffers:
-        new = np.full(args.num_envs, new)
-        step = step._replace(embedding=replay.embed_drawn(vlm, view, frames, new, buffers.steps))
+        seen, new = view.crop(frames), np.full(args.num_envs, new)
+        step = step._replace(embedding=replay.embed_drawn(vlm, seen, new, buffers.steps))
         return buffers._replace(steps=pixels.add_step(buffers.steps, step, first))
 
     phase = choose_phase(buffers, args)

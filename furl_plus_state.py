@@ -27,7 +27,6 @@ from common import flags, replay
 from common.cli import run_script
 from common.envs.metaworld_suite import ACTION_DIM, MAX_EPISODE_STEPS, OBJECT, Experts
 from common.envs.registry import METAWORLD
-from common.envs.rendering import Camera
 from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import Evaluator
@@ -595,7 +594,7 @@ def main(args: Args) -> dict[str, float]:
     check_own_flags(args)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm, METAWORLD)
-    camera = Camera(view.size, args.camera_id, args.quality)
+    camera = view.camera(args.camera_id, args.quality)
     vlm_inputs = load_inputs(vlm, args)
     experts = Experts(args.env_id, args.demos, seed=args.seed, goal=args.goal)
     envs = METAWORLD.make_vec(
@@ -613,13 +612,13 @@ def main(args: Args) -> dict[str, float]:
     run = start_run(args, buffers, sizes, envs, evaluate, vlm=vlm, view=view, prompt=prompt)
 
     def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:
-        embedding = replay.embed_drawn(vlm, view, step.frames, step.drawn, buffers.transitions)
+        embedding = replay.embed_drawn(vlm, step.frames, step.drawn, buffers.transitions)
         transition = transition._replace(embedding=embedding)
         buffers = buffers._replace(transitions=replay.add_rows(buffers.transitions, transition))
         return start_episodes(buffers, step.reset_frames) if step.ended.all() else buffers
 
     def start_episodes(buffers: Buffers, frames: np.ndarray) -> Buffers:
-        starts = replay.add_rows(buffers.starts, vlm.embed_view(view, frames))
+        starts = replay.add_rows(buffers.starts, vlm.embed_images(frames))
         return buffers._replace(starts=starts)
 
     state, buffers, obs = run.begin(state, start_episodes(buffers, envs.reset()[1]), envs)

@@ -37,7 +37,6 @@ from common import flags, replay
 from common.cli import run_script
 from common.envs.metaworld_suite import MAX_EPISODE_STEPS
 from common.envs.registry import METAWORLD
-from common.envs.rendering import Camera
 from common.envs.workers import Step
 from common.evaluate import Evaluator
 from common.replay import Ring, Sizes, Transition
@@ -365,7 +364,7 @@ def main(args: Args) -> dict[str, float]:
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     text = jnp.asarray(vlm.embed_text([prompt])[0])
     view = view_for(vlm, METAWORLD)
-    camera = Camera(view.size, args.camera_id, args.quality)
+    camera = view.camera(args.camera_id, args.quality)
     envs = METAWORLD.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         draw_every=args.draw_every,
@@ -382,7 +381,7 @@ def main(args: Args) -> dict[str, float]:
     state, buffers, obs = run.begin(state, buffers, envs)
 
     def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:
-        embedding = replay.embed_drawn(vlm, view, step.frames, step.drawn, buffers.transitions)
+        embedding = replay.embed_drawn(vlm, step.frames, step.drawn, buffers.transitions)
         transition = transition._replace(embedding=embedding)
         return Buffers(replay.add_rows(buffers.transitions, transition))
 

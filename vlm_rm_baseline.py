@@ -36,7 +36,6 @@ from flax import struct
 from common import flags, replay
 from common.cli import run_script
 from common.envs.registry import suite_for
-from common.envs.rendering import Camera
 from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import Evaluator
@@ -398,7 +397,7 @@ def main(args: Args) -> dict[str, float]:
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     vlm_inputs = embed_task(vlm, args)
     view = view_for(vlm, suite)
-    camera = Camera(view.size, args.camera_id, args.quality)
+    camera = view.camera(args.camera_id, args.quality)
     envs = suite.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         draw_every=args.draw_every,
@@ -421,7 +420,7 @@ def main(args: Args) -> dict[str, float]:
     agent, buffers, obs = run.begin(agent, buffers, envs)
 
     def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:
-        embedding = replay.embed_drawn(vlm, view, step.frames, step.drawn, buffers.transitions)
+        embedding = replay.embed_drawn(vlm, step.frames, step.drawn, buffers.transitions)
         transition = transition._replace(embedding=embedding)
         return Buffers(replay.add_rows(buffers.transitions, transition))
 

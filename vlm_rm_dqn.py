@@ -35,7 +35,6 @@ from flax import struct
 from common import flags, replay
 from common.cli import run_script
 from common.envs.registry import GYMNASIUM
-from common.envs.rendering import Camera
 from common.envs.workers import Step
 from common.errors import UserError
 from common.evaluate import Evaluator
@@ -294,7 +293,7 @@ def main(args: Args) -> dict[str, float]:
         )
         vlm_inputs = embed_task(vlm, args)
         view = view_for(vlm, GYMNASIUM)
-        camera = Camera(view.size, GYMNASIUM.default_camera, "fast")
+        camera = view.camera(GYMNASIUM.default_camera, "fast")
     envs = GYMNASIUM.make_vec(
         args.env_id, args.num_envs, seed=args.seed, camera=camera, draw_every=args.draw_every
     )
@@ -315,7 +314,7 @@ def main(args: Args) -> dict[str, float]:
 
     def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:
         if vlm is not None:
-            embedding = replay.embed_drawn(vlm, view, step.frames, step.drawn, buffers.transitions)
+            embedding = replay.embed_drawn(vlm, step.frames, step.drawn, buffers.transitions)
             transition = transition._replace(embedding=embedding)
         return Buffers(replay.add_rows(buffers.transitions, transition))
 

@@ -64,7 +64,7 @@ class Evaluator:
         seed_offset: int = EVAL_SEED_OFFSET,
     ):
         if not frame_stack:
-            camera = camera._replace(size=VIDEO_CAMERA.size)
+            camera = Camera(VIDEO_CAMERA.size, camera.id, camera.quality)
         suite = suite_for(env_id)
         same = all_same(env_id, goal)
         self._num_episodes = num_episodes or (1 if same else 10)

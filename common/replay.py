@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.memory import check_memory
-from common.vlms import VLM, View
+from common.vlms import VLM
 
 Rows = Any  # a pytree whose leaves share their leading axis
 BuffersT = TypeVar("BuffersT", bound=NamedTuple)
@@ -146,24 +146,22 @@ def newest_rows(ring: Ring, n: int) -> Rows:
     return take(ring, (ring.total - n + jnp.arange(n)) % ring.capacity)
 
 
-def embed_drawn(
-    vlm: VLM, view: View, frames: np.ndarray, drawn: np.ndarray, steps: Ring
-) -> jax.Array:
+def embed_drawn(vlm: VLM, frames: np.ndarray, drawn: np.ndarray, steps: Ring) -> jax.Array:
     """The embeddings of one step of all environments, [N, D].
 
     Args:
-        vlm, view: what embeds frames, and what it is shown of them.
-        frames: uint8 [N, size, size, 3].
+        vlm: what embeds frames.
+        frames: uint8 [N, size, size, 3], what it sees.
         drawn: where a frame is new, bool [N]; elsewhere the embedding of the step before stands
             for this one too. So it comes from the replay, and a resumed run has it.
         steps: the replay, whose newest rows are the step before.
     """
     if drawn.all():
-        return vlm.embed_view(view, frames)
+        return vlm.embed_images(frames)
     held = newest_rows(Ring(steps.data.embedding, steps.total), len(drawn))
     if not drawn.any():
         return held
-    new = vlm.embed_view(view, frames[drawn])
+    new = vlm.embed_images(frames[drawn])
     return held.at[np.flatnonzero(drawn)].set(new.astype(held.dtype))
 
 

@@ -24,7 +24,6 @@ import vlm_rm_baseline as vlm_rm
 from common import checkpoint, pixels
 from common.envs.metaworld_suite import goal_image
 from common.envs.metaworld_tasks import expert_action, expert_policy
-from common.envs.rendering import Camera
 from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
@@ -225,9 +224,9 @@ def test_the_policy_and_the_reward_are_those_of_the_script(name, trained):
 def test_a_reward_may_use_the_goal_image(script, trained, monkeypatch):
     """As that of a copy may: it is given the one of training."""
     run = open_run(trained("furl")[0])
-    camera = Camera(run.view.size, run.args.camera_id, run.args.quality)
+    camera = run.view.camera(run.args.camera_id, run.args.quality)
     picture = goal_image(run.args.env_id, seed=run.args.seed, goal=run.args.goal, camera=camera)
-    expected = run.vlm.embed_images(run.view.crop(picture[None]))[0]
+    expected = run.vlm.embed_images(picture[None])[0]
     monkeypatch.setattr(script, "vlm_reward", lambda params, images, vlm, args: vlm.goal)
     reward = script.load_reward(run.state, run.vlm, run.args)
     np.testing.assert_allclose(reward(np.zeros((1, run.vlm.embed_dim))), expected, atol=1e-6)

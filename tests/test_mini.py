@@ -20,9 +20,9 @@ from common.envs.metaworld_tasks import (
     expert_policy,
 )
 from common.envs.registry import METAWORLD
-from common.envs.rendering import Camera, Renderer
+from common.envs.rendering import Renderer, Square
 from common.errors import UserError
-from common.vlms import load_vlm, view_for
+from common.vlms import View, load_vlm, view_for
 from common.vlms.mini import (
     CROP_LEFT,
     CROP_SIZE,
@@ -31,7 +31,6 @@ from common.vlms.mini import (
     FRAME_SIZE,
     WEIGHTS,
     Mini,
-    crop,
     init_mini,
     keypoints,
     load_mini,
@@ -67,7 +66,7 @@ def model() -> Mini:
     return load_mini()
 
 
-def pictures(n: int, size: int = FRAME_SIZE) -> torch.Tensor:
+def pictures(n: int, size: int = CROP_SIZE) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=generator)
 
@@ -78,7 +77,8 @@ def test_the_shipped_file_is_small():
 
 def test_loaded_by_name():
     vlm = load_vlm("mini", device="cpu")
-    assert view_for(vlm, METAWORLD).size == vlm.frame_size == FRAME_SIZE and vlm.name == "mini"
+    assert view_for(vlm, METAWORLD) == View(FRAME_SIZE, Square(CROP_TOP, CROP_LEFT, CROP_SIZE))
+    assert vlm.frame_size == CROP_SIZE and vlm.name == "mini"
     assert vlm.id.startswith("mini-") and f"-{FRAME_SIZE}px-" in vlm.id
     images = np.asarray(vlm.embed_images(pictures(2).numpy()))
     np.testing.assert_allclose(np.linalg.norm(images, axis=-1), 4, rtol=1e-5)
@@ -354,7 +354,7 @@ def test_keypoints_are_where_a_map_is_high():
 
 
 def test_the_crop_shows_where_the_hand_can_be():
-    """All corners of the hand's workspace are inside, and pictures of other sizes are scaled."""
+    """All corners of the hand's workspace are inside."""
     env = make_env("faucet-open-v3", seed=0, index=0, goal="fixed", show_goal=False)
     env.reset()
     camera = env.model.camera("corner2").id
@@ -367,8 +367,6 @@ def test_the_crop_shows_where_the_hand_can_be():
         column, row = (FRAME_SIZE * (0.5 + focal * v / -z) for v in (x, y))
         assert CROP_LEFT - 3 <= column <= CROP_LEFT + CROP_SIZE + 3
         assert CROP_TOP - 3 <= row <= CROP_TOP + CROP_SIZE + 3
-    assert crop(pictures(2)).shape == crop(pictures(2, size=224)).shape == (
-        2, 3, CROP_SIZE, CROP_SIZE)
 
 
 def test_auc_of_many_float32_scores_is_exact():
@@ -404,7 +402,7 @@ def test_figures_are_summarised_over_the_seeds():
 def test_a_scripted_episode_approaches_the_goal_picture_of_another(model):
     """Behaviour, on a task outside MT10: distance to the goal falls with time."""
     env = make_env("plate-slide-v3", seed=3, index=0, goal="fixed", show_goal=True)
-    renderer = Renderer(env.model, Camera(model.frame_size))
+    renderer = Renderer(env.model, model.view.camera(2, "fast"))
     policy = expert_policy("plate-slide-v3")
     rng = np.random.default_rng(0)
 

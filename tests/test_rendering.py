@@ -18,9 +18,10 @@ sys.path.insert(0, str(ROOT))
 
 from common import system  # noqa: E402
 from common.envs.registry import METAWORLD  # noqa: E402
-from common.envs.rendering import Camera, Renderer, gl_info  # noqa: E402
+from common.envs.rendering import Camera, Renderer, Square, gl_info  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.vlms import View, view_for  # noqa: E402
+from common.vlms.interface import centre_view  # noqa: E402
 from tools.shared import golden  # noqa: E402
 from tools.shared.golden import SIZE, TASKS, difference, draw, scene  # noqa: E402
 
@@ -94,32 +95,38 @@ def test_the_names_of_cameras():
 # ------------------------------------------------------------------- what a VLM sees of it
 
 
-def a_vlm(frame_size: int, crops_itself: bool = False) -> SimpleNamespace:
+def a_vlm(frame_size: int, view: View | None = None) -> SimpleNamespace:
     """As much of a VLM as decides its view."""
-    return SimpleNamespace(frame_size=frame_size, crops_itself=crops_itself)
+    return SimpleNamespace(frame_size=frame_size, view=view)
 
 
 @pytest.mark.parametrize(("vlm", "view"), [
-    (a_vlm(176, crops_itself=True), View(176, 0)),  # mini
-    (a_vlm(224), View(256, 32)),  # LIV, CLIP: the authors' own numbers
-    (a_vlm(336), View(384, 48)),
+    (a_vlm(224), View(256, Square(32, 32, 192))),  # LIV, CLIP: the authors' own numbers
+    (a_vlm(336), View(384, Square(48, 48, 288))),
+    (a_vlm(96, View(20, Square(1, 2, 3))), View(20, Square(1, 2, 3))),
 ])
 def test_the_view_has_the_size_that_the_vlm_needs(vlm, view):
     assert view_for(vlm, METAWORLD) == view
 
 
-def test_mini_has_the_view_of_a_vlm_that_crops_itself():
-    from common.vlms import load_vlm
-
-    assert view_for(load_vlm("mini", device="cpu"), METAWORLD) == View(176, 0)
-
-
-@pytest.mark.parametrize("view", [View(12, 0), View(12, 3)])
-def test_a_view_cuts_off_its_margin_at_every_side(view):
+def test_a_view_cuts_its_square_out_of_pictures():
+    view = View(12, Square(2, 5, 4))
     frames = np.arange(2 * 12 * 12 * 3).reshape(2, 12, 12, 3)
-    expected = frames[:, 3:9, 3:9] if view.margin else frames
-    np.testing.assert_array_equal(view.crop(frames), expected)
-    np.testing.assert_array_equal(view.crop(frames[0]), expected[0])
+    np.testing.assert_array_equal(view.crop(frames), frames[:, 2:6, 5:9])
+    np.testing.assert_array_equal(view.crop(frames[0]), frames[0, 2:6, 5:9])
+    np.testing.assert_array_equal(centre_view(12, 3).crop(frames), frames[:, 3:9, 3:9])
+
+
+@pytest.mark.parametrize("quality", ["fast", "paper"])
+@pytest.mark.parametrize("camera_id", [2, 0])  # mounted upside down, and upright
+def test_a_part_is_drawn_as_it_is_in_the_whole_picture(quality, camera_id):
+    view = View(120, Square(20, 45, 64))
+    env = scene("drawer-open-v3")
+    cameras = Camera(120, camera_id, quality), view.camera(camera_id, quality)
+    whole, part = (Renderer(env.model, camera).render(env.model, env.data) for camera in cameras)
+    assert part.shape == (64, 64, 3)
+    assert difference(part, view.crop(whole)) < 0.05
+    assert difference(part, whole[21:85, 45:109]) > 4, "a pixel off is another picture"
 
 
 DRAW_BY_HAND = """

@@ -11,7 +11,6 @@ import pytest
 from common import memory, replay
 from common.errors import ShortageError, UserError
 from common.replay import EmbeddedFrame, Transition, lagged_slots, sort_episodes
-from common.vlms import View
 from relay_baseline import count_positives
 
 
@@ -457,16 +456,16 @@ def test_sorted_episodes_name_their_rows():
 def test_a_frame_stands_for_the_steps_until_the_next():
     embed_calls = []
 
-    def embed_view(view: View, frames: np.ndarray) -> jax.Array:
+    def embed_images(frames: np.ndarray) -> jax.Array:
         embed_calls.append(len(frames))
-        return jnp.asarray(view.crop(frames)[:, 0, 0, :2], jnp.float32)
+        return jnp.asarray(frames[:, 0, 0, :2], jnp.float32)
 
-    vlm, view = SimpleNamespace(embed_view=embed_view), View(4, 1)
+    vlm = SimpleNamespace(embed_images=embed_images)
     steps = replay.init_ring(Step(np.zeros(2, np.float16), np.zeros((), np.float32)), 7)
     stored = []
     for time, drawn in enumerate([(1, 1, 1), (0, 0, 0), (0, 1, 0), (1, 1, 1), (0, 0, 0)]):
         frames = np.full((3, 4, 4, 3), time, np.uint8) + 10 * np.arange(3)[:, None, None, None]
-        embedding = replay.embed_drawn(vlm, view, frames, np.array(drawn, bool), steps)
+        embedding = replay.embed_drawn(vlm, frames, np.array(drawn, bool), steps)
         steps = replay.add_rows(steps, Step(embedding, np.zeros(3)))
         stored.append(np.asarray(embedding)[:, 0].tolist())
     assert stored == [[0, 10, 20], [0, 10, 20], [0, 12, 20], [3, 13, 23], [3, 13, 23]]

@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 from common.envs import humanoid, registry, vlm_rm_tasks
 from common.errors import UserError
 from common.vlms import load_vlm, view_for
+from common.vlms.interface import centre_view
 from common.vlms.mini import EMBED_DIM, WEIGHTS, init_mini, load_mini, word_pieces
 from common.vlms.toy import FRAME_SIZE, Poses, Toy
 from tools.mini.pretrain_toy import (
@@ -76,7 +77,7 @@ def test_the_default_is_the_one_that_knows_the_pictures(env_id, name):
 def test_loaded_by_name(poles):
     vlm = load_vlm("toy", device="cpu")
     view = view_for(vlm, registry.METAWORLD)
-    assert view.size == vlm.frame_size == FRAME_SIZE and view.margin == 0
+    assert view == centre_view(FRAME_SIZE, 0) and vlm.frame_size == FRAME_SIZE
     assert vlm.name == "toy" and vlm.id.startswith("toy-") and f"-{FRAME_SIZE}px-" in vlm.id
     images = np.asarray(vlm.embed_images(poles.frames[:2]))
     assert images.shape == (2, vlm.embed_dim)

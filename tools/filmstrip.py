@@ -21,7 +21,7 @@ from common.envs.registry import suite_for
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET, all_same
 from common.run_folder import kept_policies
-from common.vlms import View
+from common.vlms.interface import centre_view
 from tools.evaluate.trained import Trained, open_run
 from tools.evaluate.video import GREEN, INK, WHITE, font
 
@@ -42,8 +42,9 @@ def last_frame(trained: Trained) -> tuple[np.ndarray, bool]:
     with closing(trained.evaluator(num_episodes=1, **where)) as evaluator:
         evaluator(trained.policy)
     # What happens is in the middle of a picture where a VLM is shown no border either.
-    view = View(2 * SIZE, SIZE // 2) if suite_for(env_id).crops_border else View(SIZE, 0)
-    again = trained.play_again(np.array(evaluator.actions), view.size, **where)
+    size, margin = (2 * SIZE, SIZE // 2) if suite_for(env_id).crops_border else (SIZE, 0)
+    view = centre_view(size, margin)
+    again = trained.play_again(np.array(evaluator.actions), size, **where)
     return view.crop(again.frames[-1, 0]), bool(evaluator.episodes["success_at_end"][0])
 
 

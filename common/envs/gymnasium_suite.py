@@ -230,7 +230,8 @@ def make_draw(env: gymnasium.Env, camera: Camera) -> Callable[..., np.ndarray]:
         trial.close()
 
     def draw(env: gymnasium.Env, first: bool = False) -> np.ndarray:
-        return square(env.render(), camera.size)
+        picture = square(env.render(), camera.size)
+        return camera.square.of(picture) if camera.square else picture
 
     return draw
 

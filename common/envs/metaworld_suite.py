@@ -205,7 +205,7 @@ def place_goal_marker(env) -> None:
 
 
 def goal_image(env_id: str, *, seed: int, goal: Goal, camera: Camera) -> np.ndarray:
-    """The picture at the scripted expert's first success, uint8 [size, size, 3], cached on disk.
+    """The picture at the scripted expert's first success, as `camera` draws it, cached on disk.
 
     With a fixed goal it is the run's own; with random goals it is one goal's (B.2 of the paper).
 
@@ -228,7 +228,7 @@ def goal_image(env_id: str, *, seed: int, goal: Goal, camera: Camera) -> np.ndar
         raise UserError(f"the scripted expert fails on {env_id} with seed {seed}, so there is no "
                         "goal image: use --no-goal-image or another --seed")
 
-    settings = (goal, camera.id, camera.quality, mesh_settings(camera.quality),
+    settings = (goal, camera.id, camera.quality, camera.square, mesh_settings(camera.quality),
                 metadata.version("metaworld"), mujoco.__version__)
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     key = f"{env_id}-{seed}-{camera.size}-{digest}"

@@ -90,12 +90,31 @@ def gl_info() -> dict[str, str | bool]:
             "gpu_present": gpu_present()}
 
 
+class Square(NamedTuple):
+    """A part of a picture, pixels."""
+
+    top: int  # its first row, counted from above
+    left: int  # its first column
+    side: int  # width and height
+
+    def of(self, pictures: np.ndarray) -> np.ndarray:
+        """[..., height, width, 3] -> [..., side, side, 3]."""
+        rows, columns = (slice(start, start + self.side) for start in (self.top, self.left))
+        return pictures[..., rows, columns, :]
+
+
 class Camera(NamedTuple):
     """What draws a picture, and how."""
 
-    size: int  # width and height of the picture, pixels
+    size: int  # width and height of the whole picture, pixels
     id: int = 2  # number
     quality: str = "fast"  # or "paper"
+    square: Square | None = None  # the part that is drawn; None: all of it
+
+    @property
+    def drawn_size(self) -> int:
+        """Width and height of what is drawn, pixels."""
+        return self.square.side if self.square else self.size
 
 
 def check_camera(camera_id: int, names: Sequence[str]) -> None:
@@ -112,14 +131,15 @@ class Renderer:
 
     Args:
         model: the task's model.
-        camera: size, number and quality of the pictures.
+        camera: size, number and quality of the pictures. A part is drawn at other places of the
+            buffer than in the whole picture, and rounded there: 0.02 of 255 apart in the mean.
 
     Raises:
         UserError: unknown camera or quality, or nothing can draw here.
     """
 
     def __init__(self, model: mujoco.MjModel, camera: Camera):
-        size, camera_id, quality = camera
+        _, camera_id, quality, square = camera
         if quality not in QUALITIES:
             raise UserError(f"unknown quality {quality!r}; allowed: {', '.join(QUALITIES)}")
         names = [model.camera(i).name for i in range(model.ncam)]
@@ -129,6 +149,7 @@ class Renderer:
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._camera.fixedcamid = camera_id
         self._bottom_up = names[camera_id] in UPSIDE_DOWN
+        size = camera.drawn_size
         drawn = _drawn_model(model, size, quality)
         self._gl.make_current()
         self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_50.value)
@@ -138,10 +159,17 @@ class Renderer:
             self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         self._rect = mujoco.MjrRect(0, 0, size, size)
+        # Where the whole picture lies, seen from what is drawn; OpenGL counts rows from below.
+        top, left, _ = square or Square(0, 0, size)
+        below = top if self._bottom_up else camera.size - size - top
+        self._whole = mujoco.MjrRect(-left, -below, camera.size, camera.size)
         self._pixels = np.empty((size, size, 3), np.uint8)
 
     def render(self, model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:
-        """The picture of `data`, uint8 [size, size, 3], a copy. `model`: the simulated one."""
+        """The picture of `data`, uint8 [drawn_size, drawn_size, 3], a copy.
+
+        `model`: the simulated one.
+        """
         self._gl.make_current()
         # Each time, not once: other renderers of this process bind their own.
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
@@ -149,7 +177,7 @@ class Renderer:
             model, data, self._option, None, self._camera,
             mujoco.mjtCatBit.mjCAT_ALL.value, self._scene,
         )
-        mujoco.mjr_render(self._rect, self._scene, self._context)
+        mujoco.mjr_render(self._whole, self._scene, self._context)
         mujoco.mjr_readPixels(self._pixels, None, self._rect, self._context)
         rows = self._pixels if self._bottom_up else self._pixels[::-1]
         return rows.copy()

@@ -143,7 +143,7 @@ class VecEnv:
         }
         layout |= {name: ((num_envs,), np.bool_) for name in ("success", "terminated", "truncated")}
         if camera:
-            layout["frames"] = ((num_envs, camera.size, camera.size, 3), np.uint8)
+            layout["frames"] = ((num_envs, camera.drawn_size, camera.drawn_size, 3), np.uint8)
             layout["drawn"] = ((num_envs,), np.bool_)
             if draw_resets:
                 layout["reset_frames"] = layout["frames"]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.cache import cached_arrays
+from common.envs.rendering import Camera, Square
 from common.errors import UserError
 from common.flags import note
 
@@ -39,7 +40,7 @@ class VLM:
         id: model, hash of the weights and preprocessing: what a cached embedding depends on.
         embed_dim: D.
         frame_size: width and height of its input, pixels; other sizes are resized.
-        crops_itself: whether it sees only a part of what it is given.
+        view: what it is given of a scene; None: what the suite gives, see `view_for`.
         settings: arguments of `load_vlm` that give the same model again.
     """
 
@@ -47,7 +48,7 @@ class VLM:
     id: str
     embed_dim: int
     frame_size: int
-    crops_itself: bool = False
+    view: View | None = None
     settings: dict[str, Any]
 
     def __init__(self, device: torch.device):
@@ -73,10 +74,6 @@ class VLM:
                 batch = torch.from_numpy(part).to(self.device)
                 embeddings.append(self._encode_images(batch).float())
             return to_jax(torch.cat(embeddings))
-
-    def embed_view(self, view: View, frames: np.ndarray) -> jax.Array:
-        """What the view shows of RGB uint8 frames [B, size, size, 3] -> float32 [B, D]."""
-        return self.embed_images(view.crop(frames))
 
     def embed_text(self, prompts: list[str]) -> np.ndarray:
         """N prompts -> float32 [N, D], from the disk's cache where it has them.
@@ -114,32 +111,38 @@ class VLM:
 
 
 class View(NamedTuple):
-    """What a VLM sees of a scene: pictures of `size` px, of which `margin` px are cut off."""
+    """What a VLM sees of a scene: a part of pictures of `size` px."""
 
-    size: int  # width and height as drawn, pixels
-    margin: int  # cut off at each side, pixels
+    size: int  # width and height of the whole picture, pixels
+    square: Square  # the part of it that is seen
 
-    def crop(self, frames: np.ndarray) -> np.ndarray:
-        """[..., size, size, 3] -> [..., size - 2 margin, size - 2 margin, 3]."""
-        kept = slice(self.margin, self.size - self.margin)
-        return frames[..., kept, kept, :]
+    def crop(self, pictures: np.ndarray) -> np.ndarray:
+        """What is seen of whole pictures, [..., size, size, 3] -> [..., side, side, 3]."""
+        return self.square.of(pictures)
+
+    def camera(self, camera_id: int, quality: str) -> Camera:
+        """What draws just the part that is seen."""
+        return Camera(self.size, camera_id, quality, self.square)
 
 
-def centre_view(size: int) -> View:
-    """The middle three quarters of pictures of `size` px."""
-    return View(size, size // 8)
+def centre_view(size: int, margin: int) -> View:
+    """Pictures of `size` px without `margin` px at each side."""
+    return View(size, Square(margin, margin, size - 2 * margin))
 
 
 def view_for(vlm: VLM, suite: Suite) -> View:
-    """What a VLM is given of a suite's pictures, and who crops them.
+    """What a VLM is given of a suite's pictures.
 
     On Meta-World FuRL's authors draw 256 px and keep rows and columns 32 to 224, which their CLIP
     resizes to its 224 px (fuyw/FuRL, `crop_center`): the same share of the picture here for models
-    of any input size. `mini` is given whole pictures and cuts its square out of them itself.
+    of any input size that have no view of their own.
     """
-    if vlm.crops_itself or not suite.crops_border:
-        return View(vlm.frame_size, 0)
-    return centre_view(256 * vlm.frame_size // 224)
+    if vlm.view is not None:
+        return vlm.view
+    if not suite.crops_border:
+        return centre_view(vlm.frame_size, 0)
+    size = 256 * vlm.frame_size // 224
+    return centre_view(size, size // 8)
 
 
 def to_jax(tensor: torch.Tensor) -> jax.Array:

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.envs.rendering import Square
 from common.errors import UserError
-from common.vlms.interface import VLM, state_digest
+from common.vlms.interface import VLM, View, state_digest
 
 EMBED_DIM = 128
-FRAME_SIZE = 176  # what is drawn; a square of CROP_SIZE of it is seen: where the hand can be
+FRAME_SIZE = 176  # of whole pictures; a square of CROP_SIZE of them is seen: where the hand can be
 CROP_SIZE, CROP_TOP, CROP_LEFT = 96, 40, 27
 KEYPOINTS = 64
 TOKEN_DIM = 128
@@ -40,7 +41,7 @@ class Mini(nn.Module):
 
     weights = WEIGHTS
     preprocessing = f"{FRAME_SIZE}px-crop{CROP_SIZE}"  # of pictures; a part of the VLM's id
-    frame_size = FRAME_SIZE
+    view = View(FRAME_SIZE, Square(CROP_TOP, CROP_LEFT, CROP_SIZE))
 
     def __init__(
         self,
@@ -76,8 +77,8 @@ class Mini(nn.Module):
         )
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, H, W, 3], square, RGB -> unit vectors, float32 [B, EMBED_DIM]."""
-        return self.encode_crops(crop(images))
+        """What `view` shows, uint8 [B, H, W, 3], RGB -> unit vectors, float32 [B, EMBED_DIM]."""
+        return self.encode_crops(resized(images, CROP_SIZE))
 
     def encode_crops(self, crops: torch.Tensor) -> torch.Tensor:
         """float32 [B, 3, CROP_SIZE, CROP_SIZE] in [0, 1] -> unit vectors [B, EMBED_DIM]."""
@@ -115,8 +116,6 @@ class Mini(nn.Module):
 class MiniVLM(VLM):
     """`Mini`, or another `kind` of it, as a VLM."""
 
-    crops_itself = True
-
     def __init__(
         self, weights: Path | None, pretrained: bool, device: torch.device, seed: int,
         kind: type[Mini] = Mini,
@@ -126,7 +125,7 @@ class MiniVLM(VLM):
         model = load_mini(weights, kind) if pretrained else init_mini(seed, kind)
         digest = state_digest(model)
         self._model = model.to(device)
-        self.embed_dim, self.frame_size = EMBED_DIM, kind.frame_size
+        self.embed_dim, self.view, self.frame_size = EMBED_DIM, kind.view, kind.view.square.side
         self.id = f"{self.name}-{digest}-{kind.preprocessing}-x{EMBEDDING_SCALE:g}"
 
     def knows(self, prompt: str) -> bool:
@@ -152,15 +151,6 @@ def keypoints(maps: torch.Tensor) -> torch.Tensor:
     rows = torch.linspace(-1, 1, height, device=maps.device)
     columns = torch.linspace(-1, 1, width, device=maps.device)
     return torch.cat([(shares.sum(3) * rows).sum(2), (shares.sum(2) * columns).sum(2)], 1)
-
-
-def crop(images: torch.Tensor) -> torch.Tensor:
-    """The square that is seen, of whole pictures of any size.
-
-    uint8 [B, H, W, 3] -> float32 [B, 3, CROP_SIZE, CROP_SIZE] in [0, 1].
-    """
-    crops = resized(images, FRAME_SIZE)
-    return crops[..., CROP_TOP : CROP_TOP + CROP_SIZE, CROP_LEFT : CROP_LEFT + CROP_SIZE]
 
 
 def resized(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -8,7 +8,6 @@ import numpy as np
 
 from common.envs.metaworld_suite import goal_image
 from common.envs.registry import METAWORLD
-from common.envs.rendering import Camera
 from common.vlms.interface import VLM, view_for
 
 
@@ -27,8 +26,7 @@ def load_inputs(vlm: VLM, args: Any) -> VLMInputs:
     text = vlm.embed_text([METAWORLD.prompt_for(args.env_id, args.prompt)])[0]
     goal = np.zeros_like(text)
     if args.align and args.goal_image:
-        view = view_for(vlm, METAWORLD)
-        camera = Camera(view.size, args.camera_id, args.quality)
+        camera = view_for(vlm, METAWORLD).camera(args.camera_id, args.quality)
         picture = goal_image(args.env_id, seed=args.seed, goal=args.goal, camera=camera)
-        goal = vlm.embed_images(view.crop(picture[None]))[0]
+        goal = vlm.embed_images(picture[None])[0]
     return VLMInputs(jnp.asarray(text), jnp.asarray(goal))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.vlms.interface import centre_view
 from common.vlms.mini import EMBED_DIM, Mini, keypoints, resized
 
 FRAME_SIZE = 96
@@ -22,7 +23,7 @@ class Toy(Mini):
 
     weights = Path(__file__).with_name("toy.safetensors")
     preprocessing = f"{FRAME_SIZE}px"
-    frame_size = FRAME_SIZE
+    view = centre_view(FRAME_SIZE, 0)
 
     def build_image_encoder(self) -> None:
         self.early = nn.Sequential(

@@ -22,12 +22,12 @@ import numpy as np
 from common import checkpoint, policies
 from common.cli import stored_args
 from common.envs.registry import suite_for
-from common.envs.rendering import Camera
+from common.envs.rendering import Camera, Square
 from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import Sizes
 from common.run_folder import checkpoints, kept_policies, read_config, steps_of
-from common.vlms import VLM, View, load_vlm
+from common.vlms import VLM, View, load_vlm, view_for
 from tools import ROOT
 
 BATCH = 20  # of Meta-World's environments side by side; it decides which goals are drawn
@@ -96,7 +96,10 @@ class Trained:
     @property
     def view(self) -> View:
         """What the run's VLM was shown of the scene."""
-        return View(**self.config["view"])
+        view = self.config["view"]
+        if "square" not in view:  # of older runs, in which a VLM saw the same
+            return view_for(self.vlm, suite_for(self.args.env_id))
+        return View(view["size"], Square(*view["square"]))
 
     def policy(self, obs: np.ndarray) -> np.ndarray:
         """The evaluated agent's mean action; shapes as those of `Script.policy`.

@@ -155,7 +155,8 @@ def middle_pixels(frames: np.ndarray) -> np.ndarray:
     """The middle three quarters of whole pictures [n, size, size, 3] at 32 px, flat."""
     import torch
 
-    middle = centre_view(frames.shape[1]).crop(frames)
+    size = frames.shape[1]
+    middle = centre_view(size, size // 8).crop(frames)
     return pixel_embedding(torch.from_numpy(middle).permute(0, 3, 1, 2).float() / 255)
 
 
