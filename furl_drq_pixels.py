@@ -582,7 +582,7 @@ def main(args: Args) -> dict[str, float]:
     prompt = METAWORLD.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm, METAWORLD)
-    camera = Camera(view.size, args.camera_id, args.quality)
+    camera = Camera(view.size, args.camera_id, args.quality)  # all of it: the policy sees it too
     vlm_inputs = load_inputs(vlm, args)
     envs = METAWORLD.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,

@@ -24,11 +24,14 @@ import vlm_rm_baseline as vlm_rm
 from common import checkpoint, pixels
 from common.envs.metaworld_suite import goal_image
 from common.envs.metaworld_tasks import expert_action, expert_policy
+from common.envs.registry import METAWORLD
+from common.envs.rendering import Square
 from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.replay import Sizes
 from common.run_folder import kept_policies
+from common.vlms import View, view_for
 from tools import filmstrip
 from tools.evaluate import __main__ as evaluate
 from tools.evaluate import video
@@ -220,11 +223,21 @@ def test_the_policy_and_the_reward_are_those_of_the_script(name, trained):
     assert contents(folder) == before
 
 
+def test_the_view_of_a_run_is_the_one_that_it_recorded(trained):
+    run = open_run(trained("furl")[0])
+    view = run.view_of(run.vlm)
+    assert view == view_for(run.vlm, METAWORLD)
+    run.config["view"] = {"size": view.size, "margin": 0}  # as older runs have it
+    assert run.view_of(run.vlm) == view
+    run.config["view"] = {"size": 50, "square": [1, 2, 3]}  # a copy's own
+    assert run.view_of(run.vlm) == View(50, Square(1, 2, 3))
+
+
 @pytest.mark.parametrize("script", [furl, drq])
 def test_a_reward_may_use_the_goal_image(script, trained, monkeypatch):
     """As that of a copy may: it is given the one of training."""
     run = open_run(trained("furl")[0])
-    camera = run.view.camera(run.args.camera_id, run.args.quality)
+    camera = run.view_of(run.vlm).camera(run.args.camera_id, run.args.quality)
     picture = goal_image(run.args.env_id, seed=run.args.seed, goal=run.args.goal, camera=camera)
     expected = run.vlm.embed_images(picture[None])[0]
     monkeypatch.setattr(script, "vlm_reward", lambda params, images, vlm, args: vlm.goal)

@@ -44,7 +44,7 @@ OPTIONAL = {"envpool", "wandb", "wandb-workspaces", "jinja2", "imageio", "imagei
 SLOW_FRAME = 20.0  # ms at 176 px in "fast": an idle core draws it in 4, a GPU in less
 SEEDS = (0, 1)
 MINI_ID = "mini-5fd8be6a9107-"  # begins with the hash of the shipped weights
-# Cosine similarity of each golden frame ("fast") and its task's instruction.
+# Cosine similarity of each golden frame ("fast"), as if mini saw all of it, and its instruction.
 MINI_SCORES = {"drawer-open-v3": -0.1033, "window-close-v3": -0.1165, "pick-place-v3": 0.1121}
 MINI_TOLERANCE = 0.005  # rounding as TF32 does gives 0.0001, a shift by a pixel 0.007 and more
 # What a run takes beside its transitions, with its workers and FuRL's 200,000 frames of successes

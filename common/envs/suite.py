@@ -8,7 +8,8 @@ import numpy as np
 
 from common.envs.rendering import Camera, check_camera
 
-# draw(env, first=False) -> uint8 [size, size, 3]; `first`: before an episode's first step
+# draw(env, first=False) -> uint8 [size, size, 3] with the camera's `drawn_size`; `first`: before
+# an episode's first step
 Draw = Callable[..., np.ndarray]
 
 

@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
     obs: np.ndarray  # [N, obs_dim] float32, what to act on next: after an end a new episode's
     final_obs: np.ndarray  # [N, obs_dim] float32, the state reached: belongs into the replay
-    frames: np.ndarray | None  # [N, size, size, 3] uint8, picture of the state reached
+    frames: np.ndarray | None  # [N, size, size, 3] uint8, what the camera draws of `final_obs`
     reset_frames: np.ndarray | None  # [N, size, size, 3], of `obs` where one ended (draw_resets)
     success: np.ndarray  # [N] bool
     reward: np.ndarray  # [N] float32, the task's; where that is sparse 1 on success, else 0

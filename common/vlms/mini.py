@@ -78,7 +78,7 @@ class Mini(nn.Module):
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """What `view` shows, uint8 [B, H, W, 3], RGB -> unit vectors, float32 [B, EMBED_DIM]."""
-        return self.encode_crops(resized(images, CROP_SIZE))
+        return self.encode_crops(resized(images, self.view.square.side))
 
     def encode_crops(self, crops: torch.Tensor) -> torch.Tensor:
         """float32 [B, 3, CROP_SIZE, CROP_SIZE] in [0, 1] -> unit vectors [B, EMBED_DIM]."""

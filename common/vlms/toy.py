@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.vlms.interface import centre_view
-from common.vlms.mini import EMBED_DIM, Mini, keypoints, resized
+from common.vlms.mini import EMBED_DIM, Mini, keypoints
 
 FRAME_SIZE = 96
 KEYPOINTS = 32
@@ -37,10 +37,6 @@ class Toy(Mini):
         self.keypoint_maps = nn.Conv2d(32, KEYPOINTS, 1)  # of what `early` gives
         self.hidden = nn.Sequential(nn.Linear(16 * 12 * 12 + 2 * KEYPOINTS, 192), nn.ReLU())
         self.image_head = nn.Linear(192, EMBED_DIM)
-
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, H, W, 3], square, RGB -> unit vectors, float32 [B, EMBED_DIM]."""
-        return self.encode_crops(resized(images, FRAME_SIZE))
 
     def features(self, crops: torch.Tensor) -> torch.Tensor:
         """[B, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1] -> the last hidden layer, [B, 192]."""

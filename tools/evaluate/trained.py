@@ -93,12 +93,11 @@ class Trained:
         """How the run's own evaluations were made: `Evaluator.settings`."""
         return self.config["evaluation"]
 
-    @property
-    def view(self) -> View:
-        """What the run's VLM was shown of the scene."""
+    def view_of(self, vlm: VLM) -> View:
+        """What the run's VLM, which is `vlm`, was shown of the scene."""
         view = self.config["view"]
-        if "square" not in view:  # of older runs, in which a VLM saw the same
-            return view_for(self.vlm, suite_for(self.args.env_id))
+        if "square" not in view:  # of an older run, whose VLM saw the same as one of today
+            return view_for(vlm, suite_for(self.args.env_id))
         return View(view["size"], Square(*view["square"]))
 
     def policy(self, obs: np.ndarray) -> np.ndarray:

@@ -38,8 +38,9 @@ def film(
             print(f"note: the video shows the {label}: {error}")
         else:
             # As in training, where the environment may be drawn in another way.
-            seen = trained.view.crop(trained.play_again(
-                actions, trained.view.size, env_id=trained.args.env_id if own else env_id, **where
+            view = trained.view_of(vlm)
+            seen = view.crop(trained.play_again(
+                actions, view.size, env_id=trained.args.env_id if own else env_id, **where
             ).frames)
             reward_of = trained.vlm_reward(vlm)
             found = np.stack([reward_of(vlm.embed_images(seen[:, i])) for i in range(count)], 1)

@@ -378,9 +378,9 @@ def main(args: Args) -> dict[str, Any]:
     for run in runs.values():
         if run.has_vlm:
             run.check_vlm(vlm)
-            if run.view != view:
+            if (seen := run.view_of(vlm)) != view:
                 raise UserError(f"{run.folder} was trained on another part of the picture "
-                                f"({run.view}) than a report shows ({view})")
+                                f"({seen}) than a report shows ({view})")
     camera = Camera(view.size, args.camera_id, args.quality)
     notes = []
     picture = goal_picture(env_id, goal, seed, camera)

@@ -100,7 +100,7 @@ class Data(NamedTuple):
     nearness: dict[str, np.ndarray]  # to the goal picture, [E, 3, n], by what measures it; or {}
     success: np.ndarray  # [E, 3, n] bool
     first_success: np.ndarray  # [E, 3] int, the step; -1: never
-    frames: np.ndarray  # [3, n, size, size, 3], of the first goal
+    frames: np.ndarray  # [3, n, side, side, 3], of the first goal, what the VLM sees
 
 
 @cache
