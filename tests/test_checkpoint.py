@@ -448,7 +448,8 @@ def test_resuming_takes_no_more_memory_than_training(tmp_path, name):
         fill_and_save(script, args)
     with peak_megabytes() as resuming:
         resume_and_check(script, args)
-    assert 60 < resuming[0] < 1.1 * training[0], (training, resuming)
+    # Peaks vary by some 16 MB from run to run; rows that are there twice would be 64.
+    assert 60 < resuming[0] < training[0] + 32, (training, resuming)
 
 
 def test_a_checkpoint_that_fails_late_leaves_nothing_in_the_rings(tmp_path, monkeypatch):
