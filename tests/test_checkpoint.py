@@ -446,10 +446,12 @@ def test_resuming_takes_no_more_memory_than_training(tmp_path, name):
     args = replace(args, run_dir=str(tmp_path / "large"), buffer_size=64 * 2**20 // row_bytes)
     with peak_megabytes() as training:
         fill_and_save(script, args)
-    with peak_megabytes() as resuming:
-        resume_and_check(script, args)
-    # Peaks vary by some 16 MB from run to run; rows that are there twice would be 64.
-    assert 60 < resuming[0] < training[0] + 32, (training, resuming)
+    peaks = []
+    for _ in range(2):  # a peak can only be too high, by some 16 MB: the lower one counts
+        with peak_megabytes() as resuming:
+            resume_and_check(script, args)
+        peaks += resuming
+    assert 60 < min(peaks) < 1.1 * training[0], (training, peaks)
 
 
 def test_a_checkpoint_that_fails_late_leaves_nothing_in_the_rings(tmp_path, monkeypatch):
