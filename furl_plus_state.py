@@ -1,14 +1,13 @@
 """FuRL plus: FuRL that keeps what it finds, on state observations.
 
 FuRL as in furl_sac_state.py (Fu et al., ICML 2024, arXiv 2406.00645), with parts of its own:
-n-step returns, a share of each batch from successes, targets within what values can be, the VLM's
-reward as a potential, noise that is held, a relay agent that is also rewarded for moving the
-object, and demonstrations, which are off by default. Its defaults are not the paper's.
+n-step returns, a share of each batch from successes, clipped targets, the VLM's reward as a
+potential, held noise, a relay agent that is also rewarded for moving the object, and, off by
+default, demonstrations. docs/furl_plus_state.md says what each part is for, and shows the results.
+Its defaults are not the paper's.
 
     python furl_plus_state.py --env-id drawer-open-v3
     python furl_plus_state.py --env-id pick-place-v3 --demos 3
-
-docs/furl_plus_state.md says what each part is for, and shows the results.
 """
 
 from collections.abc import Callable
@@ -37,7 +36,6 @@ from common.vlms.task import VLMInputs, load_inputs
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
 RELAY_STREAM = 1  # with the seed: name of a stream of random numbers on the host
-EPISODE_LENGTH = MAX_EPISODE_STEPS  # all episodes begin and end together
 
 
 @dataclass(frozen=True)
@@ -96,18 +94,20 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     relay_bonus: flags.NotNegativeFloat = 1.0  # weight of displaced objects in its reward
 
 
-def check_alignment(args: Args, episode_length: int) -> None:
-    """Name flags without effect; UserError if the alignment could never begin."""
-    flags.note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
-                    "l2_margin")
-    if args.align:
-        flags.note_idle(args, "goal_image", "l2_margin")
-        flags.note_idle(args, "stage2", "stage2_after", "lag")
-        if not args.stage2 and not args.goal_image:
-            print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
-                  "heads stay random")
+def check_flags(args: Args) -> None:
+    """Name flags without effect; UserError if their values cannot work."""
+    flags.note_idle(args, align="stage2_after projection_features lag reward_margin l2_margin",
+                    goal_image="l2_margin", stage2="stage2_after lag",
+                    relay="relay_periods relay_noise relay_bonus")
+    if args.align and not args.stage2 and not args.goal_image:
+        print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
+              "heads stay random")
     needed = args.stage2_after if args.align and args.stage2 else 0
-    flags.check_positives(args.embedding_buffer_size, args.lag, needed, episode_length)
+    flags.check_positives(args.embedding_buffer_size, args.lag, needed, MAX_EPISODE_STEPS)
+    flags.check_at_most(args, "demos", args.num_envs, "--num-envs")
+    flags.check_at_most(args, "quiet_envs", args.num_envs - 1, "or nothing explores")
+    if args.clip_targets and args.gamma == 1:
+        raise UserError("--gamma must be below 1, or there are no bounds for --clip-targets")
 
 
 # ------------------------------------------------------------------------------ state
@@ -145,8 +145,7 @@ class Batch(NamedTuple):
     next_obs: jax.Array  # after the last of the m <= n steps that there are
     reward: jax.Array  # their discounted sum
     discount: jax.Array  # of the value that follows: gamma^m, or 0 where nothing follows
-    lowest: jax.Array | float  # bounds of the targets
-    highest: jax.Array | float
+    bounds: tuple  # lowest and highest target, each a number or [batch]
     entropy_weight: float  # 1: the value that follows counts the entropy; 0: it does not
 
 
@@ -239,7 +238,7 @@ def critic_loss(
     )
     next_q = agent.critic.apply(agent.target_critic, batch.next_obs, next_action).min(0)
     next_value = next_q - batch.entropy_weight * jnp.exp(agent.params["log_alpha"]) * next_log_prob
-    target = jnp.clip(batch.reward + batch.discount * next_value, batch.lowest, batch.highest)
+    target = jnp.clip(batch.reward + batch.discount * next_value, *batch.bounds)
     q = agent.critic.apply(critic_params, batch.obs, batch.action)  # [2, batch]
     loss = ((q - target) ** 2).mean(1).sum()
     return loss, {"critic_loss": loss, "q": q.mean(), "q_max": q.max()}
@@ -353,17 +352,16 @@ def make_batches(
     to the return of m steps (Ng et al., 1999). The value is V - kappa phi(s_0) then, and so are its
     bounds. During the search rho r_VLM (Eq. 1) guides as well, which a potential cannot replace.
     """
-    rows: Transition = buffers.transitions.data
-    steps = replay.following_steps(
-        buffers.transitions, slots, args.n_step, args.num_envs, EPISODE_LENGTH
-    )
+    ring = buffers.transitions
+    rows: Transition = ring.data
+    steps = replay.following_steps(ring, slots, args.n_step, args.num_envs, MAX_EPISODE_STEPS)
     discount = args.gamma ** steps.exists.sum(0) * (1 - rows.terminated[steps.last])
     task_return = steps.discounted_sum(rows.reward[steps.slots] - 1, args.gamma)  # shift: B.2
     entropy = float(args.entropy == "always" or (args.entropy == "search" and phase.searching))
     displaced = displacement(rows.next_obs[steps.slots], rows.obs[steps.first])
     bonus = args.relay_bonus * steps.discounted_sum(displaced, args.gamma)
     relay = Batch(rows.obs[slots], rows.action[slots], rows.next_obs[steps.last],
-                  task_return + bonus, discount, *value_bounds(args.relay_bonus, args), entropy)
+                  task_return + bonus, discount, value_bounds(args.relay_bonus, args), entropy)
 
     starts = buffers.starts.data[steps.episode % buffers.starts.capacity]
     before = jnp.where((steps.time == 0)[:, None], starts, rows.embedding[steps.before])
@@ -374,9 +372,8 @@ def make_batches(
     if guided:  # r_VLM changes little in n steps: the mean of both ends stands for all
         mean = jnp.broadcast_to((phi_first + phi_last) / 2, steps.exists.shape)
         shaped_return += args.rho * steps.discounted_sum(mean, args.gamma)
-    bounds = value_bounds(args.rho * guided, args)
-    lowest, highest = (bound - args.kappa * phi_first for bound in bounds)
-    furl = relay._replace(reward=shaped_return, lowest=lowest, highest=highest)
+    bounds = tuple(b - args.kappa * phi_first for b in value_bounds(args.rho * guided, args))
+    furl = relay._replace(reward=shaped_return, bounds=bounds)
     vlm_metrics = {"reward/vlm_mean": phi_last.mean(), "reward/vlm_std": phi_last.std()}
     return furl, relay, vlm_metrics | {"reward/displacement": displaced[0].mean()}
 
@@ -434,7 +431,7 @@ def init_buffers(sizes: Sizes, args: Args) -> Buffers:
     transition, frame = replay.example_transition(sizes, exact), replay.example_frame(sizes, exact)
     capacity, flag = args.embedding_buffer_size, "--embedding-buffer-size"
     positives, negatives = (replay.init_ring(frame, capacity, flag) for _ in range(2))
-    num_episodes = args.buffer_size // (args.num_envs * EPISODE_LENGTH) + 2  # in the replay
+    num_episodes = args.buffer_size // (args.num_envs * MAX_EPISODE_STEPS) + 2  # in the replay
     starts = replay.init_ring(frame.embedding, num_episodes * args.num_envs)
     return Buffers(replay.init_ring(transition, args.buffer_size), starts, positives, negatives)
 
@@ -566,32 +563,18 @@ def policy(state: FuRLState, obs: jax.Array) -> jax.Array:
 
 def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
     """The VLM reward that was learned, before its weight rho: embeddings [n, D] -> [n]."""
-    inputs = load_inputs(vlm, args)
-    return jax.jit(partial(vlm_reward, state.projection, vlm=inputs, args=args))
+    return jax.jit(partial(vlm_reward, state.projection, vlm=load_inputs(vlm, args), args=args))
 
 
 # ------------------------------------------------------------------------------- main
 
 
-def check_own_flags(args: Args) -> None:
-    """UserError: a flag of this script has a value that cannot work."""
-    if args.demos > args.num_envs:
-        raise UserError(f"--demos must be at most --num-envs, {args.num_envs}, not {args.demos}")
-    if args.quiet_envs >= args.num_envs:
-        raise UserError(f"--quiet-envs must be below --num-envs, {args.num_envs}, or nothing "
-                        f"explores, not {args.quiet_envs}")
-    if args.clip_targets and args.gamma == 1:
-        raise UserError("--gamma must be below 1, or there are no bounds for --clip-targets")
-    flags.note_idle(args, "relay", "relay_periods", "relay_noise", "relay_bonus")
-
-
 def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = flags.check_args(args, METAWORLD)
-    flags.check_replay(args, args.buffer_size, args.learning_starts, EPISODE_LENGTH)
+    flags.check_replay(args, args.buffer_size, args.learning_starts, MAX_EPISODE_STEPS)
     METAWORLD.check_camera(args.camera_id)
-    check_alignment(args, EPISODE_LENGTH)
-    check_own_flags(args)
+    check_flags(args)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm, METAWORLD)
     camera = view.camera(args.camera_id, args.quality)
@@ -618,8 +601,7 @@ def main(args: Args) -> dict[str, float]:
         return start_episodes(buffers, step.reset_frames) if step.ended.all() else buffers
 
     def start_episodes(buffers: Buffers, frames: np.ndarray) -> Buffers:
-        starts = replay.add_rows(buffers.starts, vlm.embed_images(frames))
-        return buffers._replace(starts=starts)
+        return buffers._replace(starts=replay.add_rows(buffers.starts, vlm.embed_images(frames)))
 
     state, buffers, obs = run.begin(state, start_episodes(buffers, envs.reset()[1]), envs)
     phase = choose_phase(buffers, args)
@@ -628,7 +610,7 @@ def main(args: Args) -> dict[str, float]:
     previous, metrics = None, {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
-        episode, time = divmod(env_steps // args.num_envs, EPISODE_LENGTH)
+        episode, time = divmod(env_steps // args.num_envs, MAX_EPISODE_STEPS)
         if env_steps < args.learning_starts:
             action = 2 * held_noise(jax.random.uniform, random_key, env_steps, args) - 1
         else:
@@ -644,9 +626,8 @@ def main(args: Args) -> dict[str, float]:
         if previous is not None:
             buffers = store(buffers, *previous)
         if time == 0 and episode > 0:  # all episodes end together
-            buffers = replay.sort_episodes(
-                buffers, buffers.transitions, args.num_envs, EPISODE_LENGTH
-            )
+            steps = buffers.transitions
+            buffers = replay.sort_episodes(buffers, steps, args.num_envs, MAX_EPISODE_STEPS)
             phase = choose_phase(buffers, args)
         if env_steps >= max(args.learning_starts, 1):
             state, metrics = update(state, buffers, vlm_inputs, update_key, env_steps, args, phase)

@@ -87,16 +87,14 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     relay_noise: flags.NotNegativeFloat = 0.2  # std of the noise on the relay agent's actions
 
 
-def check_alignment(args: Args, episode_length: int) -> None:
+def check_flags(args: Args, episode_length: int) -> None:
     """Name flags without effect; UserError if the alignment could never begin."""
-    flags.note_idle(args, "align", "stage2_after", "projection_features", "lag", "reward_margin",
-                    "l2_margin")
-    if args.align:
-        flags.note_idle(args, "goal_image", "l2_margin")
-        flags.note_idle(args, "stage2", "stage2_after", "lag")
-        if not args.stage2 and not args.goal_image:
-            print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
-                  "heads stay random")
+    flags.note_idle(args, align="stage2_after projection_features lag reward_margin l2_margin",
+                    goal_image="l2_margin", stage2="stage2_after lag",
+                    relay="relay_periods relay_until relay_noise")
+    if args.align and not args.stage2 and not args.goal_image:
+        print("note: --no-goal-image --no-stage2 leave nothing to align with: the projection "
+              "heads stay random")
     needed = args.stage2_after if args.align and args.stage2 else 0
     flags.check_positives(args.embedding_buffer_size, args.lag, needed, episode_length)
 
@@ -474,8 +472,7 @@ def policy(state: FuRLState, obs: jax.Array) -> jax.Array:
 
 def load_reward(state: FuRLState, vlm: VLM, args: Args) -> Callable[[jax.Array], jax.Array]:
     """The VLM reward that was learned, before its weight rho: embeddings [n, D] -> [n]."""
-    inputs = load_inputs(vlm, args)
-    return jax.jit(partial(vlm_reward, state.projection, vlm=inputs, args=args))
+    return jax.jit(partial(vlm_reward, state.projection, vlm=load_inputs(vlm, args), args=args))
 
 
 # ------------------------------------------------------------------------------- main
@@ -486,8 +483,7 @@ def main(args: Args) -> dict[str, float]:
     args = flags.check_args(args, METAWORLD)
     flags.check_replay(args, args.buffer_size, args.learning_starts, MAX_EPISODE_STEPS)
     METAWORLD.check_camera(args.camera_id)
-    check_alignment(args, MAX_EPISODE_STEPS)
-    flags.note_idle(args, "relay", "relay_periods", "relay_until", "relay_noise")
+    check_flags(args, MAX_EPISODE_STEPS)
     prompt = METAWORLD.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm, METAWORLD)
@@ -534,9 +530,8 @@ def main(args: Args) -> dict[str, float]:
         if previous is not None:
             buffers = store(buffers, *previous)
         if time == 0 and episode > 0:  # all episodes end together
-            buffers = replay.sort_episodes(
-                buffers, buffers.transitions, args.num_envs, envs.episode_length
-            )
+            steps = buffers.transitions
+            buffers = replay.sort_episodes(buffers, steps, args.num_envs, envs.episode_length)
             phase = choose_phase(buffers, args)
         if env_steps >= max(args.learning_starts, 1):
             state, metrics = update(state, buffers, vlm_inputs, update_key, env_steps, args, phase)

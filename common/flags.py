@@ -248,16 +248,36 @@ def check_positives(frames: int, lag: int, needed: int, episode_length: int) -> 
                         f"{frames}")
 
 
-def note_idle(args: Any, switch: str, *names: str) -> None:
+def check_at_most(args: Any, name: str, most: int, why: str) -> None:
+    """For a flag whose largest value depends on other flags.
+
+    Args:
+        args: the script's.
+        name: of the flag's field.
+        why: what the limit is, for the message.
+
+    Raises:
+        UserError: the flag's value is larger than `most`.
+    """
+    if getattr(args, name) > most:
+        raise UserError(f"{flag_of(name)} must be at most {most}, {why}, not {getattr(args, name)}")
+
+
+def note_idle(args: Any, **switches: str) -> None:
     """Say so if flags were given another value than their default, but another one switches off
     all that they are for.
 
     Args:
         args: the script's.
-        switch: field of a flag of the kind `--no-relay`.
-        names: fields of the flags that only matter with it.
+        switches: for fields of flags of the kind `--no-relay`, the fields of the flags that only
+            matter with it, e.g. `relay="relay_periods relay_noise"`. A flag is named once.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    idle = [flag_of(name) for name in names if getattr(args, name) != defaults[name]]
-    if idle and not getattr(args, switch):
-        print(f"note: without effect beside {flag_of(f'no_{switch}')}: {', '.join(idle)}")
+    named: set[str] = set()
+    for switch, names in switches.items():
+        idle = [name for name in names.split() if getattr(args, name) != defaults[name]]
+        idle = [name for name in idle if name not in named]
+        if idle and not getattr(args, switch):
+            print(f"note: without effect beside {flag_of(f'no_{switch}')}: "
+                  f"{', '.join(map(flag_of, idle))}")
+            named.update(idle)

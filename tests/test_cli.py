@@ -172,7 +172,7 @@ def test_buffers_that_are_too_small_for_whole_episodes(change, flag):
 
     def check(args: Args) -> None:
         flags.check_replay(args, args.buffer_size, args.learning_starts, 500)
-        furl_sac_state.check_alignment(args, 500)
+        furl_sac_state.check_flags(args, 500)
 
     check(replace(GOOD, **least))
     with pytest.raises(UserError, match=f"^{flag} must hold an episode"):
@@ -222,9 +222,9 @@ def test_help_in_a_narrow_terminal(monkeypatch, capsys):
 ])
 def test_an_alignment_that_could_not_begin(change, message, capsys):
     for good in ({"lag": 499}, {"embedding_buffer_size": 1000, "stage2_after": 980}):
-        furl_sac_state.check_alignment(replace(GOOD, **good), 500)
+        furl_sac_state.check_flags(replace(GOOD, **good), 500)
     with pytest.raises(UserError, match=message):
-        furl_sac_state.check_alignment(replace(GOOD, **change), 500)
+        furl_sac_state.check_flags(replace(GOOD, **change), 500)
     assert capsys.readouterr().out == ""
 
 
@@ -235,10 +235,10 @@ def test_an_alignment_that_could_not_begin(change, message, capsys):
     ({"stage2": False, "lag": 5}, "beside --no-stage2: --lag"),
     ({"stage2": False, "goal_image": False}, "leave nothing to align with"),
     ({"align": False, "relay": False}, ""),
+    ({"align": False, "stage2": False, "lag": 5}, "beside --no-align: --lag"),
 ])
 def test_flags_that_others_switch_off_are_named(change, note, capsys):
-    furl_sac_state.check_alignment(replace(GOOD, **change), 500)
-    flags.note_idle(replace(GOOD, **change), "relay", "relay_periods", "relay_until")
+    furl_sac_state.check_flags(replace(GOOD, **change), 500)
     out = capsys.readouterr().out
     assert note in out and len(out.splitlines()) == bool(note)
 

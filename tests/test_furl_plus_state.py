@@ -59,7 +59,7 @@ def test_the_relay_agent_is_drawn_to_moving_things():
     bonus = np.nansum(moved * [1, 0.5, 0.25], 1)
     assert_close(relay.reward - without.reward, 2 * bonus)
     assert_close(furl.reward, batches()[0].reward)
-    assert (relay.highest, without.highest) == pytest.approx((4, 0))
+    assert (relay.bounds[1], without.bounds[1]) == pytest.approx((4, 0))
     assert_close(metrics["reward/displacement"], moved[:, 0].mean())
 
 
@@ -160,11 +160,10 @@ def test_bounds_move_with_the_state():
     args = replace(RAW, kappa=2.0, rho=0.1)
     first = np.array([0.5, 0.1, 0.4, 0.6])
     furl, relay, _ = batches(args, AFTER)
-    assert_close(furl.highest, -2 * first)
-    assert_close(furl.lowest, -2 * 1.1 - 2 - 2 * first)
-    assert (relay.lowest, relay.highest) == pytest.approx((-4.2, 0))
+    assert_close(furl.bounds, (-2 * 1.1 - 2 - 2 * first, -2 * first))
+    assert relay.bounds == pytest.approx((-4.2, 0))
     furl, _, _ = batches(args, SEARCH)
-    assert_close(furl.highest, 0.2 - 2 * first)
+    assert_close(furl.bounds[1], 0.2 - 2 * first)
 
 
 @pytest.mark.parametrize(("entropy", "during", "after"), [
@@ -187,7 +186,7 @@ def test_critic_loss_is_clipped_and_discounted():
     next_q = agent.critic.apply(agent.target_critic, obs, next_action).min(0)
     q = agent.critic.apply(agent.params["critic"], obs, action)
     for entropy in (0.0, 1.0):
-        batch = Batch(obs, action, obs, reward, discount, *bounds, entropy)
+        batch = Batch(obs, action, obs, reward, discount, bounds, entropy)
         loss, metrics = script.critic_loss(agent.params["critic"], agent, batch, key)
         value = next_q - entropy * SMALL.init_temperature * log_prob
         target = np.clip(reward + discount * value, *bounds)
@@ -278,13 +277,13 @@ def test_the_search_ends_with_enough_positives(num_positives, relay, phase):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"demos": 9}, "--demos must be at most --num-envs, 8, not 9"),
-    ({"num_envs": 2}, "--quiet-envs must be below --num-envs, 2, or nothing explores, not 2"),
+    ({"demos": 9}, "--demos must be at most 8, --num-envs, not 9"),
+    ({"num_envs": 2}, "--quiet-envs must be at most 1, or nothing explores, not 2"),
     ({"gamma": 1.0}, "--gamma must be below 1"),
 ])
 def test_flags_that_cannot_work(changes, message):
     with pytest.raises(UserError, match=message):
-        script.check_own_flags(replace(Args(), **changes))
+        script.check_flags(replace(Args(), **changes))
 
 
 TINY = Args(

@@ -30,6 +30,7 @@ DEFINITIONS = {
     "actor_loss": (3, "on pixels it is given features; FuRL plus: n steps"),
     "sac_loss": (3, "VLM-RM's temperature can be kept as it is; FuRL plus: n steps"),
     "FuRLState": (2, "FuRL plus: an averaged actor"),
+    "check_flags": (2, "FuRL plus has limits of its own"),
     "Phase": (2, "FuRL plus searches also without a relay"),
     "choose_phase": (2, "as Phase"),
     "vlm_reward": (2, "Eq. 3 of FuRL; the rewards of VLM-RM"),
@@ -141,7 +142,7 @@ def test_an_update_leaves_the_types_as_they_were(script):
     action, zeros = jnp.zeros((2, sizes.action)), jnp.zeros(2)
     batch = (Transition(obs, action, obs, zeros, zeros), zeros)
     if hasattr(module, "Batch"):  # which has the reward as well
-        batch = (module.Batch(obs, action, obs, zeros, zeros, zeros, zeros, 1.0),)
+        batch = (module.Batch(obs, action, obs, zeros, zeros, (zeros, zeros), 1.0),)
 
     def before_and_after(key):
         agent = module.init_agent(key, sizes, args)
