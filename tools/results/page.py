@@ -176,9 +176,9 @@ def write_page(output: Path, title: str, runs: list[Run]) -> str:
             caption = f"{measure} over {'wall-clock' if by_time else 'environment steps'}"
             pictures[name] = caption, save_figure(figure, output / name)
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
-    about = (f"{len(runs)} runs of {runs[0].budget:,} environment steps; methods: "
-             f"{len(results.names)}, tasks: {len(results.tasks) + len(results.return_tasks)}, "
-             f"seeds: {seeds}.")
+    num_tasks = len(results.tasks) + len(results.return_tasks)
+    about = (f"{len(runs)} run{'s' * (len(runs) != 1)} of {runs[0].budget:,} environment steps; "
+             f"methods: {len(results.names)}, tasks: {num_tasks}, seeds: {seeds}.")
     band = ("Lines: mean over seeds, of each run the mean of its last evaluations (a twentieth of "
             "all); bands: 95 % interval of the mean over seeds, by a bootstrap.")
     text = "\n".join(table.markdown() for table in tables)
