@@ -275,8 +275,8 @@ def note_idle(args: Any, **switches: str) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     named: set[str] = set()
     for switch, names in switches.items():
-        idle = [name for name in names.split() if getattr(args, name) != defaults[name]]
-        idle = [name for name in idle if name not in named]
+        idle = [name for name in names.split()
+                if name not in named and getattr(args, name) != defaults[name]]
         if idle and not getattr(args, switch):
             print(f"note: without effect beside {flag_of(f'no_{switch}')}: "
                   f"{', '.join(map(flag_of, idle))}")

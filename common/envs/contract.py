@@ -44,7 +44,7 @@ class Checked(gymnasium.Wrapper):
         space = getattr(env, "observation_space", None)
         try:
             flat = spaces.flatten_space(space)
-        except NotImplementedError:  # Gymnasium cannot flatten spaces of this kind
+        except NotImplementedError:  # so Gymnasium says that a space, e.g. Graph, is no vector
             flat = None
         if not isinstance(flat, spaces.Box) or not flat.shape[0]:
             raise UserError(f"the observations of {registered_id} are {space}, which cannot be "
