@@ -88,6 +88,15 @@ def run_of(folder: Path) -> tuple[int, int]:
 # ------------------------------------------------------------------------------ commands
 
 
+def test_a_reader_that_takes_one_line_of_a_dry_run():
+    ours, theirs = os.pipe()
+    process = subprocess.Popen([sys.executable, "-m", "tools.grid", "table1", "--dry-run"],
+                               cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(ours)  # as `| head -1` does
+    os.close(theirs)
+    assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
+
+
 def dry_run(capsys, *words: str, extra: tuple[str, ...] = ()) -> list[str]:
     assert grid.main(grid.tyro.cli(grid.Args, args=[*words, "--dry-run"]), list(extra)) == 0
     return capsys.readouterr().out.splitlines()

@@ -32,6 +32,7 @@ from common.cores import num_cores
 from common.envs.rendering import gl_info
 from common.errors import UserError
 from common.flags import PositiveInt, check_ranges
+from common.logger import show
 from common.run_folder import read_metrics
 from common.system import cpu_description
 
@@ -130,10 +131,9 @@ def machine() -> str:
 
 def print_table(rows: Iterable[Row]) -> None:
     """The rows as they come, as a Markdown table below a line about the machine."""
-    print(f"Machine: {machine()}.", "", "| what | figure | remark |", "| --- | --- | --- |",
-          sep="\n", flush=True)
+    show(f"Machine: {machine()}.\n\n| what | figure | remark |\n| --- | --- | --- |")
     for row in rows:
-        print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |", flush=True)
+        show("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
 
 
 def main(args: Args) -> None:

@@ -31,7 +31,7 @@ from common import flags
 from common.cores import OVERRIDE
 from common.envs.metaworld_tasks import ENV_IDS, MT10
 from common.errors import UserError
-from common.logger import format_duration
+from common.logger import format_duration, show
 from common.names import LONGEST, distinct_name, folder_name
 from common.run_folder import Progress, is_finished, is_in_use, read_progress, saved_steps
 from tools import ROOT
@@ -365,7 +365,7 @@ def main(args: Args, extra: list[str]) -> int:
             words = [os.path.relpath(word) if os.path.isabs(word) else word
                      for word in cell.command()]
             done = "# finished: " if is_finished(cell.folder) else ""
-            print(f"{done}{OVERRIDE}={cores} python {shlex.join(words)}")
+            show(f"{done}{OVERRIDE}={cores} python {shlex.join(words)}")
         return 0
     todo = [cell for cell in cells if not is_finished(cell.folder)]
     write_grid(output, grid)
