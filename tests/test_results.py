@@ -444,6 +444,14 @@ def test_what_is_damaged_is_named(tmp_path, capsys):
     (tmp_path / "runs/dead/config.json").touch()  # killed as it began
     [run] = run_tool(tmp_path / "runs", output=tmp_path / "out", label="FuRL")
     assert "left out: " in capsys.readouterr().err and run.seed == 0
+    for seed in (0, 1):
+        write_run(tmp_path / f"grid/sac/push-v3/{seed}", "push-v3", seed, [0, 1])
+    (tmp_path / "grid/sac/push-v3/1/config.json").write_text("")
+    (tmp_path / "grid/grid.json").write_text(json.dumps({
+        "name": "mine", "preset": "none", "methods": {"sac": {"label": "SAC"}},
+        "tasks": ["push-v3"], "seeds": [0, 1]}))
+    [run] = run_tool(tmp_path / "grid")
+    assert "left out: " in capsys.readouterr().err and run.seed == 0
     path = tmp_path / "out/furl/push-v3.csv"
     path.write_text(path.read_text().replace("0,200,1,1\n", ""))
     with pytest.raises(UserError, match=r"cannot be read: .*its CSV differ for seed 0"):
@@ -498,6 +506,9 @@ def test_one_figure_of_several_folders(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "curves.png"}
     with pytest.raises(UserError, match="cannot be written: Format 'foo' is not"):
         run_tool(tmp_path / "a", figure=tmp_path / "curves.foo")
+    for wrong in ({"figure": tmp_path / "curves"}, {"figure": figure, "output": tmp_path / "out"}):
+        with pytest.raises(UserError, match="is all that is written then, without --output"):
+            run_tool(tmp_path / "a", **wrong)
 
 
 # ---------------------------------------------------------------------- Weights & Biases
@@ -520,6 +531,9 @@ def test_the_reports_specification_needs_no_network(tmp_path, no_network, capsys
         run_tool(tmp_path / name, output=tmp_path / "out", label=name)
     wandb_report.main(wandb_report.Args(
         project="mine", results=tmp_path / "out", dry_run=tmp_path / "spec.json"))
+    with pytest.raises(UserError, match=r"no/spec\.json cannot be written"):
+        wandb_report.main(wandb_report.Args(
+            results=tmp_path / "out", dry_run=tmp_path / "no/spec.json"))
     blocks = json.loads((tmp_path / "spec.json").read_text())["blocks"]
     texts = [block["content"] for block in blocks if block["type"] == "markdown-block"]
     assert "| push-v3 | 100 (21 to 100) | 100 (21 to 100) |" in texts[0]

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.cli import run_script
 from common.errors import UserError
+from common.flags import PositiveInt, check_ranges
 from tools.results.page import make_tables
 from tools.results.runs import check_runs, find_runs, name_methods
 from tools.results.summary import Results
@@ -26,8 +27,8 @@ class Args:
     project: str = "furl"  # the W&B project whose runs are shown, and that gets the report
     entity: str | None = None  # user or team it belongs to; default: your own
     results: Path | None = None  # a folder of tools.results; default: the finished runs in W&B
-    budget: int | None = None  # take each run as it was after so many environment steps
-    title: str | None = None  # default: the project's name
+    budget: PositiveInt | None = None  # take each run as it was after so many environment steps
+    title: str | None = None  # default: <project>: methods compared
     dry_run: Path | None = None  # write the report's specification to this file, send nothing
 
 
@@ -67,13 +68,18 @@ def what_makes(results: Results, method: str) -> dict[str, Any]:
 
 
 def main(args: Args) -> None:
+    check_ranges(args)
     source = args.results or "wandb:" + "/".join(filter(None, [args.entity, args.project]))
     runs, _ = find_runs(str(source), None)
     results = Results(check_runs(name_methods(runs), args.budget))
     if args.dry_run:
         report = make_report(args, args.entity or "entity", results)
         spec = report._to_model().spec
-        args.dry_run.write_text(spec.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+        text = spec.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+        try:
+            args.dry_run.write_text(text)
+        except OSError as error:
+            raise UserError(f"--dry-run {args.dry_run} cannot be written: {error}") from None
         print(f"written: {args.dry_run}; nothing was sent")
         return
     import wandb

@@ -50,6 +50,9 @@ def main(args: Args) -> list[Run]:
     check_ranges(args)
     if any("\ud800" <= c <= "\udfff" for c in args.label or ""):  # bytes that are no text
         raise UserError(f"--label {args.label!r} cannot be written into a page")
+    if args.figure is not None and (args.output or not args.figure.suffix):
+        raise UserError(f"--figure {args.figure} is all that is written then, without --output, "
+                        "and needs a suffix: .png, .svg or .pdf")
     runs, output, title = [], args.output, None
     for source in args.runs:
         found, about = find_runs(source, args.label)

@@ -91,7 +91,7 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
     made = []
     for method, name in names.items():
         runs = [run for run in results.runs if run.method == method]
-        hours = np.mean([run.seconds[-1] for run in runs]) / 3600
+        hours = np.median([run.seconds[-1] for run in runs]) / 3600
         made.append([
             name, runs[0].about["command"],
             ", ".join(sorted({short_commit(run) for run in runs})),
@@ -132,7 +132,7 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
         Table("How they were made",
               "The JSON files beside the CSVs have every run's command, and the versions of "
               "packages.", ["method", "command of one run", "commits", "VLM", "hardware",
-                            "hours a run"], made, words=True),
+                            "hours a run (median)"], made, words=True),
     )
     return [table for table in found if table.rows]
 

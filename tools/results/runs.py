@@ -97,6 +97,8 @@ def find_runs(source: str, label: str | None) -> tuple[list[Run], dict[str, Any]
             try:
                 about = json.loads((folder / name).read_text())
                 return read(folder, about), about
+            except UserError:
+                raise
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{folder}, the folder of a {name}, cannot be read: {error!r}"
                                 ) from None
@@ -104,13 +106,7 @@ def find_runs(source: str, label: str | None) -> tuple[list[Run], dict[str, Any]
     if not folders:
         raise UserError(f"{folder}: not a run folder (it has no config.json), and neither a grid's "
                         "nor a results folder")
-    runs = []
-    for path in folders:
-        try:
-            runs.append(read_run(path, label))
-        except UserError as error:  # such as one that was killed as it began
-            note(f"left out: {error}")
-    return runs, {}
+    return read_runs(folders, label), {}
 
 
 def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], label: str | None,
@@ -168,13 +164,24 @@ def read_run(folder: Path, label: str | None = None, method: str | None = None) 
         raise UserError(f"{folder}: its metrics.csv cannot be read ({error!r})") from None
 
 
+def read_runs(folders: list[Path], label: str | None, method: str | None = None) -> list[Run]:
+    """Those run folders that can be read; a line names each of the others."""
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder, label, method))
+        except UserError as error:  # such as one that was killed as it began
+            note(f"left out: {error}")
+    return runs
+
+
 def read_grid(folder: Path, grid: dict[str, Any]) -> list[Run]:
     """The cells of a grid that have begun; `<method>/<task>/<seed>` are their run folders."""
     runs, missing = [], 0
     for method, task, seed in itertools.product(grid["methods"], grid["tasks"], grid["seeds"]):
         cell = folder / method / task / str(seed)
         if (cell / METRICS).exists():
-            runs.append(read_run(cell, grid["methods"][method]["label"], method))
+            runs += read_runs([cell], grid["methods"][method]["label"], method)
         else:
             missing += 1
     if missing:

@@ -27,7 +27,7 @@ class Results:
     Attributes:
         runs: ordered by seed.
         names: what readers see of each method, in the paper's order.
-        columns: the paper's table and column for those methods that have one.
+        columns: the paper's table and column for those methods that have one, and its tasks.
         tasks: those with a success, MT10's first, in the paper's order.
         return_tasks: those without, of which the return counts.
         common: those of `tasks` that every method has; means are over them.
@@ -42,7 +42,7 @@ class Results:
         twice = [label for label, count in Counter(labels.values()).items() if count > 1]
         ordered = sorted(labels, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
         self.names = {m: m if labels[m] in twice else labels[m] for m in ordered}
-        self.columns = {run.method: found for run in runs
+        self.columns = {run.method: found for run in runs if run.task in MT10
                         if (found := find_column(run.method, str(run.args.get("goal"))))}
         self.return_tasks = sorted(tasks_of_returns(runs))
         self.tasks = sorted({run.task for run in runs} - set(self.return_tasks),
