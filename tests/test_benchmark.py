@@ -26,8 +26,11 @@ def test_speed_of_a_run(tmp_path):
     speed, _ = time_run([str(script), "--run-dir", str(tmp_path / "elsewhere")], steps=3000)
     assert speed == 4  # of 3, 4 and 5
     assert not (tmp_path / "elsewhere").exists()
+    # A --total-timesteps among the script's flags is what counts, as in these rows.
+    assert time_run([str(script)], steps=9000)[0] == 4
+    script.write_text(script.read_text().replace("range(1, 7)", "range(1, 2)"))
     with pytest.raises(UserError, match="too few rows"):
-        time_run([str(script)], steps=7500)
+        time_run([str(script)], steps=3000)
     script.write_text("raise KeyError('a mistake')")
     with pytest.raises(UserError, match=r"(?s)the run failed: .*a mistake"):
         time_run([str(script)], steps=3000)

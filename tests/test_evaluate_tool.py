@@ -477,8 +477,11 @@ def test_evaluations_are_in_the_runs_own_folder(trained, tmp_path, five_steps):
         assert found["success_at_end"]["successes"] == 7
 
 
-def test_folders_are_replaced_whole_or_joined(tmp_path):
+def test_folders_are_replaced_whole_or_joined(tmp_path, monkeypatch):
     folder = tmp_path / "out"
+
+    def interrupt():
+        raise KeyboardInterrupt
 
     def write(name: str, fails: bool = False, keep: bool = False) -> list[str]:
         with contextlib.suppress(KeyError), folders.written_whole(folder, keep) as new:
@@ -491,6 +494,12 @@ def test_folders_are_replaced_whole_or_joined(tmp_path):
     assert write("a", fails=True) == [] and write("a") == ["a"]
     assert write("b", fails=True) == ["a"] and write("b") == ["b"]
     assert write("c", keep=True) == ["b", "c"] and write("d", True, keep=True) == ["b", "c"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        rename = Path.rename
+        patch.setattr(Path, "rename", lambda path, target: interrupt() if path.name == "new"
+                      else rename(path, target))
+        write("e")
+    assert sorted(path.name for path in folder.iterdir()) == ["b", "c"]
     assert folders.writable_folder(folder) == folder
     assert folders.free_folder(folder) == tmp_path / "out-2"
     assert folders.free_folder(tmp_path / "new") == tmp_path / "new"
@@ -510,6 +519,14 @@ def test_a_video_that_cannot_be_made_costs_only_itself(
     assert "note: without a video: no EGL here" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["evaluation.json"]
     assert results["success_once"]["rate"] == 1 and "videos" not in results
+
+    def interrupt(*_args, **_where):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "film", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(evaluate.Args(trained("furl")[0], output=tmp_path / "stopped"))
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["evaluation.json"]
 
 
 def test_random_goals_are_new_and_the_same_each_time(trained, tmp_path):
@@ -537,7 +554,7 @@ def expert(env_id: str) -> Trained:
 
 def test_the_expert_succeeds_and_is_played_again(monkeypatch):
     """Five episodes in rounds of two; those of the first round again, by their actions alone."""
-    monkeypatch.setattr("tools.evaluate.trained.BATCH", 2)
+    monkeypatch.setattr("common.evaluate.SIDE_BY_SIDE", 2)
     where = {"env_id": "drawer-close-v3", "goal": "random", "seed": 5}
     seen = []
     run = expert("drawer-close-v3")
@@ -545,7 +562,7 @@ def test_the_expert_succeeds_and_is_played_again(monkeypatch):
         evaluator(lambda obs: seen.append(obs) or run.policy(obs))
     assert np.shape(evaluator.actions) == (500, 2, 4) and np.shape(seen) == (1500, 2, 39)
     assert evaluate.summarise(evaluator.episodes, True)["success_once"]["rate"] == 1
-    assert (evaluator.episodes["length"] == 500).all()
+    assert (evaluator.episodes["length"] == 500).all() and evaluator.steps == 1500
     goals = np.concatenate([seen[t][:, 36:39] for t in (0, 500, 1000)])
     assert len(np.unique(goals, axis=0)) == 6
     again = run.play_again(np.array(evaluator.actions[:40]), 64, **where)
@@ -615,5 +632,7 @@ def test_a_filmstrip_shows_before_and_after(trained, tmp_path, monkeypatch, caps
     assert frame.shape == (filmstrip.SIZE, filmstrip.SIZE, 3) and frame.std() > 10
     with pytest.raises(UserError, match="has no policies/"):
         filmstrip.main(filmstrip.Args((tmp_path,)))
-    with pytest.raises(UserError, match="cannot be written: unknown file extension"):
-        filmstrip.main(filmstrip.Args((folder,), tmp_path / "strip.foo"))
+    for wrong in ("strip.foo", "no/such/folder/strip.png"):  # said before anything is played
+        with pytest.raises(UserError, match=f"{wrong} must be a picture's name"):
+            filmstrip.main(filmstrip.Args((folder,), tmp_path / wrong))
+    assert ends == [first, newest] * 2

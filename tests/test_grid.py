@@ -178,6 +178,7 @@ def test_paper_page_has_the_same_commands():
     (["--scripts", "'x"], [], "is no script with flags"),
     (["table1", "--cores-per-run", "0"], [], "--cores-per-run must be 1 or more, not 0"),
     (["table1", "--gpus-per-run", "1.5"], [], "--gpus-per-run must be a fraction or a whole"),
+    (["table1", "--gpus-per-run", "-1"], [], "--gpus-per-run must be a fraction or a whole"),
     (["table1", "--memory-per-run", "nan"], [], "--memory-per-run must be above 0, not nan"),
 ])
 def test_refusals(capsys, words, extra, message):
@@ -228,6 +229,17 @@ def test_a_grid_of_other_runs_is_refused(tmp_path):
     grid.write_grid(tmp_path, more)  # more seeds and methods join
     joined = json.loads((tmp_path / "grid.json").read_text())
     assert joined["seeds"] == [0, 1, 2] and list(joined["methods"]) == ["sac", "furl"]
+    (tmp_path / "grid.json").write_text('{"name": "table1"}')
+    with pytest.raises(grid.UserError, match=r"cannot be read .*: choose another --output"):
+        grid.write_grid(tmp_path, first)
+
+
+def test_slurm_that_does_not_answer_gets_no_job_twice(tmp_path):
+    engine = object.__new__(engines.SlurmEngine)
+    engine.record, engine.left = tmp_path / "jobs.json", lambda: None
+    engine.record.write_text('{"7": ["sac/reach-v3/0"]}')
+    with pytest.raises(grid.UserError, match=r"SLURM does not answer .* try again later"):
+        engine.submit([])
 
 
 # ----------------------------------------------------------------------------- one worker

@@ -98,11 +98,13 @@ def time_run(command: list[str], steps: int) -> tuple[float, int]:
         if process.returncode:
             errors.seek(0)
             raise UserError(f"the run failed: {errors.read().decode()[-500:]}")
-        speeds = [value for env_steps, key, value in read_metrics(Path(folder) / "run").rows
-                  if key == "time/steps_per_second" and env_steps > steps // 3]
-    speeds = speeds[:-1]  # the last row's time holds an evaluation
+        rows = [(env_steps, value) for env_steps, key, value in
+                read_metrics(Path(folder) / "run").rows if key == "time/steps_per_second"]
+    # The last row's time holds an evaluation.
+    speeds = [value for env_steps, value in rows[:-1] if env_steps > rows[-1][0] // 3]
     if not speeds:
         raise UserError("the run logged too few rows: more steps, or a smaller --log-every")
+    print(f"{shlex.join(command)}: {median(speeds):,.3g} steps/s", file=sys.stderr)
     return median(speeds), peak
 
 
@@ -130,7 +132,7 @@ def machine() -> str:
 
 
 def print_table(rows: Iterable[Row]) -> None:
-    """The rows as they come, as a Markdown table below a line about the machine."""
+    """The rows as a Markdown table below a line about the machine."""
     show(f"Machine: {machine()}.\n\n| what | figure | remark |\n| --- | --- | --- |")
     for row in rows:
         show("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")

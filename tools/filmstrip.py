@@ -71,6 +71,10 @@ def compose(columns: list[tuple[str, list[tuple[int, np.ndarray, bool]]]]) -> Im
 def main(args: Args) -> None:
     if not args.runs:
         raise UserError("give run folders")
+    suffixes = Image.registered_extensions()
+    if args.output.suffix.lower() not in suffixes or not args.output.absolute().parent.is_dir():
+        raise UserError(f"--output {args.output} must be a picture's name, such as tasks.png, in a "
+                        "folder that exists")
     columns = []
     for folder in args.runs:
         kept = kept_policies(folder)
@@ -83,7 +87,7 @@ def main(args: Args) -> None:
         columns.append((trained.args.env_id.removesuffix("-v3"), rows))
     try:
         compose(columns).save(args.output)
-    except (OSError, ValueError) as error:  # no such folder, or a suffix that is no picture's
+    except (OSError, ValueError) as error:  # a full disk, or a kind that cannot be written
         raise UserError(f"--output {args.output} cannot be written: {error}") from None
     print(f"written: {args.output}")
 

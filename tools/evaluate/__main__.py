@@ -184,6 +184,9 @@ def evaluate(trained: Trained, args: Args) -> dict[str, Any]:
     if same:
         notes.append("with a fixed goal all episodes of the mean action are the same: one is "
                      "played, and there is no interval; --goal random-hidden plays unseen goals")
+    if same and args.best:
+        notes.append("--best chose the policy by this same episode: see the curve for what others "
+                     "do")
     if goal == "random" and own_goal != "random":
         notes.append("this policy has never been shown a goal: --goal random-hidden hides it, as "
                      "in training")
@@ -205,17 +208,21 @@ def evaluate(trained: Trained, args: Args) -> dict[str, Any]:
         "run": {key: trained.config.get(key) for key in RUN_FACTS},
     }
     with written_whole(output) as folder:
-        if args.videos:
-            try:
+        write_results(folder, results)
+    if args.videos:  # whatever becomes of them, the figures are there
+        try:
+            with written_whole(output, keep=True) as folder:
                 results["videos"], results["video_curve"] = film(
                     trained, evaluator, min(args.videos, num_episodes), folder, **where)
-            except (UserError, WorkerError, ImportError) as error:  # the figures are there
-                for path in folder.glob("*.mp4"):
-                    path.unlink()
-                print(f"note: without a video: {error}")
-        (folder / "evaluation.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
+                write_results(folder, results)
+        except (UserError, WorkerError, ImportError) as error:
+            print(f"note: without a video: {error}")
     print(f"written: {output}")
     return results
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    (folder / "evaluation.json").write_text(json.dumps(without_nan(results), indent=1) + "\n")
 
 
 def main(args: Args) -> dict[str, Any]:

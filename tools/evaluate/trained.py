@@ -30,7 +30,6 @@ from common.run_folder import checkpoints, kept_policies, read_config, steps_of
 from common.vlms import VLM, View, load_vlm, view_for
 from tools import ROOT
 
-BATCH = 20  # of Meta-World's environments side by side; it decides which goals are drawn
 Reward = Callable[[np.ndarray], np.ndarray]  # image embeddings [n, D] -> r_VLM [n]
 
 
@@ -116,7 +115,6 @@ class Trained:
         """Plays `policy` as the run's own evaluations do, on episodes drawn from `seed` alone."""
         return Evaluator(
             env_id, seed=seed, seed_offset=0, goal=goal, num_episodes=num_episodes,
-            num_envs=None if suite_for(env_id).starts_differ else BATCH,
             frame_stack=self.evaluation["frame_stack"], camera=self._camera(),
             action_repeat=self.evaluation["action_repeat"],
         )

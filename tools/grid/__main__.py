@@ -210,8 +210,10 @@ def write_grid(output: Path, grid: dict[str, Any]) -> None:
     if path.exists():
         try:
             before = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} cannot be read ({error}): choose another --output") from None
+            before = {key: before[key] for key in grid}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error!r}): choose another --output"
+                            ) from None
         for key in ("name", "preset", "total_timesteps"):
             if before[key] != grid[key]:
                 raise UserError(f"{output} holds a grid whose {key} is {before[key]}, not "

@@ -23,6 +23,7 @@ from common.cores import OVERRIDE, num_cores
 from common.errors import UserError
 from tools import ROOT
 from tools.grid.cells import Cell, Job, Outcome
+from tools.shared.folders import written_whole
 
 RUNS_PER_GPU = 4
 MANY = 1_000_000  # requeues at SLURM's time limit
@@ -50,7 +51,7 @@ def share_of(args: Any, cores: float = 0, gpus: float = 0) -> Share:
     share = args.gpus_per_run
     if share is None:
         share = 1 / RUNS_PER_GPU if gpus else 0.0
-    if not (0 <= share <= 1 or (share < 1000 and share == int(share))):
+    if not (0 <= share < 1000 and (share <= 1 or share == int(share))):
         raise UserError(f"--gpus-per-run must be a fraction or a whole number, not {share:g}")
     # Without GPUs a core for each run gives most steps in total.
     chosen = args.cores_per_run or (max(1, int(cores * share / gpus)) if gpus else 1)
@@ -199,8 +200,11 @@ class SlurmEngine:
         from submitit import SlurmJob
         from submitit.core.utils import FailedJobError
 
-        left, wanted = self.left() or set(), {cell.name: cell for cell in cells}
-        for id, names in self.known_jobs().items():
+        left, known, wanted = self.left(), self.known_jobs(), {cell.name: cell for cell in cells}
+        if left is None and known:  # or their cells would be submitted twice
+            raise UserError(f"SLURM does not answer (squeue), and {self.record} names jobs that "
+                            "may still run: try again later")
+        for id, names in known.items():
             if id in left and id not in self.jobs:
                 mine = [wanted.pop(name) for name in names if name in wanted]
                 self.jobs[id] = SlurmJob(self.executor.folder, id), mine
@@ -217,7 +221,8 @@ class SlurmEngine:
         new = {job.job_id: (job, group) for job, group in zip(jobs, groups, strict=True)}
         self.jobs |= new
         names = {id: [cell.name for cell in group] for id, (_, group) in new.items()}
-        self.record.write_text(json.dumps(self.known_jobs() | names, indent=1) + "\n")
+        with written_whole(self.record.parent, keep=True) as folder:
+            (folder / self.record.name).write_text(json.dumps(known | names, indent=1) + "\n")
 
     def poll(self) -> list[tuple[Cell, Outcome]]:
         """What has ended since the last call."""

@@ -1,4 +1,5 @@
-"""Folders of results, which are written whole or not at all."""
+"""Folders of results, which are written whole or not at all; of one to which files are added, each
+file is."""
 
 import itertools
 import tempfile
@@ -68,6 +69,11 @@ def written_whole(folder: Path, keep: bool = False) -> Iterator[Path]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.replace(target)
             return
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        try:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        except BaseException:  # such as Ctrl-C in between
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
