@@ -3,8 +3,7 @@
 FuRL as in furl_sac_state.py (Fu et al., ICML 2024, arXiv 2406.00645), with parts of its own:
 n-step returns, a share of each batch from successes, clipped targets, the VLM's reward as a
 potential, held noise, a relay agent that is also rewarded for moving the object, and, off by
-default, demonstrations. docs/furl_plus_state.md says what each part is for, and shows the results.
-Its defaults are not the paper's.
+default, demonstrations: docs/furl_plus_state.md. Its defaults are not the paper's.
 
     python furl_plus_state.py --env-id drawer-open-v3
     python furl_plus_state.py --env-id pick-place-v3 --demos 3
@@ -105,7 +104,8 @@ def check_flags(args: Args) -> None:
     needed = args.stage2_after if args.align and args.stage2 else 0
     flags.check_positives(args.embedding_buffer_size, args.lag, needed, MAX_EPISODE_STEPS)
     flags.check_at_most(args, "demos", args.num_envs, "--num-envs")
-    flags.check_at_most(args, "quiet_envs", args.num_envs - 1, "or nothing explores")
+    flags.check_at_most(args, "quiet_envs", args.num_envs - 1, "below --num-envs")
+    flags.check_at_most(args, "n_step", MAX_EPISODE_STEPS, "the steps of an episode")
     if args.clip_targets and args.gamma == 1:
         raise UserError("--gamma must be below 1, or there are no bounds for --clip-targets")
 
@@ -155,6 +155,10 @@ class Phase(NamedTuple):
     searching: bool  # until enough successes have been found
     relaying: bool
     alignment: Literal["none", "goal-image", "success"]  # nothing, Eq. 5, Eq. 4
+
+    @property
+    def name(self) -> str:
+        return "relay" if self.relaying else "vlm" if self.alignment == "none" else "aligned"
 
 
 # --------------------------------------------------------------------------- networks
@@ -471,11 +475,9 @@ def update_once(
     relay, relay_metrics = state.relay, {}
     if phase.relaying:
         relay, relay_metrics = update_agent(state.relay, relay_batch, relay_key, args)
-    metrics = (
-        {f"losses/{name}": value for name, value in (metrics | furl_metrics).items()}
-        | {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
-        | {"reward/task_mean": buffers.transitions.data.reward[slots].mean()} | reward_metrics
-    )
+    metrics = {f"losses/{name}": value for name, value in (metrics | furl_metrics).items()}
+    metrics |= {f"losses/relay_{name}": value for name, value in relay_metrics.items()}
+    metrics |= reward_metrics | {"reward/task_mean": buffers.transitions.data.reward[slots].mean()}
     average = optax.incremental_update(furl.params["actor"], state.mean_actor, args.actor_tau)
     return state._replace(furl=furl, mean_actor=average, relay=relay), metrics
 
@@ -536,7 +538,7 @@ def act(
 ) -> jax.Array:
     """Both agents sample for all obs [num_envs, obs_dim], a mask [num_envs] selects.
 
-    In the quiet environments the evaluated policy acts: the replay sees where that leads.
+    In quiet environments the FuRL agent acts as it is evaluated: the replay sees where that leads.
     """
     furl_noise, relay_noise, more_noise = (
         held_noise(jax.random.normal, k, env_steps, args) for k in jax.random.split(key, 3)
@@ -575,6 +577,7 @@ def main(args: Args) -> dict[str, float]:
     flags.check_replay(args, args.buffer_size, args.learning_starts, MAX_EPISODE_STEPS)
     METAWORLD.check_camera(args.camera_id)
     check_flags(args)
+    prompt = METAWORLD.prompt_for(args.env_id, args.prompt)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     view = view_for(vlm, METAWORLD)
     camera = view.camera(args.camera_id, args.quality)
@@ -591,7 +594,6 @@ def main(args: Args) -> dict[str, float]:
     sizes = Sizes(envs.obs_dim, envs.action_dim, vlm.embed_dim)
     init_key, random_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 4)
     state, buffers = init_state(init_key, sizes, args), init_buffers(sizes, args)
-    prompt = METAWORLD.prompt_for(args.env_id, args.prompt)
     run = start_run(args, buffers, sizes, envs, evaluate, vlm=vlm, view=view, prompt=prompt)
 
     def store(buffers: Buffers, transition: Transition, step: Step) -> Buffers:
@@ -605,8 +607,7 @@ def main(args: Args) -> dict[str, float]:
 
     state, buffers, obs = run.begin(state, start_episodes(buffers, envs.reset()[1]), envs)
     phase = choose_phase(buffers, args)
-    # Environments step while the device learns, so a step is stored and learned from one iteration
-    # later, when the next one is under way. Until then it is `previous`.
+    # Environments step while the device learns: a step, `previous`, is stored one iteration later.
     previous, metrics = None, {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
@@ -641,8 +642,7 @@ def main(args: Args) -> dict[str, float]:
         if run.is_due(args.eval_every):
             run.evaluate(policy, state)
         if run.is_due(args.log_every):
-            stage = "relay" if phase.relaying else "vlm"
-            run.log_training(stage if metrics else "random", {
+            run.log_training(phase.name if metrics else "random", {
                 **metrics, "charts/relaying": phase.relaying,
                 "charts/num_updates": state.furl.opt[0].count,
                 "charts/num_positives": buffers.positives.total,

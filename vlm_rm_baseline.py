@@ -393,6 +393,7 @@ def main(args: Args) -> dict[str, float]:
     if args.camera_id is None:
         args = replace(args, camera_id=suite.default_camera)
     suite.check_camera(args.camera_id)
+    flags.note_idle(args, task_reward="rho init_q", projection="projection_features")
     prompt, baseline_prompt = prompts_of(args)
     vlm = load_vlm(args.vlm, weights=args.vlm_weights, pretrained=args.pretrained, seed=args.seed)
     vlm_inputs = embed_task(vlm, args)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from common.cache import keep_compiled_programs
 from common.cores import share_cores
+from common.envs.registry import suite_for
 from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.flags import MAY_CHANGE, flag_of, has_type, parse
@@ -45,6 +46,8 @@ def parse_args(args_type: type[ArgsT], argv: list[str]) -> ArgsT:
     default = stored_args(config["args"], args_type, f"--resume {folder}")
     names = {f.name for f in dataclasses.fields(args_type)}
     args = parse(args_type, argv, default=default)
+    env_id = suite_for(args.env_id).resolve_env_id(args.env_id)
+    args = dataclasses.replace(args, env_id=env_id)  # an alias is no change
     for name in sorted(names - MAY_CHANGE):
         if getattr(args, name) != getattr(default, name):
             raise UserError(f"{flag_of(name)} cannot change in a resumed run: it is "

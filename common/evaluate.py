@@ -15,6 +15,7 @@ from common.flags import Goal
 # Evaluation goals of random-goal runs come from another seed than the goals of training.
 EVAL_SEED_OFFSET = 1_000_003
 VIDEO_CAMERA = Camera(size=256)
+SIDE_BY_SIDE = 20  # most of Meta-World's environments in an evaluation: some 35 MB each
 VIDEO_FPS = 40  # half of Meta-World's 80 steps a second of simulated time: fast, yet readable
 
 
@@ -34,7 +35,7 @@ class Evaluator:
         env_id, seed, goal: as for training.
         num_episodes: 0: 1 where all are the same, as with Meta-World's fixed goals, else 10 (B.2).
         num_envs: environments side by side, which with the seed decide what is drawn for an
-            episode; default: one for each episode.
+            episode; default: one for each episode, of Meta-World's `SIDE_BY_SIDE` at most.
         camera: what draws the frames; a video of a policy that sees states has its own size.
         capture_video: draw, so that the first episode can be written as a video.
         frame_stack: 0: the policy sees states; K: the last K frames, the newest last.
@@ -42,7 +43,7 @@ class Evaluator:
         seed_offset: added to the seed where episodes are drawn, so that training has not seen them.
 
     Attributes:
-        episode_length: actions in an episode, at most.
+        steps: actions in each environment in a whole evaluation, at most.
         settings: what a policy must be shown to be evaluated in the same way elsewhere.
         episodes: the measures of each episode of the last call, see `play`.
         actions: the policy's in the first episode of each environment in the last call, a list of
@@ -68,15 +69,19 @@ class Evaluator:
         suite = suite_for(env_id)
         same = all_same(env_id, goal)
         self._num_episodes = num_episodes or (1 if same else 10)
+        if num_envs is None and not suite.starts_differ:
+            num_envs = SIDE_BY_SIDE
+        num_envs = min(num_envs or self._num_episodes, self._num_episodes)
         self.envs = suite.make_vec(
             suite.evaluated_on(env_id),
-            min(num_envs or self._num_episodes, self._num_episodes),
+            num_envs,
             seed=seed if same else seed + seed_offset,
             goal=goal,
             camera=camera if capture_video or frame_stack else None,
             action_repeat=action_repeat,
         )
-        self.episode_length = self.envs.episode_length
+        self._rounds = -(-self._num_episodes // num_envs)
+        self.steps = self._rounds * self.envs.episode_length
         self._start = self.envs.get_state()
         self._lengths_differ = suite.lengths_differ
         self.settings = {
@@ -117,7 +122,7 @@ class Evaluator:
         """
         self.envs.set_state(self._start)
         rounds = []
-        for _ in range(-(-self._num_episodes // self.envs.num_envs)):
+        for _ in range(self._rounds):
             rounds.append((yield from self._play_round(policy)))
         measures, (self.actions, *_), (pictures, *_) = zip(*rounds, strict=True)
         self.episodes = {

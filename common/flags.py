@@ -13,12 +13,13 @@ import types
 import typing
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, MinLen, Predicate
 
 from common.errors import UserError
-from common.run_folder import check_run_dir
+from common.run_folder import check_run_dir, saved_steps
 
 if TYPE_CHECKING:
     from common.envs.suite import Suite
@@ -191,6 +192,12 @@ def check_args(args: ArgsT, suite: "Suite") -> ArgsT:
     whole = -(-args.total_timesteps // iteration) * iteration
     if whole > LARGEST:
         raise UserError(f"--total-timesteps must be at most {LARGEST}, not {whole}")
+    if args.resume and whole < (done := saved_steps(Path(args.resume)) or 0):
+        raise UserError(f"--total-timesteps {whole} is less than the {done} steps that "
+                        f"{args.resume} has done")
+    fixed = getattr(args, "goal", "") == "fixed" and not suite.starts_differ
+    if fixed and args.eval_episodes > 1:
+        print(f"note: with --goal fixed all {args.eval_episodes} evaluation episodes are the same")
     if whole != args.total_timesteps:
         print(f"note: --total-timesteps {args.total_timesteps} becomes {whole}, whole iterations "
               f"of {iteration} steps")

@@ -42,7 +42,7 @@ class PendingEvaluation(NamedTuple):
 
     playing: Generator[None, None, dict[str, float]]
     env_steps: int  # of the policy that is evaluated
-    steps_per_iteration: int  # steps of its episodes in each iteration of training
+    steps_each_time: int  # of its episodes in each iteration of training
     video_path: Path | None
     state: Any  # of the policy
 
@@ -219,13 +219,13 @@ class Run:
 
         playing = self._evaluator.play(act, self.video_path())
         iterations = max(1, self.args.eval_every // self.args.steps_per_iteration)
-        # One step more than an episode has ends the evaluation, and so before the next one is due.
-        steps = -(-(self._evaluator.episode_length + 1) // iterations)
+        # One step more than it has ends the evaluation, and so before the next one is due.
+        steps = -(-(self._evaluator.steps + 1) // iterations)
         self._pending = PendingEvaluation(playing, self.env_steps, steps, self.video_path(), state)
 
     def _play_on(self) -> None:
         """Play some more of the pending evaluation, and log it if it ends."""
-        for _ in range(self._pending.steps_per_iteration):
+        for _ in range(self._pending.steps_each_time):
             try:
                 next(self._pending.playing)
             except StopIteration as end:

@@ -378,7 +378,8 @@ def test_a_resumed_run_has_the_stored_arguments(stored):
     assert cli.parse_args(Args, ["--resume", str(stored)]) == expected
     assert cli.parse_args(Args, [f"--resume={stored}"]) == expected
     # Saying again what is so already is no change.
-    again = ["--seed", "0", "--hidden-features", "64", "32"]
+    again = ["--seed", "0", "--hidden-features", "64", "32", "--env-id",
+             GOOD.env_id.replace("-v3", "-v2")]
     assert cli.parse_args(Args, ["--resume", str(stored), *again]) == expected
 
 
@@ -897,6 +898,16 @@ def test_a_run_that_is_continued_further_says_so(tmp_path):
     assert run_folder.read_config(run.dir) == stored
 
 
+def test_a_run_is_not_resumed_for_fewer_steps_than_it_has(tmp_path):
+    run = start(tmp_path, total_timesteps=400)
+    save(run, 200, {}, Rings(small_ring()))
+    run.close()
+    args = replace(GOOD, resume=str(run.dir), total_timesteps=200)
+    assert flags.check_args(args, METAWORLD).total_timesteps == 200
+    with pytest.raises(UserError, match="--total-timesteps 196 is less than the 200 steps that "):
+        flags.check_args(replace(args, total_timesteps=196), METAWORLD)
+
+
 def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder.time, "strftime", lambda form: "20260101-000000")
@@ -1037,7 +1048,7 @@ def test_training_rows_and_success_of_finished_episodes(tmp_path, capsys):
 class SlowEvaluator:
     """Evaluations of 20 steps; the policy's answers are noted."""
 
-    settings, episode_length = SETTINGS, 20
+    settings, steps = SETTINGS, 20
 
     def __init__(self):
         self.seen = []

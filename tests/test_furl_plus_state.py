@@ -278,7 +278,8 @@ def test_the_search_ends_with_enough_positives(num_positives, relay, phase):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"demos": 9}, "--demos must be at most 8, --num-envs, not 9"),
-    ({"num_envs": 2}, "--quiet-envs must be at most 1, or nothing explores, not 2"),
+    ({"num_envs": 2}, "--quiet-envs must be at most 1, below --num-envs, not 2"),
+    ({"n_step": 501}, "--n-step must be at most 500, the steps of an episode, not 501"),
     ({"gamma": 1.0}, "--gamma must be below 1"),
 ])
 def test_flags_that_cannot_work(changes, message):
