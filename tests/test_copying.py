@@ -45,10 +45,11 @@ def diffs() -> dict[str, str]:
 def apply(checkout: Path, changed: str, copied_from: str | None = None) -> None:
     if copied_from:
         shutil.copy(checkout / copied_from, checkout / changed)
-    subprocess.run(
-        ["git", "apply", "-"], input=diffs()[changed], text=True, check=True,
+    result = subprocess.run(
+        ["git", "apply", "-v", "-"], input=diffs()[changed], text=True, capture_output=True,
         cwd=checkout, env=os.environ | {"GIT_CEILING_DIRECTORIES": str(checkout.parent)},
     )
+    assert result.returncode == 0 and "offset" not in result.stderr, result.stderr
 
 
 def run(checkout: Path, *words: str) -> str:

@@ -1,4 +1,4 @@
-"""Success rates over seeds and tasks: intervals and comparisons, all by scipy.
+"""Success rates over seeds and tasks: intervals and comparisons.
 
 Scores are success rates from 0 to 1. Scores of a method on several tasks are `samples`: one array
 [runs] for each task, whose lengths may differ.
