@@ -67,7 +67,7 @@ METHODS = {
     "rho-0.05": Method("rho 0.05", FURL, "--goal random --rho 0.05"),
     "rho-0.2": Method("rho 0.2", FURL, "--goal random --rho 0.2"),
     "plus": Method("FuRL plus", PLUS),
-    "plus-no-vlm": Method("its parts without a VLM", PLUS, NO_VLM, vlm=None),
+    "plus-no-vlm": Method("FuRL plus without the VLM", PLUS, NO_VLM, vlm=None),
     "plus-one-step": Method("one-step returns", PLUS, "--n-step 1"),
     "plus-uniform": Method("uniform batches", PLUS, "--success-share 0"),
     "plus-no-clip": Method("no clipping", PLUS, "--no-clip-targets"),
