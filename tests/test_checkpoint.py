@@ -447,7 +447,8 @@ def test_resuming_takes_no_more_memory_than_training(tmp_path, name):
     with peak_megabytes() as training:
         fill_and_save(script, args)
     peaks = []
-    for _ in range(2):  # a peak can only be too high, by some 16 MB: the lower one counts
+    # A peak can only be too high (by 16 to 34 MB, seldom): the lowest counts.
+    while len(peaks) < 2 or (min(peaks) >= 1.1 * training[0] and len(peaks) < 6):
         with peak_megabytes() as resuming:
             resume_and_check(script, args)
         peaks += resuming
