@@ -15,7 +15,7 @@ from common.flags import Goal
 # Evaluation goals of random-goal runs come from another seed than the goals of training.
 EVAL_SEED_OFFSET = 1_000_003
 VIDEO_CAMERA = Camera(size=256)
-SIDE_BY_SIDE = 20  # most of Meta-World's environments in an evaluation: some 35 MB each
+SIDE_BY_SIDE = 20  # most of Meta-World's environments in an evaluation: up to 35 MB each
 VIDEO_FPS = 40  # half of Meta-World's 80 steps a second of simulated time: fast, yet readable
 
 

@@ -97,8 +97,6 @@ def find_runs(source: str, label: str | None) -> tuple[list[Run], dict[str, Any]
             try:
                 about = json.loads((folder / name).read_text())
                 return read(folder, about), about
-            except UserError:
-                raise
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{folder}, the folder of a {name}, cannot be read: {error!r}"
                                 ) from None
