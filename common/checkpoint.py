@@ -250,6 +250,9 @@ def _fill(ring: Ring, files: list[Path], total: int) -> Ring:
         # The leaves stay NumPy's until then: on the device they would be there twice.
         ring = add_rows(Ring(ring.data, jnp.asarray(first, jnp.int32)),
                         jax.tree.unflatten(jax.tree.structure(ring.data), leaves))
+        # Else the next file would be in memory beside this one: JAX returns before it has written.
+        jax.block_until_ready(ring)
+        del leaves
     return Ring(ring.data, jnp.asarray(total, jnp.int32))
 
 
