@@ -636,3 +636,10 @@ def test_a_filmstrip_shows_before_and_after(trained, tmp_path, monkeypatch, caps
         with pytest.raises(UserError, match=f"{wrong} must be a picture's name"):
             filmstrip.main(filmstrip.Args((folder,), tmp_path / wrong))
     assert ends == [first, newest] * 2
+
+
+def test_a_video_of_a_copy_with_several_prompts_or_none_has_a_title():
+    args = {"env_id": "drawer-open-v3"}
+    assert video.prompt_of({"prompt": "Open the drawer.", "args": args}) == "Open the drawer."
+    assert video.prompt_of({"prompt": ["Open it.", "Pull."], "args": args}) == "Open it. / Pull."
+    assert video.prompt_of({"args": args}) == "drawer-open-v3"

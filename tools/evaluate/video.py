@@ -50,14 +50,14 @@ def film(
                 print(f"note: the video shows the {label}: the VLM reward is not finite, or it was "
                       "learned and is kept in checkpoints only")
     if trained.has_vlm and own:
-        title = trained.config["prompt"]
+        title = prompt_of(trained.config)
     else:
         try:
             title = suite.prompt_for(env_id, None)
         except UserError:  # it has none
             title = env_id
         if trained.has_vlm:
-            label += f": {trained.config['prompt']}"
+            label += f": {prompt_of(trained.config)}"
     names = []
     repeat = trained.evaluation["action_repeat"]
     for i, length in enumerate(evaluator.episodes["length"][:count].astype(int)):
@@ -67,6 +67,12 @@ def film(
             every=1 if repeat > 1 else 2, steps_per_frame=repeat,
         ))
     return names, label
+
+
+def prompt_of(config: dict) -> str:
+    """What the VLM was asked; a copied script may have several prompts, or another name for it."""
+    prompt = config.get("prompt") or config["args"]["env_id"]
+    return " / ".join(map(str, prompt)) if isinstance(prompt, list) else str(prompt)
 
 
 def font(size: int) -> ImageFont.ImageFont:
