@@ -123,6 +123,8 @@ class Run:
             self.env_steps, state, rings, host = checkpoint.load_newest(
                 self.dir, state, buffers._asdict()
             )
+            # The grid and tools go by it. Now, not sooner: a refused --resume changes nothing.
+            store_total(self.dir, self.config, self.args.total_timesteps)
             buffers = type(buffers)(**rings)
             self._succeeded, self._finished = host["run"]["succeeded"], host["run"]["finished"]
             self._returns = host["run"]["returns"]
@@ -349,7 +351,6 @@ def start_run(
     if args.resume:
         run_dir = Path(args.resume)
         run = Run(args, run_dir, read_config(run_dir), envs, evaluate)
-        store_total(run_dir, run.config, args.total_timesteps)  # which the grid and tools go by
         kept = source and run_dir / source.name
         if kept and kept.exists() and kept.read_bytes() != source.read_bytes():
             show(f"note: {source.name} has changed since this run began; {kept} is what it was")

@@ -455,6 +455,19 @@ def test_resuming_takes_no_more_memory_than_training(tmp_path, name):
     assert 60 < resuming[0] < 1.1 * training[0]
 
 
+def test_a_refused_resume_leaves_the_total_as_it_was(tmp_path):
+    script = importlib.import_module("sac_baseline")
+    args = script.Args(run_dir=str(tmp_path / "run"), num_envs=2, total_timesteps=8, buffer_size=8)
+    fill_and_save(script, args)
+    args = replace(args, resume=args.run_dir, total_timesteps=16)
+    buffers = script.init_buffers(Sizes(39, 4, 64), args)
+    run = start_run(args, buffers, Sizes(39, 4, 64), NoEnvs(), NO_EVALUATION)
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        run.begin({"w": jnp.zeros(3)}, buffers, NoEnvs())  # the script's networks have changed
+    run.close(finished=False)
+    assert '"total_timesteps": 8' in (tmp_path / "run" / "config.json").read_text()
+
+
 def test_a_checkpoint_that_fails_late_leaves_nothing_in_the_rings(tmp_path, monkeypatch):
     """Its files were whole when they were checked; the rings have been written to already."""
     save(tmp_path, 4)
