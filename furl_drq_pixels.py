@@ -70,7 +70,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
-    prompt: str | None = None  # default: Table 4's; short, long: Table 6's; or any text
+    prompt: str | None = None  # default: Table 4's; short, long: Table 6's (2 tasks); or any text
     embed_every: flags.PositiveInt = 1  # a frame is embedded every K-th action, for those between
     rho: flags.NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1)
     # --- alignment

@@ -69,7 +69,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     vlm: str | None = None  # default: the task's embedded one; liv, clip, or an open_clip pair
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
-    prompt: str | None = None  # default: the task's own; short, long: Table 6's; or any text
+    prompt: str | None = None  # default: the task's; short, long: Table 6's (2 tasks); or any text
     rho: flags.NotNegativeFloat = 0.05  # weight of the VLM reward beside the task reward (Eq. 1)
     # --- method
     task_reward: bool = False  # add the task's reward: LIV, CLIP; without it: VLM-RM

@@ -38,6 +38,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is damaged or does not fit the run."""
 
 
+class MisfitError(CheckpointError):
+    """A checkpoint that is whole, of a script with other networks or rings."""
+
+
 def save(run_dir: Path, env_steps: int, tree: Any, rings: dict[str, Ring], host: Any) -> Path:
     """Write a checkpoint; earlier ones stay until it is complete.
 
@@ -106,16 +110,20 @@ def load_newest(
         (env_steps, tree, rings, host), as they were given to `save`.
 
     Raises:
-        UserError: no checkpoint can be used.
+        UserError: no checkpoint can be used, or the script's networks or rings have changed.
         OSError: the disk cannot be read; nothing is removed.
     """
     root = run_dir / CHECKPOINTS
     if checkpoints(run_dir) and not (root / "rings").exists():
         raise UserError(f"{run_dir} cannot be continued: its replay was deleted when it finished "
                         "(--drop-replay); it can still be evaluated")
-    loaded, passed_over = _newest_whole(
-        run_dir, checkpoints(run_dir), lambda folder: _load(root, folder, tree, rings), say
-    )
+    try:
+        loaded, passed_over = _newest_whole(
+            run_dir, checkpoints(run_dir), lambda folder: _load(root, folder, tree, rings), say
+        )
+    except MisfitError as error:
+        raise UserError(f"{run_dir} cannot be continued by this script, which is not what it was "
+                        f"when the run began: of its checkpoint, {error}") from None
     # The run saves these steps again: nothing may build upon the damaged checkpoints of them.
     for folder in passed_over:
         shutil.rmtree(folder, ignore_errors=True)
@@ -161,13 +169,13 @@ def unflatten(leaves: list[np.ndarray], tree: Any) -> Any:
     """The tree that `leaves` were, in the structure of `tree` (arrays or ShapeDtypeStructs).
 
     Raises:
-        CheckpointError: their number or a shape differs.
+        MisfitError: their number or a shape differs.
     """
     templates = jax.tree.leaves(tree)
     if len(leaves) != len(templates) or any(
         a.shape != np.shape(b) for a, b in zip(leaves, templates, strict=True)
     ):
-        raise CheckpointError("its arrays have other shapes than this script's")
+        raise MisfitError("the networks have other shapes than this script's")
     return jax.tree.unflatten(jax.tree.structure(tree), [jnp.asarray(x) for x in leaves])
 
 
@@ -205,6 +213,8 @@ def _newest_whole(run_dir: Path, folders: list[Path], load: Callable[[Path], Any
     for number, folder in enumerate(folders):
         try:
             return load(folder), folders[:number]
+        except MisfitError:  # so would the checkpoints before
+            raise
         # Other errors of the disk are raised: they may pass, and then the checkpoint is whole.
         except (CheckpointError, FileNotFoundError, ValueError, KeyError,
                 zipfile.BadZipFile) as error:
@@ -224,6 +234,9 @@ def _load(root: Path, folder: Path, tree: Any, rings: dict[str, Ring]):
     """What `load_newest` returns, of one folder; the entries of `rings` are donated."""
     manifest, structure = _read_state(folder)
     restored_tree = unflatten(structure["tree"], tree)
+    if manifest["totals"].keys() != rings.keys():
+        raise MisfitError(f"the rings are {', '.join(manifest['totals'])}, this script's "
+                          f"{', '.join(rings)}")
     # All files are checked before a row is written: if one is damaged, the rings are filled from
     # the checkpoint before, and must still be empty.
     for file, digest in manifest["files"].items():
@@ -246,7 +259,7 @@ def _fill(ring: Ring, files: list[Path], total: int) -> Ring:
             leaves = [stored[str(i)][first - start:] for i in range(len(stored.files))]
         shapes = [(stop - first, *x.shape[1:]) for x in jax.tree.leaves(ring.data)]
         if [x.shape for x in leaves] != shapes:
-            raise CheckpointError("its rows have other shapes than this script's")
+            raise MisfitError("the replay's rows have other shapes than this script's")
         # The leaves stay NumPy's until then: on the device they would be there twice.
         ring = add_rows(Ring(ring.data, jnp.asarray(first, jnp.int32)),
                         jax.tree.unflatten(jax.tree.structure(ring.data), leaves))

@@ -168,7 +168,7 @@ def write_config(run_dir: Path, args: Any, **facts: Any) -> dict[str, Any]:
     """Write `config.json`: the arguments and the facts that a reader needs to trust the run."""
     config = {
         "args": dataclasses.asdict(args),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "run_id": secrets.token_hex(4),  # of W&B: folders' names are not unique
         "commit": git_commit(),
         "versions": versions(),
@@ -180,10 +180,15 @@ def write_config(run_dir: Path, args: Any, **facts: Any) -> dict[str, Any]:
     return config
 
 
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def store_total(run_dir: Path, config: dict[str, Any], total_timesteps: int) -> None:
     """Note in `config`, and in `config.json`, that a run is continued up to so many steps."""
     if config["args"].get("total_timesteps") != total_timesteps:
         config["args"]["total_timesteps"] = total_timesteps
+        config["command"] = f"{config['command']} && {_command()}"
         _store(run_dir, config)
 
 

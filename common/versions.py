@@ -12,19 +12,29 @@ PACKAGES = ("metaworld", "mujoco", "gymnasium", "jax", "jaxlib", "flax", "optax"
 
 
 def git_commit() -> str:
-    """The checked-out commit, with '+dirty' when tracked files differ; 'unknown' outside git."""
+    """The checked-out commit; 'unknown' outside git.
+
+    With '+dirty' when tracked files differ, or when code that runs here is not tracked, e.g. a new
+    copy of a script.
+    """
     # GIT_DIR and the like, which a hook of another repository sets, would name that one's commit.
     environment = {key: x for key, x in os.environ.items() if key not in OF_ANOTHER_REPOSITORY}
+    folder = Path(__file__).parent
 
     def git(*args: str) -> str:
-        folder = Path(__file__).parent
         return subprocess.run(
             ["git", *args], cwd=folder, env=environment, capture_output=True, text=True, check=True
         ).stdout.strip()
 
+    files = [Path(file).resolve() for module in list(sys.modules.values())
+             if (file := getattr(module, "__file__", None))]
+    installed = Path(sys.prefix).resolve()
     try:
-        dirty = "+dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
-        return git("rev-parse", "HEAD") + dirty
+        root = Path(git("rev-parse", "--show-toplevel"))
+        code = [str(x) for x in files if x.is_relative_to(root) and not x.is_relative_to(installed)]
+        untracked = code and git("ls-files", "--others", "--", *code)
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+dirty" if untracked or changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -296,16 +296,22 @@ def test_a_resumed_runs_other_rows_are_the_ones_saved(tmp_path):
 def test_networks_of_other_shapes_are_refused(tmp_path, other):
     save(tmp_path, 4)
     warnings: list[str] = []
-    with pytest.raises(UserError, match="no usable checkpoint"):
+    with pytest.raises(UserError, match=r"cannot be continued by .*networks have other shapes"):
         checkpoint.load_newest(tmp_path, other, {"replay": empty()}, warnings.append)
-    assert "other shapes" in warnings[0]
+    assert not warnings, "it is whole"
 
 
 def test_rows_of_other_shapes_are_refused(tmp_path):
     save(tmp_path, 4)
     wide = replay.init_ring({"id": np.zeros((), np.int32), "half": np.zeros(3, np.float16)}, 10)
-    with pytest.raises(UserError, match="no usable checkpoint"):
+    with pytest.raises(UserError, match="the replay's rows have other shapes"):
         checkpoint.load_newest(tmp_path, tree_of(0), {"replay": wide}, print)
+
+
+def test_other_rings_are_refused(tmp_path):
+    save(tmp_path, 4)
+    with pytest.raises(UserError, match="the rings are replay, this script's replay, positives"):
+        checkpoint.load_newest(tmp_path, tree_of(0), {"replay": empty(), "positives": empty()})
 
 
 # ----------------------------------------------------------------------------- disk full
@@ -462,7 +468,7 @@ def test_a_refused_resume_leaves_the_total_as_it_was(tmp_path):
     args = replace(args, resume=args.run_dir, total_timesteps=16)
     buffers = script.init_buffers(Sizes(39, 4, 64), args)
     run = start_run(args, buffers, Sizes(39, 4, 64), NoEnvs(), NO_EVALUATION)
-    with pytest.raises(UserError, match="no usable checkpoint"):
+    with pytest.raises(UserError, match="cannot be continued by this script"):
         run.begin({"w": jnp.zeros(3)}, buffers, NoEnvs())  # the script's networks have changed
     run.close(finished=False)
     assert '"total_timesteps": 8' in (tmp_path / "run" / "config.json").read_text()

@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -526,6 +527,26 @@ def test_the_commit_is_this_repositorys(tmp_path, monkeypatch):
     assert versions.git_commit() == expected
 
 
+def test_a_commit_does_not_hold_code_that_is_new(tmp_path, monkeypatch):
+    """A copy of a script that git does not track, unless it is not what runs."""
+    (tmp_path / "common").mkdir()
+    for file in ("common/versions.py", "copy.py", "other.py"):
+        (tmp_path / file).write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "common"], check=True)
+    subprocess.run([*git, "commit", "-qm", "first"], check=True)
+    monkeypatch.setattr(versions, "__file__", str(tmp_path / "common/versions.py"))
+    assert re.fullmatch("[0-9a-f]{40}", versions.git_commit())
+    copy = types.ModuleType("copy_of_a_script")
+    copy.__file__ = str(tmp_path / "copy.py")
+    monkeypatch.setitem(sys.modules, "copy_of_a_script", copy)
+    assert versions.git_commit().endswith("+dirty")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "second"], check=True)
+    assert re.fullmatch("[0-9a-f]{40}", versions.git_commit())
+
+
 @pytest.mark.parametrize("error", [
     ValueError("a bug"), RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "a bug"),
 ])
@@ -886,15 +907,22 @@ def test_a_run_closes_its_environments(finished, tmp_path):
     assert envs.closed
 
 
-def test_a_run_that_is_continued_further_says_so(tmp_path):
+def test_a_run_that_is_continued_further_says_so(tmp_path, monkeypatch):
     """In its config.json, by which grids and `tools.results` tell whether it has ended."""
+    monkeypatch.setattr(sys, "argv", ["a/script.py", "--total-timesteps", "400"])
     run = start(tmp_path, total_timesteps=400)
     begin(run)
     run.close()
     stored = run_folder.read_config(run.dir)
     args = cli.parse_args(Args, ["--resume", str(run.dir), "--total-timesteps", "800"])
-    start_with(args).close()
+    monkeypatch.setattr(sys, "argv", ["a/script.py", "--resume", "r", "--total-timesteps", "800"])
+    run = start_with(args)
+    assert run_folder.read_config(run.dir) == stored  # it may still be refused
+    begin(run)
+    run.close()
     stored["args"]["total_timesteps"] = 800
+    stored["command"] = ("script.py --total-timesteps 400 && "
+                         "script.py --resume r --total-timesteps 800")
     assert run_folder.read_config(run.dir) == stored
 
 

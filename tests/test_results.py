@@ -361,7 +361,10 @@ def test_garbage_in_metrics_is_left_out_with_a_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("command", "kept"), [
-    ("a.py --run-dir 'x y' --seed 1", "a.py --seed 1"), ("a.py --resume=x", "a.py"),
+    ("a.py --run-dir 'x y' --seed 1", "a.py --seed 1"),
+    ("a.py --resume=x", "a.py --resume RUN_DIR"),
+    ("a.py --seed 1 --total-timesteps 4 && a.py --resume 'x y' --total-timesteps 8",
+     "a.py --seed 1 --total-timesteps 4 && a.py --resume RUN_DIR --total-timesteps 8"),
     ("a.py --prompt 'Open it.' --run-dir x", "a.py --prompt 'Open it.'"),
     ("a.py --prompt Don't --run-dir x", "a.py --prompt Don't"),
 ])

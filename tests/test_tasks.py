@@ -71,7 +71,7 @@ def test_prompts():
     assert prompt_for("reach-v3", None) == "Reach a goal position."
     assert prompt_for("drawer-open-v3", "long") == PROMPT_VARIANTS["drawer-open-v3"]["long"]
     assert prompt_for("reach-v3", " touch the ball ") == "touch the ball"
-    with pytest.raises(UserError, match="Table 6 has it only for"):
+    with pytest.raises(UserError, match="Table 6's, which has it only for"):
         prompt_for("reach-v3", "long")
     with pytest.raises(UserError, match="must not be empty"):
         prompt_for("reach-v3", "  ")

@@ -135,8 +135,9 @@ def make_run(config: dict[str, Any], rows: Iterable[tuple[int, str, float]], lab
 
 
 def without_place(command: str) -> str:
-    """A command without where its run went."""
-    return re.sub(r" --(run-dir|resume)[ =]('[^']*'|\S)+", "", command)
+    """A command without where its run went; one that went on from a run says so."""
+    command = re.sub(r" --run-dir[ =]('[^']*'|\S)+", "", command)
+    return re.sub(r" --resume[ =]('[^']*'|\S)+", " --resume RUN_DIR", command)
 
 
 def wall_clock(speeds: list[tuple[int, float]], env_steps: np.ndarray) -> np.ndarray:
