@@ -6,15 +6,14 @@ shifted at random (Kostrikov et al., 2021, arXiv 2004.13649), with the settings 
 
     python drq_baseline.py --env-id window-open-v3 --goal random
 
-docs/drq_baseline.md explains every metric and says what a run costs.
+docs/drq_baseline.md says what a run costs, and where its metrics are explained.
 
 Deviations from the paper, and choices where it is silent, are those of furl_drq_pixels.py:
  1. Eight environments, one update per action in total, one iteration behind the data.
  2. A step is a physics step: an action is repeated for two of them, is learned from once, and one
     picture is drawn. Success at either counts as one success.
  3. 10,000 random steps before learning; the temperature starts at 0.1, DrQ's value.
- 4. Pictures are divided by 255, less 0.5, and layers have flax's LeCun initialisation; DrQ's own
-    code divides by 255 and initialises orthogonally.
+ 4. One random shift per picture, and other details in which DrQ's own code differs.
 """
 
 from dataclasses import dataclass, replace
@@ -62,7 +61,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
     frame_stack: flags.PositiveInt = 3  # pictures that the policy sees, the newest last
     shift: flags.PositiveInt = 4  # pixels by which pictures are shifted at random
-    encoder_features: flags.PositiveInts = (32, 32, 32, 32)  # 3 x 3 convolutions, the first by 2
+    encoder_features: flags.PositiveInts = (32, 32, 32, 32)  # 3 x 3 convolutions; stride 2, then 1
     encoder_dim: flags.PositiveInt = 50  # numbers that actor and critics get of a stack of pictures
 
     @property
@@ -363,7 +362,8 @@ def main(args: Args) -> dict[str, float]:
     flags.check_replay(args, args.buffer_size, args.learning_starts, length)
     args = replace(args, buffer_size=pixels.whole_blocks(args.buffer_size, args.layout))
     METAWORLD.check_camera(args.camera_id)
-    camera = Camera(pixels.PICTURE_SIZE, args.camera_id, args.quality)
+    # Drawn larger and scaled down, as FuRL's frames are: else only the baseline's edges are jagged.
+    camera = Camera(2 * pixels.PICTURE_SIZE, args.camera_id, args.quality)
     envs = METAWORLD.make_vec(
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         action_repeat=args.action_repeat, draw_resets=True,
@@ -377,7 +377,8 @@ def main(args: Args) -> dict[str, float]:
     init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
     agent, buffers = init_agent(init_key, sizes, args), init_buffers(sizes, args)
     run = start_run(args, buffers, sizes, envs, evaluate)
-    buffers = Buffers(pixels.add_first(buffers.steps, envs.reset()[1]))
+    first = np.asarray(pixels.scale_down(envs.reset()[1]))
+    buffers = Buffers(pixels.add_first(buffers.steps, first))
     agent, buffers, _ = run.begin(agent, buffers, envs)
 
     obs = np.asarray(pixels.newest_stack(buffers.steps, args.layout))

@@ -64,14 +64,14 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     layer_norm: bool = False  # in the critics, against overestimated values (Ball et al., 2023)
     frame_stack: flags.PositiveInt = 3  # pictures that the policy sees, the newest last
     shift: flags.PositiveInt = 4  # pixels by which pictures are shifted at random
-    encoder_features: flags.PositiveInts = (32, 32, 32, 32)  # 3 x 3 convolutions, the first by 2
+    encoder_features: flags.PositiveInts = (32, 32, 32, 32)  # 3 x 3 convolutions; stride 2, then 1
     encoder_dim: flags.PositiveInt = 50  # numbers that actor and critics get of a stack of pictures
     # --- VLM reward
     vlm: str = "mini"  # mini, liv, clip, or an open_clip pair such as ViT-B-32/openai
     vlm_weights: str | None = None  # local weights file for --vlm
     pretrained: bool = True  # --no-pretrained: same encoder, randomly initialised (Figure 9)
     prompt: str | None = None  # default: Table 4's; short, long: Table 6's (2 tasks); or any text
-    embed_every: flags.PositiveInt = 1  # a frame is embedded every K-th action, for those between
+    embed_every: flags.PositiveInt = 1  # a frame is embedded every K-th action, for those after it
     rho: flags.NotNegativeFloat = 0.05  # weight of the VLM reward (Eq. 1)
     # --- alignment
     align: bool = True  # --no-align: the raw VLM reward of Eq. 2, no projection heads
@@ -609,8 +609,7 @@ def main(args: Args) -> dict[str, float]:
     previous, metrics = None, {}
     for env_steps in run.iterations():  # steps done so far
         # Act, and let the environments step and draw ...
-        actions_done = env_steps // (args.num_envs * args.action_repeat)
-        episode, time = divmod(actions_done, envs.episode_length)
+        episode, time = divmod(env_steps // args.steps_per_iteration, envs.episode_length)
         if env_steps < args.learning_starts:
             rng = np.random.default_rng((args.seed, ACTION_STREAM, env_steps))
             action = rng.uniform(-1, 1, (args.num_envs, sizes.action)).astype(np.float32)
@@ -634,6 +633,7 @@ def main(args: Args) -> dict[str, float]:
         step = envs.step_wait()
         obs, picture, first = pixels.observe(obs, step, args.frame_stack)
         pixel_step = pixels.PixelStep(picture, action, step.reward, step.terminated)
+        # The first of an episode always: the row before it has no embedding to go on with.
         is_new = time == 0 or (time + 1) % args.embed_every == 0 or first is not None
         previous = (pixel_step, first, step.frames, is_new)
 

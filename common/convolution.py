@@ -1,4 +1,4 @@
-"""Convolutions that are fast on a CPU too, with the measurements in docs/furl_drq_pixels.md."""
+"""Convolutions that are fast on a CPU too, measured in docs/lab_notes.md."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +19,7 @@ def convolve(
     features], equal strides, padding "VALID".
 
     On a CPU as matrix products: XLA's gradient of a convolution takes far longer there
-    (docs/furl_drq_pixels.md).
+    (docs/lab_notes.md).
     """
     if on_cpu():
         return _matrix_products(x, kernel, strides[0])
@@ -43,5 +43,5 @@ def _matrix_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def few_at_a_time(encoder: Callable[[jax.Array], jax.Array], pictures: jax.Array) -> jax.Array:
-    """`encoder(pictures)`; on a CPU four at a time, whose windows stay in the cache."""
+    """`encoder(pictures)`; on a CPU four at a time, so that what it computes stays in the cache."""
     return jax.lax.map(encoder, pictures, batch_size=4) if on_cpu() else encoder(pictures)

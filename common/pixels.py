@@ -1,8 +1,7 @@
 """The replay of policies that see pictures: each picture is stored once, and stacked when read.
 
-All episodes begin and end together, so rows come in blocks of `num_envs`: block 0 of each
-`episode_length + 1` holds the episodes' first pictures, to which no step led, each other one a
-step.
+All episodes begin and end together, so rows come in blocks of `num_envs`. An episode is
+`episode_length + 1` blocks: its first pictures, to which no step led, then a block for each step.
 """
 
 from functools import partial
@@ -152,8 +151,7 @@ def whole_blocks(buffer_size: int, layout: Layout) -> int:
     """`buffer_size` rounded up to whole steps of all environments, which is said.
 
     Raises:
-        UserError: it cannot hold an episode with its first picture, and stacks that end in its
-            last two.
+        UserError: it cannot hold an episode with its first picture, or both stacks of a transition.
     """
     whole = -(-buffer_size // layout.num_envs) * layout.num_envs
     if whole != buffer_size:

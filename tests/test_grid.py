@@ -110,7 +110,7 @@ def test_commands(capsys, tmp_path):
     assert lines[0] == ("FURL_NUM_CORES=1 python sac_baseline.py --env-id reach-v3 --seed 0 "
                         f"--total-timesteps 1000000 --run-dir {folder}/sac/reach-v3/0")
     assert lines[7] == ("FURL_NUM_CORES=1 python furl_sac_state.py --env-id drawer-open-v3 "
-                        "--seed 1 --total-timesteps 1000000 --vlm liv --quality paper --run-dir "
+                        "--seed 1 --total-timesteps 1000000 --quality paper --vlm liv --run-dir "
                         f"{folder}/furl/drawer-open-v3/1")
     # Flags that a script lacks are left out, the user's come last, and variants are compared.
     lines = dry_run(capsys, "--scripts", "sac_baseline.py", "furl_sac_state.py --rho 0.1", *words,
@@ -134,7 +134,7 @@ def test_tables_share_runs():
     assert content["name"] == "table1+figure8+figure9" and content["total_timesteps"] == 1_000_000
     assert content["methods"]["no-align"] == {
         "script": "furl_sac_state.py", "label": "no reward alignment",
-        "flags": "--total-timesteps 1000000 --no-align --vlm liv --quality paper",
+        "flags": "--total-timesteps 1000000 --quality paper --no-align --vlm liv",
     }
 
 
@@ -150,15 +150,18 @@ def test_paper_page_has_the_same_commands():
         for kind, number in re.findall(r"(Table|Figure) (\d+)", title.partition(":")[0]):
             if found:
                 shown[kind.lower() + number] = found
+    quality = " --quality paper"  # of the paper's preset: $LIV and $CLIP have it
+    assert quality in PRESETS["paper"].flags
     vlms = {"liv": " $LIV", "clip": " $CLIP", None: ""}
     assert shown == {
         name: [(m.label, f"{m.script} {m.flags}".strip()
-                + (vlms[m.vlm] if table.preset == "paper" else ""))
+                + (vlms[m.vlm] if table.preset == "paper" else "")
+                + quality * (m.script == "drq_baseline.py"))
                for m in (METHODS[method] for method in table.methods)]
         for name, table in TABLES.items()
     }
     for name, flags in PRESETS["paper"].vlms.items():
-        assert f'{name.upper()}="{flags}"' in text
+        assert f'{name.upper()}="{flags}{quality}"' in text
     for line in re.findall(r"python -m tools\.grid (.+)", text):
         words, _, extra = line.partition(" -- ")
         grid.plan(grid.tyro.cli(grid.Args, args=shlex.split(words)), shlex.split(extra))

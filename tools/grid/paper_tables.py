@@ -120,9 +120,8 @@ TABLES = {
 
 PRESETS = {
     # The scripts' defaults are the paper's Table 5; the budget is written out to be on record.
-    "paper": Preset("--total-timesteps 1000000", {"liv": "--vlm liv --quality paper",
-                                                  "clip": "--vlm clip --quality paper"},
-                    memory=6.0),
+    "paper": Preset("--total-timesteps 1000000 --quality paper",
+                    {"liv": "--vlm liv", "clip": "--vlm clip"}, memory=6.0),
     # What two cores do in a night: the embedded VLM and fast pictures. Chosen by pilots on
     # window-close (docs/lab_notes.md); the same for all methods, as far as a script has the flag.
     "laptop": Preset("--total-timesteps 120000 --batch-size 64 --learning-rate 3e-4 "
