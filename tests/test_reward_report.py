@@ -263,7 +263,7 @@ def test_paths_are_those_of_the_end_effector(runs):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--env-id", "drawer-opn-v3"], "did you mean drawer-open-v3"),
-    (["--prompt", " "], "a prompt must not be empty"),
+    (["--prompt", " "], "--prompt must not be empty"),
     (["--env-id", "reach-v3", "--prompt", "long"], "Table 6's, which has it only for"),
     (["--episodes", "1"], "--episodes must be 2 or more"),
     (["--steps", "8"], "--steps must be four times --every 4"),

@@ -120,11 +120,11 @@ def prompt_for(env_id: str, prompt: str | None) -> str:
         return "None"
     if prompt in ("short", "long"):
         if env_id not in PROMPT_VARIANTS:
-            raise UserError(f"the prompt {prompt!r} is Table 6's, which has it only for "
+            raise UserError(f"--prompt {prompt} is Table 6's, which has it only for "
                             f"{' and '.join(PROMPT_VARIANTS)}; give the text itself")
         return PROMPT_VARIANTS[env_id][prompt]
     if not prompt.strip():
-        raise UserError("a prompt must not be empty; leave it out for the task's own instruction")
+        raise UserError("--prompt must not be empty; leave it out for the task's own instruction")
     return prompt.strip()
 
 
