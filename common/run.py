@@ -34,7 +34,7 @@ from common.run_folder import (
     unlock_run_dir,
     write_config,
 )
-from common.vlms import VLM, View
+from common.vlms import VLM, View, check_same_vlm
 
 
 class PendingEvaluation(NamedTuple):
@@ -346,11 +346,18 @@ def start_run(
         envs, evaluate: its environments and its Evaluator, which the run closes.
         vlm, view: its VLM, if any, and what that is shown of a scene.
         facts: what else belongs into config.json, e.g. the prompt.
+
+    Raises:
+        UserError: the folder cannot be used, the disk is too small for the run's checkpoints, or
+            the resumed run's VLM was another one.
     """
     source = source_file(type(args))
     if args.resume:
         run_dir = Path(args.resume)
-        run = Run(args, run_dir, read_config(run_dir), envs, evaluate)
+        config = read_config(run_dir)
+        if vlm is not None:
+            check_same_vlm(run_dir, config, vlm)
+        run = Run(args, run_dir, config, envs, evaluate)
         kept = source and run_dir / source.name
         if kept and kept.exists() and kept.read_bytes() != source.read_bytes():
             show(f"note: {source.name} has changed since this run began; {kept} is what it was")

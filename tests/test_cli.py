@@ -950,6 +950,21 @@ def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
         start_with(GOOD)
 
 
+def test_a_run_goes_on_with_the_vlm_it_had(tmp_path):
+    """Embeddings in its replay are that one's; the number format is the machine's choice."""
+    def with_vlm(args: Args, vlm_id: str) -> Run:
+        evaluate = types.SimpleNamespace(settings=SETTINGS, close=lambda: None)
+        vlm = types.SimpleNamespace(id=vlm_id, settings={"name": "mini"})
+        return start_run(args, Rings(small_ring()), Sizes(39, 4, 8), Envs(), evaluate, vlm=vlm)
+
+    run = with_vlm(replace(GOOD, run_dir=str(tmp_path / "run")), "rn50-1a2b-fp32")
+    run.close()
+    args = cli.parse_args(Args, ["--resume", str(run.dir)])
+    with pytest.raises(UserError, match="was trained with the VLM rn50-1a2b-fp32, this one"):
+        with_vlm(args, "rn50-3c4d-fp32")
+    with_vlm(args, "rn50-1a2b-bf16").close()
+
+
 def test_the_script_is_the_file_that_defines_args(tmp_path, monkeypatch, capsys):
     """A user's copy gives its runs its own name, and a run says if it has changed since."""
     (tmp_path / "scripts").mkdir()

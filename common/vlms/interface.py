@@ -10,6 +10,8 @@ that `--help` and a misspelt argument need not wait for.
 from __future__ import annotations
 
 import hashlib
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -165,3 +167,19 @@ def state_digest(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
+
+
+def check_same_vlm(run_dir: Path, config: dict[str, Any], vlm: VLM) -> None:
+    """Whether `vlm` is the one that a run with this `config` learned from.
+
+    Raises:
+        UserError: it is not. The number format, which is the machine's choice, may differ.
+    """
+    ours, theirs = vlm.id, str(config.get("vlm_id"))
+    if _without_precision(ours) != _without_precision(theirs):
+        raise UserError(f"{run_dir} was trained with the VLM {theirs}, this one is {ours}: its "
+                        "reward would mean nothing")
+
+
+def _without_precision(vlm_id: str) -> str:
+    return re.sub("-(fp16|bf16|fp32)$", "", vlm_id)

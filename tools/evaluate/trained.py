@@ -5,7 +5,6 @@ memory for the run's replay. It opens runs of any script that defines the names 
 """
 
 import importlib.util
-import re
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -27,7 +26,7 @@ from common.errors import UserError
 from common.evaluate import Evaluator
 from common.replay import Sizes
 from common.run_folder import checkpoints, kept_policies, read_config, steps_of
-from common.vlms import VLM, View, load_vlm, view_for
+from common.vlms import VLM, View, check_same_vlm, load_vlm, view_for
 from tools import ROOT
 
 Reward = Callable[[np.ndarray], np.ndarray]  # image embeddings [n, D] -> r_VLM [n]
@@ -164,10 +163,7 @@ class Trained:
         """Raises:
             UserError: `vlm` is not the run's own: its rewards would mean nothing.
         """
-        ours, theirs = vlm.id, str(self.config.get("vlm_id"))
-        if without_precision(ours) != without_precision(theirs):
-            raise UserError(f"{self.folder} was trained with the VLM {theirs}, this one is {ours}: "
-                            "its reward would mean nothing")
+        check_same_vlm(self.folder, self.config, vlm)
 
     def vlm_reward(self, vlm: VLM) -> Reward:
         """The reward that the run learned from, before its weight rho.
@@ -265,8 +261,3 @@ def load_script(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def without_precision(vlm_id: str) -> str:
-    """A VLM's id without the number format, which is the machine's choice."""
-    return re.sub("-(fp16|bf16|fp32)$", "", vlm_id)

@@ -381,6 +381,8 @@ def main(args: Args) -> dict[str, Any]:
             if (seen := run.view_of(vlm)) != view:
                 raise UserError(f"{run.folder} was trained on another part of the picture "
                                 f"({seen}) than a report shows ({view})")
+    texts = dict(zip(prompts, vlm.embed_text(prompts), strict=True))
+    baseline = vlm.embed_text([baseline_prompt])[0]
     camera = Camera(view.size, args.camera_id, args.quality)
     notes = []
     picture = goal_picture(env_id, goal, seed, camera)
@@ -389,8 +391,6 @@ def main(args: Args) -> dict[str, Any]:
     scene = Scene(env_id, goal, seed, args.steps, args.every, camera)
     workers = min(args.workers or num_cores(), args.episodes)
     data = collect(scene, args.episodes, workers, vlm, picture)
-    texts = dict(zip(prompts, vlm.embed_text(prompts), strict=True))
-    baseline = vlm.embed_text([baseline_prompt])[0]
     rewards = build_rewards(data, texts, runs, vlm)
     meaningless = {f"“{prompt}”" for prompt in prompts if not vlm.knows(prompt)}
 
