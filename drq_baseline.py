@@ -13,7 +13,8 @@ Deviations from the paper, and choices where it is silent, are those of furl_drq
  2. A step is a physics step: an action is repeated for two of them, is learned from once, and one
     picture is drawn. Success at either counts as one success.
  3. 10,000 random steps before learning; the temperature starts at 0.1, DrQ's value.
- 4. One random shift per picture, and other details in which DrQ's own code differs.
+ 4. One random shift per picture, where DrQ's own code averages two; docs/furl_drq_pixels.md lists
+    what else differs from it (5).
 """
 
 from dataclasses import dataclass, replace
