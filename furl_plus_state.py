@@ -81,7 +81,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     stage2: bool = True  # --no-stage2: no Eq. 4, Eq. 5 only
     stage2_after: flags.PositiveInt = 2_500  # positives (after k steps) for Eq. 4 in place of Eq. 5
     projection_features: flags.PositiveInts = (256, 64)  # layers of both projection heads
-    lag: flags.PositiveInt = 10  # k of Eq. 4, environment steps
+    lag: flags.PositiveInt = 10  # k of Eq. 4, steps of an episode
     reward_margin: flags.NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
     l2_margin: flags.NotNegativeFloat = 0.2  # margin on the distance to the goal image in Eq. 5
     embedding_buffer_size: flags.PositiveInt = 100_000  # frames kept of positives, of negatives
@@ -328,9 +328,9 @@ def positives_loss(
     return pos_neg + pos_pos, {"pos_neg_loss": pos_neg, "pos_pos_loss": pos_pos}
 
 
-def displacement(obs: jax.Array, first_obs: jax.Array) -> jax.Array:
-    """How far the object is from where the episode began, d / (d + 0.1 m), obs [..., 39]."""
-    distance = jnp.linalg.norm((obs - first_obs)[..., OBJECT], axis=-1)
+def displacement(obs: jax.Array, early_obs: jax.Array) -> jax.Array:
+    """How far the object is from where it was at `early_obs`, d / (d + 0.1 m), obs [..., 39]."""
+    distance = jnp.linalg.norm((obs - early_obs)[..., OBJECT], axis=-1)
     return distance / (distance + 0.1)
 
 
@@ -362,7 +362,9 @@ def make_batches(
     discount = args.gamma ** steps.exists.sum(0) * (1 - rows.terminated[steps.last])
     task_return = steps.discounted_sum(rows.reward[steps.slots] - 1, args.gamma)  # shift: B.2
     entropy = float(args.entropy == "always" or (args.entropy == "search" and phase.searching))
-    displaced = displacement(rows.next_obs[steps.slots], rows.obs[steps.first])
+    # Since the episode's first action: where a reset moves the object last, as on window-close, the
+    # observation before that action still has it elsewhere.
+    displaced = displacement(rows.next_obs[steps.slots], rows.next_obs[steps.first])
     bonus = args.relay_bonus * steps.discounted_sum(displaced, args.gamma)
     relay = Batch(rows.obs[slots], rows.action[slots], rows.next_obs[steps.last],
                   task_return + bonus, discount, value_bounds(args.relay_bonus, args), entropy)

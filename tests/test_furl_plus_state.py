@@ -51,16 +51,27 @@ def test_displacement():
 
 
 def test_the_relay_agent_is_drawn_to_moving_things():
-    """Observations are the numbers of rows: the object is 2 m sqrt(3) further in every step."""
+    """Observations are the numbers of rows: the object is 2 m sqrt(3) further in every step, from
+    where it is after the first one."""
     _, without, _ = batches()
     furl, relay, metrics = batches(replace(RAW, relay_bonus=2.0))
-    where = (np.array([[0, 1, 2], [1, 2, 3], [3, 4, np.nan], [4, np.nan, np.nan]]) * 2 + 0.5)
+    where = (np.array([[0, 1, 2], [1, 2, 3], [3, 4, np.nan], [4, np.nan, np.nan]]) * 2)
     moved = where * np.sqrt(3) / (where * np.sqrt(3) + 0.1)
     bonus = np.nansum(moved * [1, 0.5, 0.25], 1)
     assert_close(relay.reward - without.reward, 2 * bonus)
     assert_close(furl.reward, batches()[0].reward)
     assert (relay.bounds[1], without.bounds[1]) == pytest.approx((4, 0))
     assert_close(metrics["reward/displacement"], moved[:, 0].mean())
+
+
+@pytest.mark.parametrize("goal", ["fixed", "random"])
+def test_a_hand_that_does_nothing_gets_no_bonus(goal):
+    """On window-close an episode's first observation has the window where it is not."""
+    env = metaworld.make_env("window-close-v3", seed=0, index=0, goal=goal, show_goal=False)
+    first, _ = env.reset()
+    early, later = (env.step(np.zeros(4))[0] for _ in range(2))
+    assert script.displacement(later, early) == 0
+    assert script.displacement(later, first) > 0.5, "else the script could do without a comment"
 
 
 def at_angles(cosines) -> np.ndarray:
