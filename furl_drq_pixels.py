@@ -6,7 +6,7 @@ random. FuRL itself is that of furl_sac_state.py; drq_baseline.py is DrQ alone.
 
     python furl_drq_pixels.py --env-id window-open-v3 --goal random
 
-docs/furl_drq_pixels.md explains every metric and says what a run costs.
+docs/furl_drq_pixels.md has metrics, deviations and results.
 
 Defaults are the paper's Table 5. Deviations are those of furl_sac_state.py, and (the page has all):
  1. One picture serves both: drawn in the VLM's size, all of it scaled down for the policy.
@@ -597,9 +597,9 @@ def main(args: Args) -> dict[str, float]:
     buffers = buffers._replace(steps=pixels.add_first(buffers.steps, first))
     state, buffers, _ = run.begin(state, buffers, envs)
 
-    def store(buffers: Buffers, step: pixels.PixelStep, first, frames, new: bool) -> Buffers:
-        seen, new = view.crop(frames), np.full(args.num_envs, new)
-        step = step._replace(embedding=replay.embed_drawn(vlm, seen, new, buffers.steps))
+    def store(buffers: Buffers, step: pixels.PixelStep, first, frames, is_new: bool) -> Buffers:
+        seen, drawn = view.crop(frames), np.full(args.num_envs, is_new)
+        step = step._replace(embedding=replay.embed_drawn(vlm, seen, drawn, buffers.steps))
         return buffers._replace(steps=pixels.add_step(buffers.steps, step, first))
 
     phase = choose_phase(buffers, args)

@@ -8,7 +8,7 @@ with the VLM agent until successes have been found. Fu et al., ICML 2024, arXiv 
     python furl_sac_state.py --env-id window-close-v3 --learning-rate 3e-4 --batch-size 64
     python furl_sac_state.py --env-id drawer-open-v3 --vlm liv --quality paper --track
 
-docs/furl_sac_state.md explains every metric and shows measured curves with their wall-clock.
+docs/furl_sac_state.md explains every metric, and has all deviations and results.
 
 Defaults are the paper's Table 5. Deviations, and choices where it is silent (the page has all):
  1. Eight environments, one update per step, one iteration behind the data; each environment draws
@@ -76,7 +76,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     stage2: bool = True  # --no-stage2: no Eq. 4, Eq. 5 only
     stage2_after: flags.PositiveInt = 1  # positives (after k steps) at which Eq. 4 replaces Eq. 5
     projection_features: flags.PositiveInts = (256, 64)  # layers of both projection heads
-    lag: flags.PositiveInt = 10  # k of Eq. 4, environment steps
+    lag: flags.PositiveInt = 10  # k of Eq. 4, steps of an episode
     reward_margin: flags.NotNegativeFloat = 0.1  # delta of Eqs. 4 and 5
     l2_margin: flags.NotNegativeFloat = 0.2  # margin on the distance to the goal image in Eq. 5
     embedding_buffer_size: flags.PositiveInt = 100_000  # frames kept of positives, of negatives

@@ -7,7 +7,7 @@ is the cosine similarity of Eq. 2, the relay agent from r_task; both share one r
     python relay_baseline.py --env-id drawer-close-v3 --learning-rate 3e-4
     python relay_baseline.py --env-id drawer-open-v3 --vlm liv --quality paper --track
 
-docs/relay_baseline.md explains every metric. `furl_sac_state.py --no-align` computes the same,
+docs/relay_baseline.md has metrics and results. `furl_sac_state.py --no-align` computes the same,
 number by number: a test holds both to it.
 
 Deviations from the paper, whose Table 5 is the default, and choices where it is silent, as in
@@ -90,7 +90,7 @@ class AgentState:
 
 
 class RelayState(NamedTuple):
-    furl: AgentState  # learns from r_task + rho r_VLM, and is evaluated
+    furl: AgentState  # as FuRL's: learns from r_task + rho r_VLM, and is evaluated
     relay: AgentState  # learns from r_task
     num_positives: jax.Array  # int32, frames of successful episodes so far
 

@@ -6,7 +6,7 @@ arXiv 1812.05905, with the settings of the FuRL paper (Fu et al., ICML 2024, Tab
     python sac_baseline.py --env-id drawer-close-v3 --learning-rate 3e-4
     python sac_baseline.py --env-id reach-v3 --goal random --engine envpool --num-envs 32 --utd 0.25
 
-docs/sac_baseline.md explains every metric and shows measured curves with their wall-clock.
+docs/sac_baseline.md has metrics, deviations and results.
 
 Deviations from the paper, and choices where it is silent, are those of furl_sac_state.py:
  1. Eight environments, one update per environment step in total. Updates lag one iteration behind

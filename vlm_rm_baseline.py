@@ -10,7 +10,7 @@ Fu et al., ICML 2024, Eq. 1). Baselines 2 to 5 of the FuRL paper's section 5.1:
     python vlm_rm_baseline.py --task-reward --projection # LIV-Proj: random, fixed projection heads
 
 each with --env-id drawer-open-v3, and with --vlm liv --quality paper for the paper's own.
-docs/vlm_rm_baseline.md explains every metric.
+docs/vlm_rm_baseline.md has metrics and results.
 
 Deviations from the paper, whose Table 5 is the default, and choices where it is silent, as in
 furl_sac_state.py (the page has all of them):
@@ -52,7 +52,7 @@ class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs
     # --- environment
     goal: flags.Goal = "fixed"  # fixed: hidden, one per seed
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow
-    camera_id: flags.NotNegativeInt | None = None  # of the VLM's frames; default: the suite's, 2
+    camera_id: flags.NotNegativeInt | None = None  # of the VLM's frames; default: 2 on Meta-World
     # --- SAC
     learning_starts: flags.NotNegativeInt = 10_000  # random steps before the first update
     buffer_size: flags.PositiveInt = 1_000_000  # transitions in the replay

@@ -9,7 +9,7 @@ section 4.2. vlm_rm_baseline.py is the same with SAC, for continuous actions.
     python vlm_rm_dqn.py --vlm ViT-B-32/openai --alpha 0.5
     python vlm_rm_dqn.py --env-id Acrobot-v1 --no-vlm-reward  # DQN on the environment's own reward
 
-docs/vlm_rm.md explains every metric.
+docs/vlm_rm.md has metrics, deviations and results.
 
 Defaults are the paper's appendix C, where it is silent stable-baselines3's. Deviations (the page
 has all of them):
@@ -276,7 +276,8 @@ def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = flags.check_args(args, GYMNASIUM)
     flags.check_replay(args, args.buffer_size, args.learning_starts)
-    if args.vlm is None:
+    flags.note_idle(args, vlm_reward="vlm vlm_weights pretrained draw_every")
+    if args.vlm_reward and args.vlm is None:
         args = replace(args, vlm=GYMNASIUM.default_vlm(args.env_id))
     if not args.vlm_reward and (args.prompt or args.baseline_prompt or args.alpha):
         raise UserError("--prompt, --baseline-prompt and --alpha have no effect with "

@@ -1,4 +1,9 @@
-"""The error classes for what a user can mend, and for what time may."""
+"""The error classes for what a user can mend, and for what time may; other errors in one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message; its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class UserError(ValueError):

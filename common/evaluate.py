@@ -19,11 +19,6 @@ SIDE_BY_SIDE = 20  # most of Meta-World's environments in an evaluation: up to 3
 VIDEO_FPS = 40  # half of Meta-World's 80 steps a second of simulated time: fast, yet readable
 
 
-def all_same(env_id: str, goal: Goal) -> bool:
-    """Whether all episodes of one policy's mean action are the same, so that one tells all."""
-    return goal == "fixed" and not suite_for(env_id).starts_differ
-
-
 class Evaluator:
     """Plays a policy's evaluation episodes, the same ones each time.
 
@@ -67,7 +62,7 @@ class Evaluator:
         if not frame_stack:
             camera = Camera(VIDEO_CAMERA.size, camera.id, camera.quality)
         suite = suite_for(env_id)
-        same = all_same(env_id, goal)
+        same = suite.all_same(goal)
         self._num_episodes = num_episodes or (1 if same else 10)
         if num_envs is None and not suite.starts_differ:
             num_envs = SIDE_BY_SIDE

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.flags import RunArgs
 from common.run_folder import (
     METRICS,
@@ -149,10 +149,9 @@ def start_wandb(run_dir: Path, config: dict[str, Any], args: RunArgs):
             config={"exp_name": config["script"], **config["args"], "facts": facts},
         )
     except Exception as error:  # wandb's own errors share no base class worth naming
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
-            f"--track: W&B could not start ({first_line}); log in with 'wandb login', or set "
-            "WANDB_MODE=offline"
+            f"--track: W&B could not start ({first_line(error)}); log in with 'wandb login', or "
+            "set WANDB_MODE=offline"
         ) from error
     run.define_metric("*", step_metric="env_steps")
     return run

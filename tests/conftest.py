@@ -57,7 +57,8 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def workers_start_quickly():
-    """Of the tests' own processes; elsewhere they start as they always do."""
+    """Of the tests' own processes; elsewhere, and with `real_workers`, they start as they do for
+    users."""
     from forked_workers import Worker
 
     from common import system
@@ -65,6 +66,13 @@ def workers_start_quickly():
 
     if not system.ON_MAC:  # whose libraries cannot be forked
         workers.subprocess = types.SimpleNamespace(**vars(subprocess) | {"Popen": Worker})
+
+
+@pytest.fixture
+def real_workers(monkeypatch):
+    from common.envs import workers
+
+    monkeypatch.setattr(workers, "subprocess", subprocess)
 
 
 def paper_scripts() -> list[str]:

@@ -20,8 +20,9 @@ def caller() -> str:
     return sys._getframe(2).f_globals["__name__"]
 
 
-def open_but_proc(file, *args, **kwargs):
-    if str(file).startswith("/proc") and not caller().startswith("OpenGL."):  # part of the disguise
+def open_but_linux(file, *args, **kwargs):
+    ours = not caller().startswith("OpenGL.")  # which is part of the disguise
+    if ours and str(file).startswith(("/proc", "/sys/fs/cgroup")):  # JAX looks for devices in /sys
         raise FileNotFoundError(2, "no such file on a Mac", file)
     return real_open(file, *args, **kwargs)
 
@@ -51,7 +52,7 @@ def system_for_mujoco():
     return "Darwin" if caller() == "mujoco.gl_context" else real_system()
 
 
-builtins.open = io.open = open_but_proc
+builtins.open = io.open = open_but_linux
 sys.meta_path.insert(0, NoEGL)
 sys.modules["mujoco.cgl"] = CGL("mujoco.cgl")
 platform.system = system_for_mujoco

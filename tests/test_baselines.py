@@ -292,7 +292,7 @@ def test_relay_is_furl_without_alignment(tmp_path, monkeypatch):
 
     monkeypatch.setattr(VecMetaWorld, "step_wait", prescribed)
     flags = [*TINY, "--num-envs", "2", "--total-timesteps", "1200", "--relay-until", "60",
-             "--eval-every", "600", "--buffer-size", "1200"]
+             "--eval-every", "600", "--buffer-size", "1200", "--draw-every", "4"]
     found = []
     for script, more in ((relay, []), (furl, ["--no-align"])):
         script.update.clear_cache()

@@ -29,7 +29,7 @@ import furl_sac_state
 from common import checkpoint, cli, flags, logger, replay, run_folder, system, versions
 from common.envs.registry import METAWORLD
 from common.envs.workers import Step, WorkerError
-from common.errors import ShortageError, UserError
+from common.errors import ShortageError, UserError, first_line
 from common.logger import Logger
 from common.replay import Sizes
 from common.run import PendingEvaluation, Run, start_run
@@ -1329,3 +1329,8 @@ def test_ranges_of_composed_types():
     ]:
         with pytest.raises(UserError, match=r"^--x must"):
             flags.check_range(value, kind, "--x")
+
+
+@pytest.mark.parametrize(("message", "line"), [("", "TypeError"), ("\n a \nb", "a")])
+def test_the_first_line_of_an_error(message, line):
+    assert first_line(TypeError(message)) == line

@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common import cli
-from common.envs.registry import METAWORLD, suite_for
+from common.envs.registry import suite_for
 from common.errors import UserError
 from common.flags import flag_of
 
@@ -87,12 +87,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", paper_scripts())
+@pytest.mark.parametrize("name", [*paper_scripts(), "vlm_rm_dqn"])
 def test_arguments_are_possible_or_refused_by_name(name, folder, monkeypatch):
     """Whatever a script builds first is replaced, so that its `main` ends after its checks."""
     script = importlib.import_module(name)
-    if hasattr(script, "METAWORLD"):
-        monkeypatch.setattr(script, "METAWORLD", dataclasses.replace(METAWORLD, make_vec=reach))
+    for suite in ("METAWORLD", "GYMNASIUM"):
+        if hasattr(script, suite):
+            monkeypatch.setattr(script, suite, dataclasses.replace(
+                getattr(script, suite), make_vec=reach))
     if hasattr(script, "suite_for"):
         monkeypatch.setattr(script, "suite_for", lambda env_id: dataclasses.replace(
             suite_for(env_id), make_vec=reach))
@@ -112,7 +114,8 @@ def test_arguments_are_possible_or_refused_by_name(name, folder, monkeypatch):
                 asked, args = after_its_checks(script, argv)
             except UserError as error:  # run_script prints it and ends with status 2
                 outcomes["refused"] += 1
-                known = ("--", "unknown task", "unknown camera", "the run folder")
+                known = ("--", "unknown task", "unknown environment", "unknown camera",
+                         "the run folder")
                 assert any(word in str(error) for word in known), (argv, str(error))
                 assert "\n" not in str(error)
                 return

@@ -88,8 +88,8 @@ def test_a_copy_with_a_new_loss_is_as_good_as_the_script(checkout):
         "    names: tuple[str, ...] = ()  # empty\n"
         "    contrastive: float = 0.0"
     )))
-    run(checkout, "my_idea.py", *TINY, "--contrastive", "0.5", "--offset", "-3", "--weights", "-2",
-        "0", "--names", "a", "--run-dir", "runs/new")
+    run(checkout, "my_idea.py", *TINY, "--draw-every", "4", "--contrastive", "0.5", "--offset",
+        "-3", "--weights", "-2", "0", "--names", "a", "--run-dir", "runs/new")
     rows = metrics(checkout / "runs/new")
     assert float(rows[2400, "losses/contrastive_loss"]) > 0
     assert {"losses/critic_loss", "losses/relay_critic_loss"} <= {key for _, key in rows}
@@ -110,8 +110,8 @@ def test_a_copy_with_a_new_loss_is_as_good_as_the_script(checkout):
         "--steps", "60", "--every", "10", "--checkpoints", "runs/new", "--output", "report")
     assert "new" in json.loads((checkout / "report/report.json").read_text())["rewards"]
     out = run(checkout, "-m", "tools.benchmark", "--rounds", "1", "--steps", "1100", "--scripts",
-              "my_idea.py --num-envs 4")
-    assert re.search(r"\| my_idea.py --num-envs 4 \| [\d,.]+ steps/s", out)
+              "my_idea.py --num-envs 4 --batch-size 16 --hidden-features 16 16")
+    assert re.search(r"\| my_idea.py --num-envs 4 .* \| [\d,.]+ steps/s", out)
 
     # The tests that compare all scripts stay green beside it.
     run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_scripts_agree.py",

@@ -27,16 +27,17 @@ from common.run_folder import kept_policies
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "furl_sac_state.py"
-# A checkpoint every ten iterations, so that a kill often meets one that is being written; the
-# replay wraps, an episode ends, and both agents and the heads learn.
+# A checkpoint every ten iterations, so that a kill often meets one that is being written, and often
+# comes between two frames that are drawn; the replay wraps, an episode ends, and both agents and
+# the heads learn.
 TINY = [
     "--env-id", "drawer-close-v3", "--num-envs", "4", "--total-timesteps", "2400",
     "--learning-starts", "80", "--batch-size", "8", "--utd", "0.25", "--hidden-features", "16",
     "16", "--projection-features", "16", "8", "--buffer-size", "2000",
     "--embedding-buffer-size", "500", "--eval-every", "1200", "--checkpoint-every", "40",
-    "--log-every", "80",
+    "--log-every", "80", "--draw-every", "4",
 ]
-NUM_KILLS = 12
+NUM_KILLS = 8
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +150,6 @@ def test_a_run_leaves_everything_that_its_reader_needs(whole_run):
     assert list((whole_run / "tensorboard").glob("events.*"))
 
 
-def test_an_error_is_one_line_and_status_2(tmp_path, environment):
-    script = Script(environment, tmp_path / "log", "--camera-id", "99")
-    assert script.end() == 2
-    assert script.errors.startswith("error: unknown camera 99; this task has 0 (topview)")
-    assert len(script.errors.splitlines()) == 1, script.errors
-
-
 def test_killed_again_and_again(whole_run, tmp_path, environment):
     """The first kill comes when the run folder appears: there is no checkpoint, and the same
     command begins anew. The second comes with the first checkpoint; after that every third comes
@@ -165,7 +159,7 @@ def test_killed_again_and_again(whole_run, tmp_path, environment):
     """
     rng = random.Random(0)
     run_dir, steps_at_kill = tmp_path / "run", []
-    flags = [*TINY, "--run-dir", str(run_dir), "--capture-video"]
+    flags = [*TINY, "--run-dir", str(run_dir)]
     while True:
         before = newest(run_dir)
         number = len(steps_at_kill)
@@ -281,15 +275,11 @@ def test_a_worker_that_dies_ends_the_run_which_can_be_resumed(whole_run, tmp_pat
     assert metrics(run_dir) == metrics(whole_run, until=1200)
 
 
-@pytest.mark.parametrize("learning_rate", ["1e3", "1e10"])
-def test_a_run_that_diverges_stops_and_says_what_did(tmp_path, environment, learning_rate):
-    """Such steps overflow float32 within a few updates, far from any row of metrics.
-
-    The first shows as a checkpoint would be saved, the second as an action would be taken.
-    """
+def test_a_run_that_diverges_stops_and_says_what_did(tmp_path, environment):
+    """Such steps overflow float32 within a few updates, far from any row of metrics."""
     run_dir = tmp_path / "run"
     script = Script(environment, tmp_path / "log", *TINY, "--run-dir", str(run_dir),
-                    "--learning-rate", learning_rate, "--log-every", "1200")
+                    "--learning-rate", "1e10", "--log-every", "1200")
     assert script.end() == 2
     culprit = r"error: ((furl|relay)/\S+ is not finite|losses/\S+ is (nan|-?inf)) at step"
     assert re.match(culprit, script.errors), script.errors

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import furl_drq_pixels as drq
+import furl_plus_state as plus
 import furl_sac_state as furl
 import relay_baseline as relay
 import sac_baseline as sac
@@ -144,6 +145,7 @@ TINY = dict(env_id="drawer-close-v3", num_envs=4, total_timesteps=8, learning_st
 UPDATED = TINY | dict(total_timesteps=16, learning_starts=4, utd=0.25)
 RUNS = {
     "furl": (furl, furl.Args(**UPDATED, projection_features=(8, 4))),
+    "plus": (plus, plus.Args(**UPDATED, projection_features=(8, 4), quiet_envs=1)),
     "drq": (drq, drq.Args(**TINY | {"total_timesteps": 160, "learning_starts": 200},
                           encoder_features=(4, 4), action_repeat=20)),
     "sac": (sac, sac.Args(**UPDATED, goal="random", eval_episodes=2)),
@@ -153,8 +155,10 @@ RUNS = {
 
 
 def moved(state, *_):
-    """In place of an update, which takes long to compile: all networks change."""
-    return jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x, state), {}
+    """In place of an update, which takes long to compile: all networks change, each differently."""
+    leaves, tree = jax.tree.flatten(state)
+    return tree.unflatten([x + 0.01 * (i + 1) / len(leaves) if x.dtype == jnp.float32 else x
+                           for i, x in enumerate(leaves)]), {}
 
 
 @pytest.fixture(scope="module")
@@ -200,14 +204,15 @@ def test_the_policy_and_the_reward_are_those_of_the_script(name, trained):
         features = script.encode(agent.encoder, agent.params["encoder"], pixels.scale_down(obs))
     else:
         obs = features = rng.normal(size=(2, 39)).astype(np.float32)
-    mean, _ = agent.actor.apply(agent.params["actor"], features)
+    params = state.mean_actor if name == "plus" else agent.params["actor"]
+    mean, _ = agent.actor.apply(params, features)
     np.testing.assert_allclose(run.policy(obs), np.tanh(mean), atol=1e-6)
     assert run.has_vlm == (name != "sac")
     if run.has_vlm:
         vlm = run.vlm
         images = rng.normal(size=(5, vlm.embed_dim)).astype(np.float32)
         text = jnp.asarray(vlm.embed_text(["Push and close a drawer."])[0])
-        if name in ("furl", "drq"):
+        if name in ("furl", "plus", "drq"):
             heads = script.Projection(args.projection_features)
             expected = script.cosine_similarity(*heads.apply(state.projection, text, images))
         elif name == "vlm-rm":
@@ -228,6 +233,8 @@ def test_the_view_of_a_run_is_the_one_that_it_recorded(trained):
     view = run.view_of(run.vlm)
     assert view == view_for(run.vlm, METAWORLD)
     run.config["view"] = {"size": view.size, "margin": 0}  # as older runs have it
+    assert run.view_of(run.vlm) == view
+    del run.config["view"]  # as of a copy that tells none
     assert run.view_of(run.vlm) == view
     run.config["view"] = {"size": 50, "square": [1, 2, 3]}  # a copy's own
     assert run.view_of(run.vlm) == View(50, Square(1, 2, 3))

@@ -29,16 +29,16 @@ TINY = ("--num-envs 2 --batch-size 16 --hidden-features 16 16 --learning-starts 
 ONE_CORE = {**os.environ, "FURL_NUM_CORES": "1", "OMP_NUM_THREADS": "1", "NPROC": "1"}
 
 
-def command(output: Path, *words: str, steps: int, scripts=("sac_baseline.py",)) -> list[str]:
-    return [sys.executable, "-m", "tools.grid", "--scripts", *scripts, "--env-ids", "reach-v3",
-            "--seeds", "1", "--output", str(output), "--memory-per-run", "1", *words,
-            "--", "--total-timesteps", str(steps), *TINY]
+def command(output: Path, *words: str, steps: int, seeds: int = 1) -> list[str]:
+    return [sys.executable, "-m", "tools.grid", "--scripts", "sac_baseline.py", "--env-ids",
+            "reach-v3", "--seeds", str(seeds), "--output", str(output), "--memory-per-run", "1",
+            *words, "--", "--total-timesteps", str(steps), *TINY]
 
 
-def by_hand(folder: Path, script: str, steps: int) -> list[str]:
+def by_hand(folder: Path, steps: int, seed: int = 0) -> list[str]:
     subprocess.run(
-        [sys.executable, script, "--env-id", "reach-v3", "--seed", "0", "--total-timesteps",
-         str(steps), *TINY, "--run-dir", str(folder)],
+        [sys.executable, "sac_baseline.py", "--env-id", "reach-v3", "--seed", str(seed),
+         "--total-timesteps", str(steps), *TINY, "--run-dir", str(folder)],
         cwd=ROOT, env=ONE_CORE, check=True, capture_output=True,
     )
     return rows(folder)
@@ -231,7 +231,10 @@ def test_a_grid_of_other_runs_is_refused(tmp_path):
     more = grid.plan(grid.Args(names=("table1",), seeds=3, methods=("furl",)), [])[1]
     grid.write_grid(tmp_path, more)  # more seeds and methods join
     joined = json.loads((tmp_path / "grid.json").read_text())
-    assert joined["seeds"] == [0, 1, 2] and list(joined["methods"]) == ["sac", "furl"]
+    assert list(joined["methods"]) == ["sac", "furl"]
+    seeds = [name.split("/") for name in joined["runs"]]
+    assert len(seeds) == 50 and {(method, seed) for method, _, seed in seeds} == {
+        ("sac", "0"), ("sac", "1"), ("furl", "0"), ("furl", "1"), ("furl", "2")}
     (tmp_path / "grid.json").write_text('{"name": "table1"}')
     with pytest.raises(grid.UserError, match=r"cannot be read .*: choose another --output"):
         grid.write_grid(tmp_path, first)
@@ -366,29 +369,26 @@ def test_progress_is_read_from_the_folder(tmp_path):
 # -------------------------------------------------------------------------------- engines
 
 
-@pytest.fixture
-def ray_starts() -> None:
-    """Skips where Ray itself cannot start: it gives up after 30 s on a machine that is too busy."""
+def test_ray_interrupted_and_killed_ends_as_by_hand(start, tmp_path):
+    """Ctrl-C and the same command again, then Ray's worker killed by SIGKILL: the same metrics.
+
+    Skipped where Ray itself cannot start: it gives up after 30 s on a machine that is too busy.
+    """
     pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements-grid.txt")
-    code = "import ray; ray.init(num_cpus=1, include_dashboard=False); ray.shutdown()"
-    try:
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=150)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"Ray does not start on this machine: {error}")
-
-
-def test_ray_interrupted_and_killed_ends_as_by_hand(ray_starts, start, tmp_path):
-    """Ctrl-C and the same command again, then Ray's worker killed by SIGKILL: the same metrics."""
-    output, steps = tmp_path / "grid", 5000
-    scripts = ("sac_baseline.py", "vlm_rm_baseline.py")
-    folders = [output / Path(script).stem / "reach-v3/0" for script in scripts]
-    words = command(output, steps=steps, scripts=scripts)
+    output, steps = tmp_path / "grid", 3000
+    folders = [output / f"sac_baseline/reach-v3/{seed}" for seed in range(2)]
+    words = command(output, steps=steps, seeds=2)
 
     def steps_of(folder: Path) -> int:
         return run_folder.read_progress(folder).steps
 
     first = start(words)
-    wait_until(lambda: any(steps_of(folder) >= 800 for folder in folders), first)
+    try:
+        wait_until(lambda: any(steps_of(folder) >= 800 for folder in folders), first)
+    except AssertionError as error:
+        if "Ray does not start" in str(error):
+            pytest.skip("Ray does not start on this machine")
+        raise
     os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to all of the group
     assert "stopping: running cells are saved first" in first.communicate()[0]
     assert first.returncode == 130
@@ -403,8 +403,8 @@ def test_ray_interrupted_and_killed_ends_as_by_hand(ray_starts, start, tmp_path)
     printed = second.communicate()[0]
     assert second.returncode == 0 and printed.endswith("2 finished\n"), printed
     assert "resumed at" in (folders[victim] / cells.LOG).read_text()
-    for script, folder in zip(scripts, folders, strict=True):
-        assert rows(folder) == by_hand(tmp_path / script, script, steps)
+    for seed, folder in enumerate(folders):
+        assert rows(folder) == by_hand(tmp_path / str(seed), steps, seed)
 
     before = [(folder / "metrics.csv").stat().st_mtime_ns for folder in folders]
     third = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, timeout=180)
@@ -505,4 +505,4 @@ def test_slurm_requeues_at_the_time_limit_and_ends_as_by_hand(slurm, start, tmp_
     assert process.returncode == 0 and printed.endswith("1 finished\n"), printed
     assert list(json.loads((output / "slurm/jobs.json").read_text())) == [job]
     assert "resumed at" in (folder / cells.LOG).read_text()
-    assert rows(folder) == by_hand(tmp_path / "hand", "sac_baseline.py", steps)
+    assert rows(folder) == by_hand(tmp_path / "hand", steps)

@@ -14,6 +14,7 @@ from scipy.stats import binom
 
 from common.envs.metaworld_tasks import MT10
 from common.errors import UserError
+from common.names import folder_name
 from tools import wandb_report
 from tools.results import __main__ as results
 from tools.results import curves, page, runs, statistics
@@ -55,8 +56,12 @@ def write_run(folder: Path, task: str, seed: int, at_end, *, steps: int | None =
     (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
 
 
-def run_tool(*sources, **options):
-    return results.main(results.Args(runs=tuple(map(str, sources)), **options))
+def run_tool(*sources, draw: bool = False, **options):
+    """`draw`: the page has its figures, which take most of its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not draw:
+            patch.setattr(page, "plot_curves", lambda results, by_time: None)
+        return results.main(results.Args(runs=tuple(map(str, sources)), **options))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -161,6 +166,7 @@ def test_the_papers_column_is_found_by_method_and_goal():
         0] == "Table 1"
     assert find_column("furl-pixels", "random") is None
     assert find_column("furl", "random-hidden") is None
+    assert find_column(folder_name("FuRL w/o goal-image"), "fixed")[1].average == 70.0
 
 
 def test_methods_of_one_label_are_told_apart():
@@ -207,7 +213,7 @@ def test_from_run_folders_to_a_table_and_back(tmp_path, capsys):
     write_run(tmp_path / "sac", "reach-v3", 0, [0, 0, 0, 1], script="sac_baseline")
     output = tmp_path / "results/mine"
     run_tool(tmp_path / "runs", output=output, label="FuRL")
-    run_tool(tmp_path / "sac", output=output, label="SAC")
+    run_tool(tmp_path / "sac", output=output, label="SAC", draw=True)
     assert "| reach-v3 | 100 (21 to 100) | 60 | 50 (9 to 91) | 100 |" in capsys.readouterr().out
     assert (output / "furl/reach-v3.csv").read_text().splitlines()[:6] == [
         "seed,env_steps,success_once,success_at_end", "0,100,1,0", "0,200,1,0", "0,300,1,1",
@@ -230,7 +236,7 @@ def test_from_run_folders_to_a_table_and_back(tmp_path, capsys):
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     assert {path.name for path in before} >= {
         "README.md", "curves.png", "curves.svg", "wall_clock.png", "wall_clock.svg"}
-    run_tool(output)
+    run_tool(output, draw=True)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
@@ -240,6 +246,23 @@ def test_a_run_that_was_continued_further(tmp_path):
     [run] = run_tool(tmp_path / "a", output=tmp_path / "out", label="FuRL")
     assert run.budget == 200
     assert json.loads((tmp_path / "out/furl/reach-v3.json").read_text())["budget"] == 200
+
+
+def test_a_continued_run_takes_the_place_of_its_first_part(tmp_path):
+    """Continuing it has added a command; a run with another id is another run."""
+    write_run(tmp_path / "a", "reach-v3", 0, [0, 1])
+    run_tool(tmp_path / "a", output=tmp_path / "out", label="FuRL")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    config["command"] += " && furl_sac_state.py --resume a --total-timesteps 300"
+    config["args"]["total_timesteps"] = 300
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    with open(tmp_path / "a/metrics.csv", "a") as file:
+        file.write("300,eval/success_once,1\n300,eval/success_at_end,1\n")
+    [run] = run_tool(tmp_path / "a", output=tmp_path / "out", label="FuRL")
+    assert run.budget == 300
+    (tmp_path / "a/config.json").write_text(json.dumps(config | {"run_id": "another"}))
+    with pytest.raises(UserError, match="is another run of FuRL"):
+        run_tool(tmp_path / "a", output=tmp_path / "out", label="FuRL")
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -271,7 +294,8 @@ def test_a_grid_gives_names_and_where_to_write(tmp_path, monkeypatch, capsys):
         write_run(tmp_path / f"grid/furl-random/push-v3/{seed}", "push-v3", seed, [0, 0.4],
                   goal="random")
     (tmp_path / "grid/grid.json").write_text(json.dumps({
-        "name": "table2", "preset": "laptop", "tasks": ["push-v3"], "seeds": [0, 1, 2],
+        "name": "table2", "preset": "laptop",
+        "runs": [f"furl-random/push-v3/{seed}" for seed in range(3)],
         "methods": {"furl-random": {"script": "furl_sac_state.py", "flags": "", "label": "FuRL"}},
         "total_timesteps": 200}))
     runs = run_tool("grid")
@@ -280,7 +304,7 @@ def test_a_grid_gives_names_and_where_to_write(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "results").exists(), "published tables are there, of other runs"
     text = (tmp_path / "grid/results/README.md").read_text()
     assert text.startswith("# table2, preset laptop\n") and "| 40 (40 to 40) ± 0 | 6 ± 8 |" in text
-    assert "no run yet in 1 of 3 cells" in capsys.readouterr().err
+    assert "grid: 1 of 3 runs have not begun" in capsys.readouterr().err
 
 
 def test_methods_are_named_by_the_flags_in_which_they_differ(tmp_path):
@@ -384,7 +408,7 @@ def test_labels_that_differ_stay_two_methods(tmp_path):
         write_run(tmp_path / str(number), "push-v3", 0, [0, 1], rho=0.1 * number)
         run_tool(tmp_path / str(number), output=out, label=label)
     assert {run.label for run in run_tool(out)} == set(labels)
-    again = run_tool(tmp_path / "1", output=out, label=labels[1])
+    again = run_tool(tmp_path / "1", output=out, label=labels[1], draw=True)
     assert len(again) == len(labels), "the same label has the same folder"
     assert len(list(out.glob("*/push-v3.csv"))) == len(labels)
     table = (out / "README.md").read_text().split("## ")[1]
@@ -415,7 +439,7 @@ def test_of_an_environment_without_success_the_return_counts(tmp_path, capsys):
         write_returns(tmp_path / "runs" / str(seed), "Pendulum-v1", seed, returns)
         write_returns(tmp_path / "runs" / f"own{seed}", "mine:A/Own-v0", seed, [1, 2, 3, 4])
         write_returns(tmp_path / "runs" / f"push{seed}", "push-v3", seed, [0, 0, 0, 0])
-    run_tool(tmp_path / "runs", output=tmp_path / "out", label="SAC")
+    run_tool(tmp_path / "runs", output=tmp_path / "out", label="SAC", draw=True)
     for _ in range(2):
         text = capsys.readouterr().out
         section = text[text.index("## Return"):].split("##")[1]
@@ -595,13 +619,17 @@ def test_runs_of_wandb_are_read_as_folders_are(tmp_path, monkeypatch, capsys):
         config={"exp_name": config["script"], **config["args"], "facts": facts},
         name="a", id="1", scan_history=scan_history)
     others = types.SimpleNamespace(config={"lr": 1}, name="another's", id="2")
-    api = types.SimpleNamespace(runs=lambda path: {"us/furl": [ours, others]}[path])
+    broken = types.SimpleNamespace(
+        config={"exp_name": "mine", "env_id": "push-v3"}, name="broken", id="3",
+        scan_history=scan_history)
+    api = types.SimpleNamespace(runs=lambda path: {"us/furl": [ours, others, broken]}[path])
     monkeypatch.setattr("wandb.Api", lambda: api)
     [found], _ = runs.find_runs("wandb:us/furl", None)
     folder = make_run(config, rows, None, "a")
     assert found.success_at_end.tolist() == [0, 1] and found.seconds.tolist() == [2, 4]
     assert (found.args, found.about, found.budget) == (folder.args, folder.about, folder.budget)
-    assert "another's: not one of these scripts' runs" in capsys.readouterr().err
+    notes = capsys.readouterr().err
+    assert "another's: not one of these scripts' runs" in notes and "left out: broken" in notes
     with pytest.raises(UserError, match=r"wandb:us/none: W&B's runs cannot be read"):
         runs.find_runs("wandb:us/none", None)
 

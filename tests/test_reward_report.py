@@ -242,14 +242,24 @@ def test_a_report_of_two_prompts_and_two_runs(runs, tmp_path, capsys):
         report.main(args)
 
 
-def test_the_same_report_with_any_number_of_workers(tmp_path):
-    """A fixed goal: the expert's actions get noise, so that its episodes differ."""
-    one, two = (report.main(report.Args(**SMALL, goal="fixed", seed=1, workers=n,
-                                        output=tmp_path / str(n))) for n in (1, 2))
-    for results in (one, two):
+def test_the_same_report_with_any_number_of_workers(tmp_path, monkeypatch):
+    """A fixed goal: the expert's actions get noise, so that its episodes differ.
+
+    While the second one is made another takes its folder: neither is lost.
+    """
+    def make(workers: int, output: Path):
+        results = report.main(report.Args(**SMALL, goal="fixed", seed=1, workers=workers,
+                                          output=output))
         results.pop("args")
+        return results
+
+    one, collect = make(1, tmp_path / "1"), report.collect
+    monkeypatch.setattr(report, "collect", lambda *args: (
+        (tmp_path / "2").mkdir(), collect(*args))[1])
+    two = make(2, tmp_path / "2")
     assert one["rewards"] == two["rewards"] and one == two
-    assert (tmp_path / "1/curves.png").read_bytes() == (tmp_path / "2/curves.png").read_bytes()
+    assert (tmp_path / "1/curves.png").read_bytes() == (tmp_path / "2-2/curves.png").read_bytes()
+    assert not list((tmp_path / "2").iterdir())
 
 
 def test_paths_are_those_of_the_end_effector(runs):

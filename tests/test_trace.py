@@ -49,13 +49,17 @@ def test_the_summary_by_hand():
     assert "environments step or draw 4.0 ms of it, 75% of that while updates run" in text
 
 
-@pytest.mark.parametrize("flags", [[], ["--engine", "envpool", "--goal", "random"]])
-def test_a_real_run(tmp_path, flags):
+@pytest.mark.parametrize(("script", "flags", "expected"), [
+    ("sac_baseline.py", [], {"physics"}),
+    ("sac_baseline.py", ["--engine", "envpool", "--goal", "random"], set()),  # threads of its own
+    ("vlm_rm_baseline.py", ["--env-id", "MountainCarAbsorbing-v0"], {"physics", "draw", "embed"}),
+])
+def test_a_real_run(tmp_path, script, flags, expected):
     output = tmp_path / "sac.json.gz"
     result = subprocess.run(
-        [sys.executable, "-m", "tools.trace", "sac_baseline.py", "--output", str(output),
-         "--iterations", "3", "--first", "400", "--", "--num-envs", "2", "--batch-size", "8",
-         "--hidden-features", "8", "8", *flags],
+        [sys.executable, "-m", "tools.trace", script, "--output", str(output), "--iterations", "3",
+         "--first", "400", "--", "--num-envs", "2", "--batch-size", "8", "--hidden-features", "8",
+         "8", *flags],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )
     assert result.returncode == 0, result.stderr
@@ -66,5 +70,5 @@ def test_a_real_run(tmp_path, flags):
     names = [event["name"] for event in events if event["ph"] == "X"]
     assert {"main thread", "updates"} <= rows
     assert names.count("send actions") == names.count("dispatch updates") == 3
-    assert ("physics" in names) == (not flags), "EnvPool steps in threads of its own"
+    assert {"physics", "draw", "embed"} & set(names) == expected
     assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in events if event["ph"] == "X")

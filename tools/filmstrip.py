@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from common.cli import run_script
 from common.envs.registry import suite_for
 from common.errors import UserError
-from common.evaluate import EVAL_SEED_OFFSET, all_same
+from common.evaluate import EVAL_SEED_OFFSET
 from common.run_folder import kept_policies
 from common.vlms.interface import centre_view
 from tools.evaluate.trained import Trained, open_run
@@ -37,7 +37,7 @@ class Args:
 def last_frame(trained: Trained) -> tuple[np.ndarray, bool]:
     """The last frame of an evaluation episode, uint8 [SIZE, SIZE, 3], and whether it succeeds."""
     env_id, goal = trained.args.env_id, getattr(trained.args, "goal", "fixed")
-    seed = trained.args.seed + (0 if all_same(env_id, goal) else EVAL_SEED_OFFSET)
+    seed = trained.args.seed + (0 if suite_for(env_id).all_same(goal) else EVAL_SEED_OFFSET)
     where = {"env_id": env_id, "goal": goal, "seed": seed}
     with closing(trained.evaluator(num_episodes=1, **where)) as evaluator:
         evaluator(trained.policy)

@@ -13,8 +13,10 @@ import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import MinLen
 
 from common.cli import run_script
 from common.envs import vlm_rm_tasks
@@ -30,7 +32,7 @@ from tools.shared.plots import plt
 
 @dataclass(frozen=True)
 class Args:
-    env_id: tuple[str, ...] = ("CartPole-v1",)
+    env_id: Annotated[tuple[str, ...], MinLen(1)] = ("CartPole-v1",)
     """environments, a panel each"""
     vlm: str = "toy"
     """toy, clip, or an open_clip pair such as ViT-B-32/openai"""

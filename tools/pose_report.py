@@ -15,8 +15,10 @@ import itertools
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import MinLen
 from PIL import Image
 
 from common.cli import run_script
@@ -43,9 +45,9 @@ NOISE = 12.0  # largest standard deviation of a joint's angle in a state, degree
 class Args:
     pose: str = "Kneeling"
     """the goal: one of Table 1's, see common/envs/humanoid.py"""
-    look: tuple[humanoid.Look, ...] = ("camera",)
+    look: Annotated[tuple[humanoid.Look, ...], MinLen(1)] = ("camera",)
     """original, textured, camera: the pictures of Figure 3"""
-    vlm: tuple[str, ...] = ("ViT-B-32/openai",)
+    vlm: Annotated[tuple[str, ...], MinLen(1)] = ("ViT-B-32/openai",)
     """clip, liv, or open_clip pairs; the paper's largest is ViT-bigG-14/laion2b_s39b_b160k"""
     vlm_weights: str | None = None
     """local weights file, if there is one VLM"""

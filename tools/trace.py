@@ -30,8 +30,10 @@ import tyro
 from common import replay
 from common.cli import parse_args, run_script
 from common.cores import num_cores
-from common.envs import metaworld_suite, rendering, workers
+from common.envs import gymnasium_suite, metaworld_suite, workers
+from common.envs.suite import Suite
 from common.errors import UserError
+from common.flags import NotNegativeInt, PositiveInt, check_ranges
 from tools.evaluate.trained import load_script
 
 FOLDER = "FURL_TRACE_FOLDER"  # where workers write their events
@@ -44,9 +46,9 @@ class Args:
     """file of the script whose iterations are traced"""
     output: Path = Path("trace.json.gz")
     """file to write"""
-    iterations: int = 20
+    iterations: PositiveInt = 20
     """last iterations of the run that are kept"""
-    first: int = 4000
+    first: NotNegativeInt = 4000
     """environment steps before them; 4,000: with eight environments whole episodes have ended, and
     so there are projection heads to train"""
     xla: Path | None = None
@@ -81,14 +83,24 @@ class Recorder:
 
 def work(socket_fd: int, memory_fd: int) -> None:
     """An environment worker that keeps its events; see `common.envs.workers`."""
-    recorder, pid = Recorder(), os.getpid()
-    recorder.wrap(rendering.Renderer, "render", "draw", pid)
-    suite, serve = metaworld_suite.SUITE, workers._work
+    recorder, pid, serve = Recorder(), os.getpid(), workers._work
 
-    def make_traced_env(*args, **kwargs):
-        env = suite.make_env(*args, **kwargs)
-        recorder.wrap(env, "step", "physics", pid)
-        return env
+    def traced(suite: Suite) -> Suite:
+        def make_env(*args, **kwargs):
+            env = suite.make_env(*args, **kwargs)
+            recorder.wrap(env, "step", "physics", pid)
+            return env
+
+        def make_draw(*args):
+            draw = suite.make_draw(*args)
+
+            def traced_draw(*args, **kwargs):
+                with recorder.span(pid, "draw"):
+                    return draw(*args, **kwargs)
+
+            return traced_draw
+
+        return replace(suite, make_env=make_env, make_draw=make_draw)
 
     def serve_and_write(*args) -> None:
         try:
@@ -97,7 +109,8 @@ def work(socket_fd: int, memory_fd: int) -> None:
             path = Path(os.environ[FOLDER]) / f"{pid}.json"
             path.write_text(json.dumps(recorder.events))
 
-    metaworld_suite.SUITE = replace(suite, make_env=make_traced_env)
+    for module in (gymnasium_suite, metaworld_suite):
+        module.SUITE = traced(module.SUITE)
     workers._work = serve_and_write
     workers._main(socket_fd, memory_fd)
 
@@ -201,6 +214,7 @@ def chrome_trace(events: list, start: int) -> dict[str, Any]:
 
 def main(args: Args, flags: list[str]) -> None:
     """Run the script with `flags` on top of the defaults here, and write its trace."""
+    check_ranges(args)
     try:
         script = load_script(args.script)
     except Exception as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import run_script
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.flags import PositiveInt, check_ranges
 from tools.results.page import make_tables
 from tools.results.runs import check_runs, find_runs, name_methods
@@ -88,9 +88,8 @@ def main(args: Args) -> None:
         report = make_report(args, args.entity or wandb.Api().default_entity, results)
         report.save()
     except Exception as error:  # the network's, the login's and the server's have no common class
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"W&B did not take the report ({reason}); log in with 'wandb login', or "
-                        "see it with --dry-run") from None
+        raise UserError(f"W&B did not take the report ({first_line(error)}); log in with 'wandb "
+                        "login', or see it with --dry-run") from None
     print(report.url)
 
 

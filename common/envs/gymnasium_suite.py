@@ -22,7 +22,7 @@ from common.envs.rendering import Camera, prepare_gl
 from common.envs.suite import Suite
 from common.envs.vlm_rm_tasks import task_for
 from common.envs.workers import VecEnv
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.flags import Goal, flag_of, note
 from common.system import GL
 
@@ -51,7 +51,7 @@ def resolve_env_id(name: str) -> str:
         raise UserError(f"unknown environment {name!r}; {error}") from None
     except gymnasium.error.Error as error:
         closest = difflib.get_close_matches(name, gymnasium.registry, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(closest)}?" if closest else str(error).splitlines()[0]
+        hint = f"did you mean {', '.join(closest)}?" if closest else first_line(error)
         raise UserError(f"unknown environment {name!r}; {hint}") from None
     return name
 
@@ -186,7 +186,7 @@ def _build(env_id: str, frame_size: int) -> gymnasium.Env:
                 raise
             env = gymnasium.make(env_id, **options)
     except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise UserError(f"{env_id} cannot be made here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{env_id} cannot be made here: {first_line(error)}") from error
     env = _with_actions(contract.Checked(env, env_id), env_id)
     return gymnasium.wrappers.TimeLimit(env, max_episode_steps(env_id))
 

@@ -20,7 +20,7 @@ import mujoco
 import numpy as np
 
 from common.cache import cached_arrays
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.system import GL, GL_REMEDY
 
 QUALITIES = ("fast", "paper")
@@ -59,9 +59,8 @@ def _gl_context():
         context = mujoco.GLContext(64, 64)
         context.make_current()
     except Exception as error:  # PyOpenGL and MuJoCo raise a dozen kinds when a library is missing
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"headless drawing ({GL.upper()}) does not work here ({reason[0]}): {GL_REMEDY}"
+            f"headless drawing ({GL.upper()}) does not work here ({first_line(error)}): {GL_REMEDY}"
         ) from error
     return context
 

@@ -41,6 +41,10 @@ class Suite:
     # None, or a first observation, where the state of an episode is unknown and a new one begins.
     set_env_state: Callable[[Any, dict[str, Any]], np.ndarray | None]
 
+    def all_same(self, goal: str) -> bool:
+        """Whether all episodes of one policy's mean action are the same, so that one tells all."""
+        return goal == "fixed" and not self.starts_differ
+
     def check_camera(self, camera_id: int) -> None:
         """Raises:
             UserError: the suite has no such camera.

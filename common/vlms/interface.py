@@ -3,7 +3,7 @@
 Embeddings are returned as the model gives them, not normalised: Eq. 5's distance is measured in
 that space. Prompt embeddings are computed once and cached on disk.
 
-torch and open_clip are imported when a model is loaded, not with these modules: they cost seconds
+torch and open_clip are imported when a model is loaded, not with `common.vlms`: they cost seconds
 that `--help` and a misspelt argument need not wait for.
 """
 
@@ -108,7 +108,7 @@ class VLM:
         embedding = cached_arrays("prompts", key, compute)["embedding"]
         if not np.isfinite(embedding).all() or not embedding.any():
             raise UserError(f"{self.name} has no embedding of {prompt!r} that is finite and not "
-                            "zero: its weights are damaged")
+                            "zero: its weights are damaged, or it knows none of its words")
         return embedding
 
 

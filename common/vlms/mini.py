@@ -39,6 +39,7 @@ class Mini(nn.Module):
         token_weights: [len(vocabulary)] float32, rarer pieces count more.
     """
 
+    name = "mini"
     weights = WEIGHTS
     preprocessing = f"{FRAME_SIZE}px-crop{CROP_SIZE}"  # of pictures; a part of the VLM's id
     view = View(FRAME_SIZE, Square(CROP_TOP, CROP_LEFT, CROP_SIZE))
@@ -121,7 +122,7 @@ class MiniVLM(VLM):
         kind: type[Mini] = Mini,
     ):
         super().__init__(device)
-        self.name = kind.__name__.lower()
+        self.name = kind.name
         model = load_mini(weights, kind) if pretrained else init_mini(seed, kind)
         digest = state_digest(model)
         self._model = model.to(device)
@@ -200,7 +201,7 @@ def load_mini(path: Path | None = None, kind: type[Mini] = Mini) -> Mini:
         UserError: there is no such file, it is damaged, or it holds something else.
     """
     path = kind.weights if path is None else Path(path)
-    vocabulary, tensors = _read(path)
+    vocabulary, tensors = _read(path, kind.name)
     n = len(vocabulary)
     model = kind(vocabulary, torch.empty(n, TOKEN_DIM, dtype=torch.int8), torch.empty(TOKEN_DIM),
                  torch.empty(n))
@@ -208,23 +209,23 @@ def load_mini(path: Path | None = None, kind: type[Mini] = Mini) -> Mini:
         model.load_state_dict(tensors)
     except RuntimeError as error:  # its first line says only that there are errors
         problem = str(error).splitlines()[1].strip()
-        raise UserError(f"{path} does not hold mini's weights: {problem}") from None
+        raise UserError(f"{path} does not hold {kind.name}'s weights: {problem}") from None
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{path} does not hold mini's weights: {name} is not finite")
+            raise UserError(f"{path} does not hold {kind.name}'s weights: {name} is not finite")
     return model.eval().requires_grad_(False)
 
 
 def init_mini(seed: int, kind: type[Mini] = Mini) -> Mini:
     """The same network and token vectors with untrained weights drawn from `seed`."""
-    vocabulary, tensors = _read(kind.weights)
+    vocabulary, tensors = _read(kind.weights, kind.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(vocabulary, *(tensors[f"token_{k}"] for k in ("vectors", "scale", "weights")))
     return model.eval().requires_grad_(False)
 
 
-def _read(path: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
+def _read(path: Path, name: str) -> tuple[list[str], dict[str, torch.Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -234,6 +235,6 @@ def _read(path: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
                 raise ValueError("no list of words")
             return vocabulary, {k: file.get_tensor(k) for k in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read mini's weights {path}: {error}") from None
+        raise UserError(f"cannot read {name}'s weights {path}: {error}") from None
     except (KeyError, ValueError):
-        raise UserError(f"{path} is a safetensors file, but not of mini") from None
+        raise UserError(f"{path} is a safetensors file, but not of {name}") from None

@@ -1,7 +1,5 @@
 """LIV, CLIP and every other model of open_clip, with weights from the hub or a local file."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import logging
@@ -10,15 +8,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from common.errors import UserError
 from common.system import cpu_description
 from common.vlms.interface import VLM, state_digest
 from common.vlms.toy import EMBEDDED
-
-if TYPE_CHECKING:
-    import torch
 
 LIV_HUB = "jasonyma/LIV/model.pt"
 LIV_PREFIX = "module.model."  # DataParallel, then LIV's own module, then CLIP
@@ -48,7 +45,6 @@ class OpenClipVLM(VLM):
         self, name: str, model: torch.nn.Module, tokenize: Any, preprocess: dict[str, Any],
         device: torch.device, exact: bool = False,
     ):
-        import torch
         from open_clip.modified_resnet import ModifiedResNet
 
         super().__init__(device)
@@ -93,8 +89,6 @@ class OpenClipVLM(VLM):
         return transforms.normalize(images.float() / 255, self._mean, self._std)
 
     def _encode_images(self, frames: torch.Tensor) -> torch.Tensor:
-        import torch
-
         images = self.preprocess(frames).contiguous(memory_format=torch.channels_last)
         if self._precision is None:
             # Not in TF32 either, which has float16's ten bits.
@@ -111,8 +105,6 @@ def load_open_clip(
     name: str, weights: Path | None, pretrained: bool, device: torch.device, seed: int
 ) -> OpenClipVLM:
     """`load_vlm` for LIV and the models of open_clip; raises as it does."""
-    import torch
-
     architecture, config = _look_up(name, tag_needed=pretrained and weights is None)
     state = None
     if pretrained:  # first, because it is what fails
@@ -151,7 +143,7 @@ def _look_up(name: str, tag_needed: bool) -> tuple[str, dict[str, Any]]:
         UserError: names what is allowed.
     """
     if name == "liv":
-        return LIV_ARCHITECTURE, {"hf_hub": LIV_HUB}
+        return LIV_ARCHITECTURE, {"hf_hub": LIV_HUB, "interpolation": "bilinear"}  # as its authors
     import open_clip
 
     architecture, _, tag = ALIASES.get(name, name).partition("/")
@@ -247,8 +239,6 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the file is damaged, holds no state dict, or would execute code.
     """
-    import torch
-
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -21,6 +21,7 @@ KEYPOINTS = 32
 class Toy(Mini):
     """The image and the text encoder."""
 
+    name = "toy"
     weights = Path(__file__).with_name("toy.safetensors")
     preprocessing = f"{FRAME_SIZE}px"
     view = centre_view(FRAME_SIZE, 0)
@@ -52,7 +53,9 @@ class Toy(Mini):
 class Poses(Toy):
     """The same for the humanoid."""
 
+    name = "poses"
     weights = Path(__file__).with_name("poses.safetensors")
 
 
-EMBEDDED: dict[str, type[Mini]] = {"mini": Mini, "toy": Toy, "poses": Poses}  # what ships here
+# What ships here.
+EMBEDDED: dict[str, type[Mini]] = {kind.name: kind for kind in (Mini, Toy, Poses)}

@@ -26,7 +26,7 @@ from common.cli import run_script
 from common.envs.registry import suite_for
 from common.envs.workers import WorkerError
 from common.errors import UserError
-from common.evaluate import EVAL_SEED_OFFSET, all_same
+from common.evaluate import EVAL_SEED_OFFSET
 from common.flags import Goal, NotNegativeInt, PositiveInt, check_ranges
 from common.names import file_name
 from common.policies import scores
@@ -166,7 +166,7 @@ def evaluate(trained: Trained, args: Args) -> dict[str, Any]:
     env_id = suite.evaluated_on(suite.resolve_env_id(args.env_id or trained.args.env_id))
     own_goal = getattr(trained.args, "goal", "fixed")
     goal = args.goal or own_goal
-    same = all_same(env_id, goal)
+    same = suite_for(env_id).all_same(goal)
     # Training takes the run's seed, its own evaluations that plus the offset.
     seed = trained.args.seed + (0 if same else 2 * EVAL_SEED_OFFSET)
     seed = seed if args.seed is None else args.seed
@@ -201,7 +201,7 @@ def evaluate(trained: Trained, args: Args) -> dict[str, Any]:
     print(table(figures, lengths=suite.lengths_differ))
     results = {
         **where, **figures, "notes": notes, "env_steps": trained.env_steps,
-        "steps_per_return": trained.evaluation["action_repeat"], "evaluation": {
+        "action_repeat": trained.evaluation["action_repeat"], "evaluation": {
             **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()},
             "commit": git_commit(), "versions": versions(),
         },

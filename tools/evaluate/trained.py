@@ -93,8 +93,8 @@ class Trained:
 
     def view_of(self, vlm: VLM) -> View:
         """What the run's VLM, which is `vlm`, was shown of the scene."""
-        view = self.config["view"]
-        if "square" not in view:  # of an older run, whose VLM saw the same as one of today
+        view = self.config.get("view") or {}
+        if "square" not in view:  # as of older runs, whose VLM saw the same as one of today
             return view_for(vlm, suite_for(self.args.env_id))
         return View(view["size"], Square(*view["square"]))
 

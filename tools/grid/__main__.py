@@ -35,7 +35,7 @@ from common.logger import format_duration, show
 from common.names import LONGEST, distinct_name, folder_name
 from common.run_folder import Progress, is_finished, is_in_use, read_progress, saved_steps
 from tools import ROOT
-from tools.grid.cells import Cell, Deaths, Outcome
+from tools.grid.cells import Cell, Deaths, Outcome, planned_runs
 from tools.grid.engines import RayEngine, SlurmEngine, share_of
 from tools.grid.paper_tables import METHODS, PRESETS, TABLES, Method
 from tools.shared.folders import writable_folder, written_whole
@@ -184,8 +184,6 @@ def plan(args: Args, extra: list[str]) -> tuple[Path, dict[str, Any], list[Cell]
         "name": grid_name if len(grid_name) <= LONGEST else folder_name(grid_name),
         "preset": preset_name,
         "methods": methods,
-        "tasks": list(dict.fromkeys(task for _, tasks in chosen.values() for task in tasks)),
-        "seeds": list(range(args.seeds)),
         "total_timesteps": int(budget) if budget else None,
     }
     output = args.output or Path("runs/grids") / grid["name"]
@@ -193,10 +191,11 @@ def plan(args: Args, extra: list[str]) -> tuple[Path, dict[str, Any], list[Cell]
         Cell(f"{name}/{task}/{seed}", str(script),
              ("--env-id", task, "--seed", str(seed), *words),
              output.resolve() / name / task / str(seed))
-        for seed in grid["seeds"] for task in grid["tasks"]
+        for seed in range(args.seeds)
+        for task in dict.fromkeys(task for _, tasks in chosen.values() for task in tasks)
         for name, (script, words) in commands.items() if task in chosen[name][1]
     ]
-    return output, grid, cells
+    return output, grid | {"runs": [cell.name for cell in cells]}, cells
 
 
 def write_grid(output: Path, grid: dict[str, Any]) -> None:
@@ -210,6 +209,7 @@ def write_grid(output: Path, grid: dict[str, Any]) -> None:
     if path.exists():
         try:
             before = json.loads(path.read_text())
+            before["runs"] = planned_runs(before)
             before = {key: before[key] for key in grid}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error!r}): choose another --output"
@@ -222,9 +222,8 @@ def write_grid(output: Path, grid: dict[str, Any]) -> None:
             if before["methods"][name] != grid["methods"][name]:
                 raise UserError(f"{output} holds runs of {name} with other flags "
                                 f"({before['methods'][name]['flags']}): choose another --output")
-        for key in ("tasks", "seeds"):
-            grid = grid | {key: list(dict.fromkeys([*before[key], *grid[key]]))}
-        grid = grid | {"methods": before["methods"] | grid["methods"]}
+        grid = grid | {"methods": before["methods"] | grid["methods"],
+                       "runs": list(dict.fromkeys([*before["runs"], *grid["runs"]]))}
     with written_whole(output, keep=True) as new:
         (new / "grid.json").write_text(json.dumps(grid, indent=1) + "\n")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cores import OVERRIDE, num_cores
-from common.errors import UserError
+from common.errors import UserError, first_line
 from tools import ROOT
 from tools.grid.cells import Cell, Job, Outcome
 from tools.shared.folders import written_whole
@@ -92,8 +92,7 @@ class RayEngine:
             except Exception as error:  # Ray's have no common class
                 ray.shutdown()
                 if not tries_left:
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    raise UserError(f"Ray does not start: {reason}") from None
+                    raise UserError(f"Ray does not start: {first_line(error)}") from None
         total = ray.cluster_resources()
         self.share = share_of(args, total.get("CPU", 0), total.get("GPU", 0))
         wanted = {"CPU": self.share.cores, "GPU": self.share.gpus, "memory": self.share.memory}
@@ -131,7 +130,8 @@ class RayEngine:
             except self.ray.exceptions.TaskCancelledError:
                 outcome = Outcome("stopped")
             except self.ray.exceptions.RayError as error:
-                outcome = Outcome("died", str(error).strip().splitlines()[-1])
+                outcome = Outcome("died", (str(error).strip().splitlines() or [
+                    type(error).__name__])[-1])
             ended.append((cell, outcome))
         return ended
 
@@ -215,9 +215,8 @@ class SlurmEngine:
                 jobs = [self.executor.submit(Job(group, self.share.variables, os.getcwd(),
                                                  self.args.retries)) for group in groups]
         except FailedJobError as error:
-            reason = next(iter(str(error).strip().splitlines()), "sbatch failed")
             raise UserError("SLURM refused the jobs: "
-                            + reason.removeprefix("sbatch: error: ")) from None
+                            + first_line(error).removeprefix("sbatch: error: ")) from None
         new = {job.job_id: (job, group) for job, group in zip(jobs, groups, strict=True)}
         self.jobs |= new
         names = {id: [cell.name for cell in group] for id, (_, group) in new.items()}

@@ -1,4 +1,5 @@
-"""What `toy` is told about the pictures of VLM-RM's environments, and what it is tested with.
+"""What `toy` and `poses` are told about the pictures of VLM-RM's environments, and what they are
+tested with.
 
 No training sentence is a prompt or baseline of the VLM-RM paper's Table 3, one of the paraphrases,
 or a near copy of one (tests/test_toy.py compares their content words).
@@ -16,7 +17,7 @@ class Meaning(NamedTuple):
     """Sentences that describe the same states.
 
     Attributes:
-        scene: what is to be seen; None: nothing that `toy` knows.
+        scene: what is to be seen; None: nothing that they know.
         quantity: the state that counts: angle (degrees, to the right), cart or position (the
             environment's), height (of the torso, metres), or a pose's name (how far from it, see
             `pretrain_toy.distances_to_poses`); None: the sentences describe every picture of the

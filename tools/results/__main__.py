@@ -102,6 +102,12 @@ def kept_runs(output: Path, budget: int | None) -> tuple[list[Run], dict[str, st
     return kept, about
 
 
+def identity(run: Run) -> tuple:
+    """What stays as it is when a run is continued, which may add a command."""
+    about = run.about
+    return about.get("run_id"), about.get("commit"), str(about.get("command")).split(" && ")[0]
+
+
 def merge(kept: list[Run], given: list[Run]) -> list[Run]:
     """`kept` and `given`, each method in a folder that no other label has; a run that is in both is
     taken as given.
@@ -116,8 +122,7 @@ def merge(kept: list[Run], given: list[Run]) -> list[Run]:
         method = distinct_name(run.method, run.label, owners)
         run = dataclasses.replace(run, method=method)
         old = runs.pop((method, run.task, run.seed), None)
-        if old and any(old.about.get(key) != run.about.get(key)
-                       for key in ("run_id", "commit", "command")):
+        if old and identity(old) != identity(run):
             raise UserError(f"{old.place} is another run of {run.label} than {run.place}: choose "
                             "another --output or --label")
         added.append(run)

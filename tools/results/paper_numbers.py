@@ -9,6 +9,7 @@ rows are `common.envs.metaworld_tasks.MT10`.
 from dataclasses import dataclass
 
 from common.flags import Goal
+from common.names import folder_name
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ ORDER = [method for table in TABLES for method in table.columns]  # in which met
 def find_column(method: str, goal: str) -> tuple[str, Column] | None:
     """The table's name and the paper's column for a method with that `--goal`, if there is one.
 
-    `method`: its name in a grid, or its label in lower case.
+    `method`: its name in a grid, or its label as the name of a folder.
     """
     for table in TABLES:
         for name, column in table.columns.items():
-            if table.goal == goal and method in (name, column.label.lower()):
+            if table.goal == goal and method in (name, folder_name(column.label)):
                 return table.name, column
     return None

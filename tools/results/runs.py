@@ -1,7 +1,6 @@
 """Finished runs for `tools.results`: read from where they are, checked, written as CSV and JSON."""
 
 import dataclasses
-import itertools
 import json
 import re
 import sys
@@ -14,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from common.envs.metaworld_tasks import ENV_IDS
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.flags import MAY_CHANGE, flag_of
 from common.names import file_name, folder_name
 from common.run_folder import CONFIG, METRICS, read_config, read_metrics
+from tools.grid.cells import planned_runs
 
 HEADER = "seed,env_steps,success_once,success_at_end"
 EVALUATION = ("eval/success_once", "eval/success_at_end")
@@ -175,16 +175,15 @@ def read_runs(folders: list[Path], label: str | None, method: str | None = None)
 
 
 def read_grid(folder: Path, grid: dict[str, Any]) -> list[Run]:
-    """The cells of a grid that have begun; `<method>/<task>/<seed>` are their run folders."""
-    runs, missing = [], 0
-    for method, task, seed in itertools.product(grid["methods"], grid["tasks"], grid["seeds"]):
-        cell = folder / method / task / str(seed)
-        if (cell / METRICS).exists():
-            runs += read_runs([cell], grid["methods"][method]["label"], method)
-        else:
-            missing += 1
-    if missing:
-        note(f"{folder}: no run yet in {missing} of {missing + len(runs)} cells")
+    """The runs of a grid that have begun; their names are those of their folders."""
+    names = planned_runs(grid)
+    begun = [name for name in names if (folder / name / METRICS).exists()]
+    if len(begun) < len(names):
+        note(f"{folder}: {len(names) - len(begun)} of {len(names)} runs have not begun")
+    runs = []
+    for name in begun:
+        method = name.split("/")[0]
+        runs += read_runs([folder / name], grid["methods"][method]["label"], method)
     return runs
 
 
@@ -224,12 +223,14 @@ def read_wandb(path: str, label: str | None) -> list[Run]:
                     for row in run.scan_history(keys=["env_steps", *keys])
                     for key in keys if key in row]
             config = {**run.config.get("facts", {}), "script": run.config["exp_name"], "args": args}
-            runs.append(make_run(config, rows, label, f"wandb:{path}/{run.id}"))
+            try:
+                runs.append(make_run(config, rows, label, f"wandb:{path}/{run.id}"))
+            except (ValueError, KeyError, TypeError) as error:
+                note(f"left out: {run.name} cannot be read ({error!r})")
         return runs
     except Exception as error:  # the network's, the login's and the server's have no common class
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"wandb:{path}: W&B's runs cannot be read ({reason}); log in with 'wandb "
-                        "login'") from None
+        raise UserError(f"wandb:{path}: W&B's runs cannot be read ({first_line(error)}); log in "
+                        "with 'wandb login'") from None
 
 
 # ----------------------------------------------------------------------------- checking

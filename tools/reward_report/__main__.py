@@ -63,7 +63,7 @@ from tools.reward_report.page import (
     plot_paths,
     table_rows,
 )
-from tools.shared.folders import free_folder, new_folder, written_whole
+from tools.shared.folders import free_folder, new_folder, writable_folder, written_whole
 from tools.shared.measures import (
     auc,
     check_finite,
@@ -364,7 +364,7 @@ def main(args: Args) -> dict[str, Any]:
     prompts = list(dict.fromkeys(prompt_for(env_id, p) for p in args.prompt or (None,)))
     baseline_prompt = baseline_prompt_for(env_id, args.baseline_prompt)
     default = Path("reports") / f"{env_id}__{args.vlm.replace('/', '-')}"
-    output = new_folder(args.output) if args.output else free_folder(default)
+    output = new_folder(args.output) if args.output else writable_folder(default)
     runs = open_checkpoints(args, env_id)
     first = next(iter(runs.values()), None)
     goal = args.goal or ("fixed" if first and first.args.goal == "fixed" else "random")
@@ -444,6 +444,7 @@ def main(args: Args) -> dict[str, Any]:
         plots["epic"] = plot_epic(ALPHAS, epic)
     if ways:
         plots["paths"] = plot_paths(ways)
+    output = free_folder(output)  # now: another report may have been written meanwhile
     with written_whole(output) as folder:
         for name, plot in plots.items():
             plot.savefig(folder / f"{name}.png", dpi=120)
