@@ -1331,6 +1331,6 @@ def test_ranges_of_composed_types():
             flags.check_range(value, kind, "--x")
 
 
-@pytest.mark.parametrize(("message", "line"), [("", "TypeError"), ("\n a \nb", "a")])
+@pytest.mark.parametrize(("message", "line"), [("", "TypeError"), ("\n a\nb", "a")])
 def test_the_first_line_of_an_error(message, line):
     assert first_line(TypeError(message)) == line
