@@ -276,8 +276,8 @@ def main(args: Args) -> dict[str, float]:
     """Train, and return the last evaluation."""
     args = flags.check_args(args, GYMNASIUM)
     flags.check_replay(args, args.buffer_size, args.learning_starts)
-    flags.note_idle(args, vlm_reward="vlm vlm_weights pretrained draw_every")
-    if args.vlm_reward and args.vlm is None:
+    flags.note_idle(args, vlm_reward="vlm_weights pretrained draw_every")
+    if args.vlm is None:
         args = replace(args, vlm=GYMNASIUM.default_vlm(args.env_id))
     if not args.vlm_reward and (args.prompt or args.baseline_prompt or args.alpha):
         raise UserError("--prompt, --baseline-prompt and --alpha have no effect with "

@@ -37,7 +37,7 @@ TINY = [
     "--embedding-buffer-size", "500", "--eval-every", "1200", "--checkpoint-every", "40",
     "--log-every", "80", "--draw-every", "4",
 ]
-NUM_KILLS = 8
+NUM_KILLS = 9
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_killed_again_and_again(whole_run, tmp_path, environment):
 def test_stopped_damaged_and_resumed(whole_run, tmp_path, environment):
     run_dir = tmp_path / "run"
     script = Script(environment, tmp_path / "first", *TINY, "--run-dir", str(run_dir),
-                    "--checkpoint-every", "0")
+                    "--checkpoint-every", "0", "--capture-video")
     assert script.wait_until(lambda: "phase relay" in script.out)
 
     # While it runs, nobody else may go on with it. (It waits, so that it is not done before.)

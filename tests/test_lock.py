@@ -1,17 +1,14 @@
-"""The locks belong to requirements*.txt, and `make setup` refuses one that does not; the driver
-decides about the CUDA build."""
+"""The locks belong to requirements*.txt, and `make setup` refuses one that does not."""
 
-import ctypes
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from tools.setup import detect_gpu, lock
+from tools.setup import lock
 
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = sorted(ROOT.glob("requirements*.txt"))
@@ -117,26 +114,3 @@ def test_uv_installs_alone_and_only_a_lock_that_belongs(files: Path):
     done = install(files, uv_fails=False)
     assert done.returncode == 1 and "run `make lock`" in done.stderr
     assert not (files / "asked").exists()
-
-
-@pytest.mark.parametrize(("init", "gpus", "version", "reason"), [
-    (0, 1, 13000, ""),
-    (0, 1, 13010, ""),
-    (0, 1, 12080, "too old for CUDA 13"),
-    (0, 0, 13000, "finds no usable GPU"),
-    (999, 1, 13000, "CUDA error 999"),
-    (None, 1, 13000, "cannot be loaded"),
-])
-def test_the_driver_decides_about_the_cuda_build(monkeypatch, init, gpus, version, reason):
-    def write(value):
-        return lambda number: setattr(number._obj, "value", value) or 0
-
-    def load(name):
-        if init is None:
-            raise OSError(f"{name}: cannot open shared object file")
-        return SimpleNamespace(cuInit=lambda flags: init, cuDeviceGetCount=write(gpus),
-                               cuDriverGetVersion=write(version))
-
-    monkeypatch.setattr(ctypes, "CDLL", load)
-    found = detect_gpu.problem()
-    assert reason in found and bool(found) == bool(reason)

@@ -1,6 +1,8 @@
-"""Other systems: macOS by a stand-in for it, and what set-up says where nothing can be set up."""
+"""Other systems: macOS by a stand-in for it, what set-up says where nothing can be set up, and
+which of JAX's builds it chooses."""
 
 import csv
+import ctypes
 import os
 import re
 import shutil
@@ -8,11 +10,12 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common import system
-from tools.setup import lock
+from tools.setup import detect_gpu, lock
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [
@@ -168,3 +171,26 @@ def test_the_workflow_runs_what_there_is():
     assert pythons == ", ".join(f'"{version}"' for version in lock.PYTHONS)
     files = re.findall(r"tests/\w+\.py", text)
     assert files and all((ROOT / file).exists() for file in files)
+
+
+@pytest.mark.parametrize(("init", "gpus", "version", "reason"), [
+    (0, 1, 13000, ""),
+    (0, 1, 13010, ""),
+    (0, 1, 12080, "too old for CUDA 13"),
+    (0, 0, 13000, "finds no usable GPU"),
+    (999, 1, 13000, "CUDA error 999"),
+    (None, 1, 13000, "cannot be loaded"),
+])
+def test_the_driver_decides_about_the_cuda_build(monkeypatch, init, gpus, version, reason):
+    def write(value):
+        return lambda number: setattr(number._obj, "value", value) or 0
+
+    def load(name):
+        if init is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return SimpleNamespace(cuInit=lambda flags: init, cuDeviceGetCount=write(gpus),
+                               cuDriverGetVersion=write(version))
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    found = detect_gpu.problem()
+    assert reason in found and bool(found) == bool(reason)

@@ -30,7 +30,7 @@ import tyro
 from common import replay
 from common.cli import parse_args, run_script
 from common.cores import num_cores
-from common.envs import gymnasium_suite, metaworld_suite, workers
+from common.envs import workers
 from common.envs.suite import Suite
 from common.errors import UserError
 from common.flags import NotNegativeInt, PositiveInt, check_ranges
@@ -83,9 +83,12 @@ class Recorder:
 
 def work(socket_fd: int, memory_fd: int) -> None:
     """An environment worker that keeps its events; see `common.envs.workers`."""
-    recorder, pid, serve = Recorder(), os.getpid(), workers._work
+    recorder, pid = Recorder(), os.getpid()
+    serve, suite_of = workers._work, workers._suite
 
-    def traced(suite: Suite) -> Suite:
+    def traced_suite(module: str) -> Suite:
+        suite = suite_of(module)
+
         def make_env(*args, **kwargs):
             env = suite.make_env(*args, **kwargs)
             recorder.wrap(env, "step", "physics", pid)
@@ -109,9 +112,7 @@ def work(socket_fd: int, memory_fd: int) -> None:
             path = Path(os.environ[FOLDER]) / f"{pid}.json"
             path.write_text(json.dumps(recorder.events))
 
-    for module in (gymnasium_suite, metaworld_suite):
-        module.SUITE = traced(module.SUITE)
-    workers._work = serve_and_write
+    workers._work, workers._suite = serve_and_write, traced_suite
     workers._main(socket_fd, memory_fd)
 
 

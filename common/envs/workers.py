@@ -278,10 +278,14 @@ def _start_worker(memory_fd: int, options: dict) -> tuple[subprocess.Popen, Conn
     return process, connection
 
 
+def _suite(module: str) -> Suite:
+    return importlib.import_module(module).SUITE
+
+
 def _work(connection: Connection, memory_fd: int) -> None:
     """A worker's life: build its environments, then answer commands until the socket closes."""
     options = connection.recv()
-    suite: Suite = importlib.import_module(options["suite"]).SUITE
+    suite = _suite(options["suite"])
     arrays = _map_arrays(memory_fd, options["layout"])
     indices = options["indices"]
     envs = [suite.make_env(index=i, **options["env"]) for i in indices]

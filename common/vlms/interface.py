@@ -108,7 +108,7 @@ class VLM:
         embedding = cached_arrays("prompts", key, compute)["embedding"]
         if not np.isfinite(embedding).all() or not embedding.any():
             raise UserError(f"{self.name} has no embedding of {prompt!r} that is finite and not "
-                            "zero: its weights are damaged, or it knows none of its words")
+                            "zero: its weights are damaged, or it knows none of these words")
         return embedding
 
 

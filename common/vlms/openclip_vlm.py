@@ -124,7 +124,7 @@ def load_open_clip(
             tokenize = open_clip.get_tokenizer(architecture)
         except Exception as error:  # some need the transformers package and files of the hub
             raise UserError(
-                f"{architecture} cannot be built here ({_first_line(error)}): its tokenizer or "
+                f"{architecture} cannot be built here ({_reason(error)}): its tokenizer or "
                 "text encoder needs the package transformers and files of the Hugging Face hub; "
                 "clip and liv do not"
             ) from None
@@ -143,7 +143,7 @@ def _look_up(name: str, tag_needed: bool) -> tuple[str, dict[str, Any]]:
         UserError: names what is allowed.
     """
     if name == "liv":
-        return LIV_ARCHITECTURE, {"hf_hub": LIV_HUB, "interpolation": "bilinear"}  # as its authors
+        return LIV_ARCHITECTURE, {"hf_hub": LIV_HUB}
     import open_clip
 
     architecture, _, tag = ALIASES.get(name, name).partition("/")
@@ -195,7 +195,7 @@ def _download(name: str, config: dict[str, Any]) -> Path:
     except Exception as error:  # the hub's client raises a dozen kinds without a network
         raise UserError(
             f"the weights of {name} ({hub or url}) are not on this machine and could not be "
-            f"downloaded ({_first_line(error)}): run once with access to the network, or give a "
+            f"downloaded ({_reason(error)}): run once with access to the network, or give a "
             "local file with --vlm-weights PATH"
         ) from None
 
@@ -249,7 +249,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen kinds on a damaged file
         raise UserError(
-            f"{path} cannot be read ({_first_line(error)}): give tensors alone, which cannot "
+            f"{path} cannot be read ({_reason(error)}): give tensors alone, which cannot "
             "execute code, as .safetensors or as a state dict"
         ) from None
     for wrapper in ("liv", "state_dict", "model"):
@@ -323,7 +323,7 @@ def cpu_multiplies_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """An exception's kind and first line, for a message of one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__

@@ -209,7 +209,7 @@ def write_grid(output: Path, grid: dict[str, Any]) -> None:
     if path.exists():
         try:
             before = json.loads(path.read_text())
-            before["runs"] = planned_runs(before)
+            before["runs"] = planned_runs(output, before)
             before = {key: before[key] for key in grid}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error!r}): choose another --output"

@@ -24,12 +24,14 @@ CLAIM = "grid.lock"  # held by the grid that has started the run of a folder
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 600.0  # seconds before a run that died is started again
 
 
-def planned_runs(grid: dict[str, Any]) -> list[str]:
-    """The names of the runs of a grid.json, `<method>/<task>/<seed>`; an older one has tasks and
-    seeds instead."""
-    return grid.get("runs") or [
-        f"{method}/{task}/{seed}" for seed in grid["seeds"] for task in grid["tasks"]
-        for method in grid["methods"]]
+def planned_runs(folder: Path, grid: dict[str, Any]) -> list[str]:
+    """The names of the runs of `folder`'s grid.json, `<method>/<task>/<seed>`; of an older one,
+    which has only all tasks and seeds, those that have begun."""
+    if "runs" in grid:
+        return grid["runs"]
+    names = [f"{method}/{task}/{seed}" for seed in grid["seeds"] for task in grid["tasks"]
+             for method in grid["methods"]]
+    return [name for name in names if (folder / name).exists()]
 
 
 @dataclass(frozen=True)

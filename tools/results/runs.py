@@ -176,7 +176,7 @@ def read_runs(folders: list[Path], label: str | None, method: str | None = None)
 
 def read_grid(folder: Path, grid: dict[str, Any]) -> list[Run]:
     """The runs of a grid that have begun; their names are those of their folders."""
-    names = planned_runs(grid)
+    names = planned_runs(folder, grid)
     begun = [name for name in names if (folder / name / METRICS).exists()]
     if len(begun) < len(names):
         note(f"{folder}: {len(names) - len(begun)} of {len(names)} runs have not begun")
@@ -218,12 +218,12 @@ def read_wandb(path: str, label: str | None) -> list[Run]:
             if "exp_name" not in run.config or "env_id" not in args:
                 note(f"{run.name}: not one of these scripts' runs, left out")
                 continue
-            rows = [(int(row["env_steps"]), key, float(row[key]))
-                    for keys in (EVALUATION, (RETURN,), (SPEED,))
-                    for row in run.scan_history(keys=["env_steps", *keys])
-                    for key in keys if key in row]
+            logged = [(row, key) for keys in (EVALUATION, (RETURN,), (SPEED,))
+                      for row in run.scan_history(keys=["env_steps", *keys])
+                      for key in keys if key in row]
             config = {**run.config.get("facts", {}), "script": run.config["exp_name"], "args": args}
             try:
+                rows = [(int(row["env_steps"]), key, float(row[key])) for row, key in logged]
                 runs.append(make_run(config, rows, label, f"wandb:{path}/{run.id}"))
             except (ValueError, KeyError, TypeError) as error:
                 note(f"left out: {run.name} cannot be read ({error!r})")

@@ -39,6 +39,7 @@ from common.envs.rendering import Camera
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
 from common.flags import NotNegativeInt, PositiveInt, check_ranges
+from common.run_folder import make_free_folder
 from common.versions import git_commit, versions
 from common.vlms import VLM, load_vlm, view_for
 from common.vlms.interface import centre_view
@@ -63,7 +64,7 @@ from tools.reward_report.page import (
     plot_paths,
     table_rows,
 )
-from tools.shared.folders import free_folder, new_folder, writable_folder, written_whole
+from tools.shared.folders import new_folder, writable_folder, written_whole
 from tools.shared.measures import (
     auc,
     check_finite,
@@ -444,7 +445,7 @@ def main(args: Args) -> dict[str, Any]:
         plots["epic"] = plot_epic(ALPHAS, epic)
     if ways:
         plots["paths"] = plot_paths(ways)
-    output = free_folder(output)  # now: another report may have been written meanwhile
+    output = make_free_folder(output)  # another report may have been written meanwhile
     with written_whole(output) as folder:
         for name, plot in plots.items():
             plot.savefig(folder / f"{name}.png", dpi=120)

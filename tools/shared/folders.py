@@ -1,7 +1,6 @@
 """Folders of results, which are written whole or not at all; of one to which files are added, each
 file is."""
 
-import itertools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,16 +18,6 @@ def new_folder(path: Path) -> Path:
     if path.exists():
         raise UserError(f"{path} exists: choose another --output")
     return writable_folder(path)
-
-
-def free_folder(path: Path) -> Path:
-    """The first of `path`, `path`-2, `path`-3 ... where nothing is yet; it is not made yet.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return writable_folder(next(p for p in itertools.chain([path], names) if not p.exists()))
 
 
 def writable_folder(path: Path) -> Path:
