@@ -362,8 +362,7 @@ def make_batches(
     discount = args.gamma ** steps.exists.sum(0) * (1 - rows.terminated[steps.last])
     task_return = steps.discounted_sum(rows.reward[steps.slots] - 1, args.gamma)  # shift: B.2
     entropy = float(args.entropy == "always" or (args.entropy == "search" and phase.searching))
-    # Since the episode's first action: where a reset moves the object last, as on window-close, the
-    # observation before that action still has it elsewhere.
+    # Not since rows.obs: in an episode's first one the object may be where the reset found it.
     displaced = displacement(rows.next_obs[steps.slots], rows.next_obs[steps.first])
     bonus = args.relay_bonus * steps.discounted_sum(displaced, args.gamma)
     relay = Batch(rows.obs[slots], rows.action[slots], rows.next_obs[steps.last],
@@ -376,8 +375,7 @@ def make_batches(
     shaped_return = task_return + args.kappa * (discount * phi_last - phi_first)
     guided = args.rho > 0 and (phase.searching or args.rho_always)
     if guided:  # r_VLM changes little in n steps: the mean of both ends stands for all
-        mean = jnp.broadcast_to((phi_first + phi_last) / 2, steps.exists.shape)
-        shaped_return += args.rho * steps.discounted_sum(mean, args.gamma)
+        shaped_return += args.rho * steps.discounted_sum((phi_first + phi_last) / 2, args.gamma)
     bounds = tuple(b - args.kappa * phi_first for b in value_bounds(args.rho * guided, args))
     furl = relay._replace(reward=shaped_return, bounds=bounds)
     vlm_metrics = {"reward/vlm_mean": phi_last.mean(), "reward/vlm_std": phi_last.std()}

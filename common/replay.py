@@ -277,8 +277,8 @@ class FollowingSteps(NamedTuple):
     episode: jax.Array  # [batch] int32, number of its episode, counted over all environments
 
     def discounted_sum(self, rewards: jax.Array, gamma: float) -> jax.Array:
-        """sum_k gamma^k r_k over the steps that exist, rewards [n, batch] -> [batch]."""
-        return (gamma ** jnp.arange(len(rewards))[:, None] * self.exists * rewards).sum(0)
+        """sum_k gamma^k r_k over the steps that exist, rewards [n, batch] or [batch] -> [batch]."""
+        return (gamma ** jnp.arange(len(self.exists))[:, None] * self.exists * rewards).sum(0)
 
 
 def following_steps(

@@ -35,7 +35,7 @@ CONFIG, METRICS, LOCK = "config.json", "metrics.csv", "lock"
 CHECKPOINTS, POLICIES = "checkpoints", "policies"
 TENSORBOARD, VIDEOS = "tensorboard", "videos"
 METRICS_HEADER = "env_steps,key,value\n"
-TAIL_BYTES = 65_536  # of metrics.csv: more than --log-every's rows of some 80 times
+TAIL_BYTES = 65_536  # of metrics.csv: what was logged the last 80 times or so
 
 _LOCKS: dict[Path, TextIO] = {}  # the run folders that this process writes to
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.system import cpu_description
 from common.vlms.interface import VLM, state_digest
 from common.vlms.toy import EMBEDDED
@@ -325,5 +325,4 @@ def cpu_multiplies_bf16() -> bool:
 
 def _reason(error: Exception) -> str:
     """An exception's kind and first line, for a message of one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)[:120]}"
