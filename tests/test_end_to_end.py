@@ -37,7 +37,7 @@ TINY = [
     "--embedding-buffer-size", "500", "--eval-every", "1200", "--checkpoint-every", "40",
     "--log-every", "80", "--draw-every", "4",
 ]
-NUM_KILLS = 9
+NUM_KILLS = 12
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_killed_again_and_again(whole_run, tmp_path, environment):
     """
     rng = random.Random(0)
     run_dir, steps_at_kill = tmp_path / "run", []
-    flags = [*TINY, "--run-dir", str(run_dir)]
+    flags = [*TINY, "--run-dir", str(run_dir), "--capture-video"]
     while True:
         before = newest(run_dir)
         number = len(steps_at_kill)
@@ -195,7 +195,7 @@ def test_killed_again_and_again(whole_run, tmp_path, environment):
 def test_stopped_damaged_and_resumed(whole_run, tmp_path, environment):
     run_dir = tmp_path / "run"
     script = Script(environment, tmp_path / "first", *TINY, "--run-dir", str(run_dir),
-                    "--checkpoint-every", "0", "--capture-video")
+                    "--checkpoint-every", "0")
     assert script.wait_until(lambda: "phase relay" in script.out)
 
     # While it runs, nobody else may go on with it. (It waits, so that it is not done before.)
@@ -275,11 +275,15 @@ def test_a_worker_that_dies_ends_the_run_which_can_be_resumed(whole_run, tmp_pat
     assert metrics(run_dir) == metrics(whole_run, until=1200)
 
 
-def test_a_run_that_diverges_stops_and_says_what_did(tmp_path, environment):
-    """Such steps overflow float32 within a few updates, far from any row of metrics."""
+@pytest.mark.parametrize("learning_rate", ["1e3", "1e10"])
+def test_a_run_that_diverges_stops_and_says_what_did(tmp_path, environment, learning_rate):
+    """Such steps overflow float32 within a few updates, far from any row of metrics.
+
+    The first shows as a checkpoint would be saved, the second as an action would be taken.
+    """
     run_dir = tmp_path / "run"
     script = Script(environment, tmp_path / "log", *TINY, "--run-dir", str(run_dir),
-                    "--learning-rate", "1e10", "--log-every", "1200")
+                    "--learning-rate", learning_rate, "--log-every", "1200")
     assert script.end() == 2
     culprit = r"error: ((furl|relay)/\S+ is not finite|losses/\S+ is (nan|-?inf)) at step"
     assert re.match(culprit, script.errors), script.errors
