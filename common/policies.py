@@ -84,11 +84,11 @@ def _thin_out(run_dir: Path, newest: int, eval_every: int, most: int) -> None:
 
 
 def scores(run_dir: Path) -> dict[int, tuple[float, float]]:
-    """(success_once, return) of a run's own evaluations by their steps; of two the larger is the
+    """(success_at_end, return) of a run's own evaluations by their steps; of two the larger is the
     better one."""
     rows = read_metrics(run_dir).rows
     success, returns = ({steps: value for steps, key, value in rows if key == name}
-                        for name in ("eval/success_once", "eval/return"))
+                        for name in ("eval/success_at_end", "eval/return"))
     return {steps: (success[steps], returns[steps]) for steps in success.keys() & returns.keys()}
 
 

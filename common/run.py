@@ -276,12 +276,16 @@ class Run:
             self.logger.log(self.env_steps, row)
         else:
             self._waiting_rows.append((self.env_steps, row))
-        score, style = ("return", ".1f") if self._shows_returns else ("success_once", ".0%")
-        trained, evaluated = row.get(f"charts/{score}"), self.evaluation.get(f"eval/{score}")
-        trained, evaluated = ("-" if x is None else f"{x:{style}}" for x in (trained, evaluated))
+        if self._shows_returns:
+            name, style, trained, evaluated = "return", ".1f", "charts/return", "eval/return"
+        else:  # while exploring any success counts, of the policy that at the last step
+            name, style = "success", ".0%"
+            trained, evaluated = "charts/success_once", "eval/success_at_end"
+        values = row.get(trained), self.evaluation.get(evaluated)
+        trained, evaluated = ("-" if x is None else f"{x:{style}}" for x in values)
         self.logger.live(self.env_steps, **{
             "steps/s": f"{row['time/steps_per_second']:.0f}",
-            f"{score.removesuffix('_once')}: train": trained, "eval": evaluated, "phase": phase,
+            f"{name}: train": trained, "eval": evaluated, "phase": phase,
         })
 
     def check_finite(self, action: np.ndarray, metrics: dict[str, Any]) -> None:

@@ -302,7 +302,7 @@ class Progress:
     steps: int = 0
     total: int | None = None
     speed: float | None = None  # steps a second, lately
-    success: float | None = None  # eval/success_once of the last evaluation
+    success: float | None = None  # eval/success_at_end of the last evaluation
     mean_return: float | None = None  # its eval/return
 
     @property
@@ -360,5 +360,5 @@ def read_progress(run_dir: Path) -> Progress:
     values = {key: value for _, key, value in rows}
     steps = rows[-1][0] if rows else 0
     return Progress(max(steps, saved_steps(run_dir) or 0), planned_steps(run_dir),
-                    values.get("time/steps_per_second"), values.get("eval/success_once"),
+                    values.get("time/steps_per_second"), values.get("eval/success_at_end"),
                     values.get("eval/return"))

@@ -298,7 +298,7 @@ def evaluated(trained, tmp_path):
     """A run folder with the policies of steps 1 to 8 and 16, and rows of metrics of each."""
     folder = copy_of(trained("furl")[0], tmp_path)
     rows = "".join(
-        f"{step},eval/success_once,{int(step in (3, 5, 6))}\n{step},eval/return,{step % 6}\n"
+        f"{step},eval/success_at_end,{int(step in (3, 5, 6))}\n{step},eval/return,{step % 6}\n"
         for step in range(1, 9))
     rows += "2,reward/vlm_mean,0.5\n5,reward/vlm_mean,0.25\n7,reward/vlm_mean,0.5\n"
     (folder / "metrics.csv").write_text("env_steps,key,value\n" + rows)
@@ -313,7 +313,7 @@ def test_the_best_of_the_kept_policies(evaluated, five_steps, capsys):
     at the policy or before it, of equal ones the latest."""
     best = evaluate.main(evaluate.Args(evaluated, best=True, videos=0))
     assert best["env_steps"] == 5 and best["evaluation"]["best"]
-    assert "--best: step 5 of 9 kept policies: success_once 100%, return 5.0" in (
+    assert "--best: step 5 of 9 kept policies: success_at_end 100%, return 5.0" in (
         capsys.readouterr().out)
     rewarded = evaluate.main(evaluate.Args(evaluated, best_reward=True, videos=0))
     assert rewarded["env_steps"] == 16

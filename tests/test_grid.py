@@ -357,7 +357,7 @@ def test_progress_is_read_from_the_folder(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"args": {"env_id": "reach-v3", "total_timesteps": 3000}}')
     (tmp_path / "metrics.csv").write_text(
-        "env_steps,key,value\n900,eval/success_once,0.5\n1000,time/steps_per_second,50\n1200,lo"
+        "env_steps,key,value\n900,eval/success_at_end,0.5\n1000,time/steps_per_second,50\n1200,lo"
     )
     run = run_folder.read_progress(tmp_path)
     assert (run.steps, run.total, run.speed, run.success) == (1000, 3000, 50.0, 0.5)

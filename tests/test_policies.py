@@ -85,7 +85,7 @@ def play(tmp_path, evaluations: dict[int, tuple[float, float]], eval_every: int 
         if not path.exists():
             path.write_text(METRICS_HEADER)
         with open(path, "a") as file:
-            file.write(metrics_line(env_steps, "eval/success_once", success)
+            file.write(metrics_line(env_steps, "eval/success_at_end", success)
                        + metrics_line(env_steps, "eval/return", value))
         policies.save(tmp_path, env_steps, {"w": jnp.zeros(2)}, eval_every)
     return list(kept_policies(tmp_path))

@@ -49,7 +49,7 @@ class Args:
     step: int | None = None
     """which of the kept policies, by its environment steps; default: the newest checkpoint's"""
     best: bool = False
-    """the kept policy that did best in the run's own evaluations: success_once, then return"""
+    """the kept policy that did best in the run's own evaluations: success_at_end, then return"""
     best_reward: bool = False
     """the kept policy at which the VLM reward of training was highest, as in the VLM-RM paper"""
     env_id: str | None = None
@@ -94,7 +94,7 @@ def chosen_step(args: Args) -> int | None:
         raise UserError(f"{args.run}: its metrics.csv has no {what} for {flag} to choose by")
     chosen = max(kept.keys() & of.keys(), key=lambda steps: (of[steps], steps))
     if args.best:
-        found = "success_once {:.0%}, return {:.1f} in its own evaluation".format(*of[chosen])
+        found = "success_at_end {:.0%}, return {:.1f} in its own evaluation".format(*of[chosen])
     else:
         found = f"VLM reward {of[chosen]:.4f} in training"
     print(f"{flag}: step {chosen} of {len(kept)} kept policies: {found}")
