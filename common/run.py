@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,17 +37,6 @@ from common.run_folder import (
 )
 from common.vlms import VLM, View, check_same_vlm
 
-
-class PendingEvaluation(NamedTuple):
-    """An evaluation that is being played while training goes on."""
-
-    playing: Generator[None, None, dict[str, float]]
-    env_steps: int  # of the policy that is evaluated
-    steps_each_time: int  # of its episodes in each iteration of training
-    video_path: Path | None
-    state: Any  # of the policy
-
-
 copy_arrays = jax.jit(partial(jax.tree.map, jnp.copy))
 
 
@@ -68,7 +58,8 @@ class Run:
         self.args, self.dir, self.config = args, run_dir, config
         self._environments = [x for x in (evaluator, envs) if x is not None]
         self._evaluator = evaluator
-        self._pending: PendingEvaluation | None = None
+        self._pending: Generator | None = None  # plays and logs the evaluation that has begun
+        self._steps_each_time = 0  # of its episodes in each iteration of training
         self._policy_names: list[str] = []  # of the arrays that the policy acts by
         self._waiting_rows: list[tuple[int, dict[str, float]]] = []  # for the pending evaluation's
         self._logger: Logger | None = None
@@ -150,7 +141,7 @@ class Run:
         iteration = self.args.steps_per_iteration
         for env_steps in range(self.env_steps, self.args.total_timesteps, iteration):
             if self._pending is not None:
-                self._play_on()
+                self._play_on(self._steps_each_time)
             self.env_steps = env_steps + iteration
             yield env_steps
 
@@ -212,41 +203,38 @@ class Run:
         between wait until then, so that rows stay in order.
         """
         self._finish_evaluation()
+        iterations = max(1, self.args.eval_every // self.args.steps_per_iteration)
+        # One step more than it has ends the evaluation, and so before the next one is due.
+        self._steps_each_time = -(-(self._evaluator.steps + 1) // iterations)
         state = copy_arrays(state)  # because an update takes its memory for the next one
+        self._pending = self._evaluation(policy, state, self.env_steps, self.video_path())
 
+    def _evaluation(
+        self, policy: Callable, state: Any, env_steps: int, video_path: Path | None
+    ) -> Generator[None, None, None]:
+        """Play an evaluation, then write its rows and those that waited."""
         def act(obs: np.ndarray) -> jax.Array:
             if not self._policy_names:
                 self._policy_names = policies.names_used(policy, state, obs)
             return policy(state, obs)
 
-        playing = self._evaluator.play(act, self.video_path())
-        iterations = max(1, self.args.eval_every // self.args.steps_per_iteration)
-        # One step more than it has ends the evaluation, and so before the next one is due.
-        steps = -(-(self._evaluator.steps + 1) // iterations)
-        self._pending = PendingEvaluation(playing, self.env_steps, steps, self.video_path(), state)
-
-    def _play_on(self) -> None:
-        """Play some more of the pending evaluation, and log it if it ends."""
-        for _ in range(self._pending.steps_each_time):
-            try:
-                next(self._pending.playing)
-            except StopIteration as end:
-                return self._log_evaluation(end.value)
-
-    def _finish_evaluation(self) -> None:
-        while self._pending is not None:
-            self._play_on()
-
-    def _log_evaluation(self, evaluation: dict[str, float]) -> None:
-        """Write the rows of the pending evaluation, which has ended, and those that waited."""
-        env_steps = self._pending.env_steps
+        evaluation = yield from self._evaluator.play(act, video_path)
         self.evaluation = {key: float(value) for key, value in evaluation.items()}
         self.logger.log(env_steps, self.evaluation)
-        self.logger.log_video(env_steps, self._pending.video_path)
-        arrays = policies.named_arrays(self._pending.state)
+        self.logger.log_video(env_steps, video_path)
+        arrays = policies.named_arrays(state)
         arrays = {name: arrays[name] for name in self._policy_names}
         policies.save(self.dir, env_steps, arrays, self.args.eval_every)
         self._write_waiting_rows()
+
+    def _play_on(self, steps: int | None) -> None:
+        """Play `steps` more of the evaluation that has begun; None: all that is left."""
+        for _ in islice(self._pending, steps):
+            pass
+
+    def _finish_evaluation(self) -> None:
+        if self._pending is not None:
+            self._play_on(None)
 
     def _write_waiting_rows(self) -> None:
         self._pending = None

@@ -32,7 +32,7 @@ from common.envs.workers import Step, WorkerError
 from common.errors import ShortageError, UserError, first_line
 from common.logger import Logger
 from common.replay import Sizes
-from common.run import PendingEvaluation, Run, start_run
+from common.run import Run, start_run
 from common.run_folder import kept_policies
 from furl_sac_state import Args
 
@@ -870,10 +870,15 @@ def at(run: Run, env_steps: int) -> Run:
 
 
 def log_evaluation(run: Run, env_steps: int, evaluation: dict) -> None:
-    """As when one that began at once with the policy of `env_steps` ends."""
-    run._pending = PendingEvaluation(iter(()), env_steps, 1, None, {"w": jnp.ones(2)})
-    run._policy_names = ["w"]
-    at(run, env_steps)._log_evaluation(evaluation)
+    """Evaluate the policy of `env_steps` with this outcome."""
+    def play(policy, video_path):
+        policy(0)
+        yield
+        return evaluation
+
+    run._evaluator.play, run._evaluator.steps = play, 1
+    at(run, env_steps).evaluate(lambda state, obs: state["w"], {"w": jnp.ones(2)})
+    run._finish_evaluation()
 
 
 def save(run: Run, env_steps: int, state, buffers, envs: Envs | None = None) -> None:

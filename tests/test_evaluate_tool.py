@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import norm
 
 import furl_drq_pixels as drq
 import furl_plus_state as plus
@@ -53,11 +54,12 @@ from tools.shared.measures import (
 
 def test_wilson_intervals_by_hand():
     """5 of 10 at z = 2: (0.5 + 0.2) / 1.4 -+ 2 / 1.4 * sqrt(0.025 + 0.01)."""
-    low, high = wilson_interval(5, 10, z=2.0)
+    level = 2 * norm.cdf(2) - 1
+    low, high = wilson_interval(5, 10, level)
     assert (low, high) == pytest.approx((0.5 - 0.267261, 0.5 + 0.267261), abs=1e-6)
     # No success in 10 at z = 2: from 0 to z^2 / (n + z^2) = 4 / 14.
-    assert wilson_interval(0, 10, z=2.0) == pytest.approx((0.0, 4 / 14))
-    assert wilson_interval(10, 10, z=2.0) == pytest.approx((10 / 14, 1.0))
+    assert wilson_interval(0, 10, level) == pytest.approx((0.0, 4 / 14))
+    assert wilson_interval(10, 10, level) == pytest.approx((10 / 14, 1.0))
     # 95 %: the value that Newcombe (1998, Table I) gives for 81 of 263.
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     for successes, trials in ((0, 0), (3, 2), (-1, 2)):

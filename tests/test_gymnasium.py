@@ -1,5 +1,6 @@
 """The suite of Gymnasium, and VLM-RM's scripts on it."""
 
+import contextlib
 import csv
 from dataclasses import replace
 from pathlib import Path
@@ -543,6 +544,19 @@ def test_an_evaluation_without_a_video(own_environments, tmp_path, capsys):
         assert "note: without a video: environments:Blind-v0 draws" in capsys.readouterr().out
     [folder] = (tmp_path / "0/evaluations").iterdir()
     assert [path.name for path in folder.iterdir()] == ["evaluation.json"]
+
+
+def test_an_evaluation_is_played_again_where_no_state_can_be_saved(own_environments, tmp_path):
+    """The observations, which hold the number of the episode, are those of the evaluation."""
+    settings = {"frame_stack": 0, "frame_size": 0, "camera_id": 0, "quality": "fast",
+                "action_repeat": 1}
+    where, seen = {"env_id": "environments:Line-v0", "goal": "fixed", "seed": 0}, []
+    script = SimpleNamespace(policy=lambda state, obs: np.ones(len(obs), int))
+    trained = Trained(tmp_path, {"evaluation": settings}, script, SimpleNamespace(**where), 0, None)
+    with contextlib.closing(trained.evaluator(num_episodes=2, **where)) as evaluator:
+        evaluator(lambda obs: seen.append(obs) or trained.policy(obs))
+    again = trained.play_again(np.array(evaluator.actions), **where)
+    np.testing.assert_array_equal(again.states[:-1], seen)
 
 
 def test_frames_are_drawn_and_embedded_every_k_th_step(tmp_path, monkeypatch):

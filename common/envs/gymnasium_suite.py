@@ -7,7 +7,7 @@ contract and flattened to one vector, see `contract.py`.
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from common.envs import contract, vlm_rm_tasks
 from common.envs.rendering import Camera, prepare_gl
-from common.envs.suite import Suite
+from common.envs.suite import Draw, Suite
 from common.envs.vlm_rm_tasks import task_for
 from common.envs.workers import VecEnv
 from common.errors import UserError, first_line
@@ -215,8 +215,8 @@ def _with_actions(env: gymnasium.Env, env_id: str) -> gymnasium.Env:
     return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
-def make_draw(env: gymnasium.Env, camera: Camera) -> Callable[..., np.ndarray]:
-    """`draw(env, first=False)`: the picture of any environment; `first` makes no difference.
+def make_draw(env: gymnasium.Env, camera: Camera) -> Draw:
+    """The picture of any environment of this one's kind.
 
     Raises:
         UserError: what is drawn is no picture.
@@ -229,7 +229,7 @@ def make_draw(env: gymnasium.Env, camera: Camera) -> Callable[..., np.ndarray]:
         trial.render()
         trial.close()
 
-    def draw(env: gymnasium.Env, first: bool = False) -> np.ndarray:
+    def draw(env: gymnasium.Env) -> np.ndarray:
         picture = square(env.render(), camera.size)
         return camera.square.of(picture) if camera.square else picture
 

@@ -1,7 +1,6 @@
 """The suite of the official Meta-World: its environments, their state, and their pictures."""
 
 import hashlib
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -17,7 +16,7 @@ from common.envs.metaworld_tasks import (
     resolve_env_id,
 )
 from common.envs.rendering import Camera, Renderer, mesh_settings
-from common.envs.suite import Suite
+from common.envs.suite import Draw, Suite
 from common.envs.workers import VecEnv
 from common.errors import UserError
 from common.flags import GOALS, Goal
@@ -181,24 +180,16 @@ def set_env_state(env, state: dict[str, Any]) -> None:
     mujoco.mj_setState(env.model, env.data, state["physics"], PHYSICS)
 
 
-def make_draw(env, camera: Camera) -> Callable[..., np.ndarray]:
-    """`draw(env, first=False)`: the picture of any environment of this one's task; `first`: of an
-    episode, before any step."""
+def make_draw(env, camera: Camera) -> Draw:
+    """The picture of any environment of this one's task."""
     renderer = Renderer(env.model, camera)
 
-    def draw(env, first: bool = False) -> np.ndarray:
-        if first:
-            place_goal_marker(env)
+    def draw(env) -> np.ndarray:
+        # A reset moves things, which the simulator has not seen yet. After a step it does nothing.
+        mujoco.mj_kinematics(env.model, env.data)
         return renderer.render(env.model, env.data)
 
     return draw
-
-
-def place_goal_marker(env) -> None:
-    """Put the goal's marker where the goal is: Meta-World does so in `step` only."""
-    for site in env._target_site_config:
-        env._set_pos_site(*site)
-    mujoco.mj_kinematics(env.model, env.data)
 
 
 # ------------------------------------------------------------------------ goal image

@@ -8,9 +8,7 @@ import numpy as np
 
 from common.envs.rendering import Camera, check_camera
 
-# draw(env, first=False) -> uint8 [size, size, 3] with the camera's `drawn_size`; `first`: before
-# an episode's first step
-Draw = Callable[..., np.ndarray]
+Draw = Callable[[Any], np.ndarray]  # env -> uint8 [size, size, 3] with the camera's `drawn_size`
 
 
 @dataclass(frozen=True)

@@ -295,7 +295,7 @@ def _work(connection: Connection, memory_fd: int) -> None:
     def reset(i: int, env, frames: str) -> None:
         arrays["obs"][i] = env.reset()[0]
         if frames in arrays:
-            arrays[frames][i] = draw(env, first=True)
+            arrays[frames][i] = draw(env)
 
     while True:
         command, payload = connection.recv()

@@ -9,12 +9,13 @@ simplification's; and `fast`.
 from dataclasses import dataclass
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import tyro
 from PIL import Image
 
 from common.envs import rendering
-from common.envs.metaworld_suite import make_env, place_goal_marker
+from common.envs.metaworld_suite import make_env
 from common.envs.metaworld_tasks import ENV_IDS, MT10, expert_action, expert_policy
 from tools.shared.golden import difference
 
@@ -40,7 +41,7 @@ def draw_task(env_id: str, size: int) -> np.ndarray:
         camera = rendering.Camera(size, quality=kind.split(",")[0])
         renderers.append(rendering.Renderer(env.model, camera))
     obs, _ = env.reset()
-    place_goal_marker(env)
+    mujoco.mj_kinematics(env.model, env.data)  # a reset moves things last
     pictures = []
     for step in range(max(TIMES) + 1):
         if step in TIMES:

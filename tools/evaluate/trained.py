@@ -134,6 +134,7 @@ class Trained:
             camera=self._camera(size) if size else None,
             action_repeat=self.evaluation["action_repeat"],
         )) as envs:
+            envs.set_state(envs.get_state())  # as the evaluator does: of some environments it draws
             first, _ = envs.reset()
             steps = [envs.step(action) for action in actions]
         return PlayedAgain(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.envs.metaworld_suite import make_env, place_goal_marker
+from common.envs.metaworld_suite import make_env
 from common.envs.rendering import Camera, Renderer
 from tools import ROOT
 
@@ -21,12 +21,11 @@ TOLERANCE = 3.5
 
 
 def scene(task: str):
-    """An environment with a fixed goal after ten steps of one action, the marker in place."""
+    """An environment with a fixed goal after ten steps of one action."""
     env = make_env(task, seed=0, index=0, goal="fixed", show_goal=False)
     env.reset()
     for _ in range(10):
         env.step(np.array([0.5, 1.0, -0.5, 1.0], np.float32))
-    place_goal_marker(env)
     return env
 
 

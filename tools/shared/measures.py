@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import binomtest, mannwhitneyu, norm, sem, spearmanr
+from scipy.stats import binomtest, mannwhitneyu, sem, spearmanr
 
 from common.errors import UserError
 
@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 SAME = 0.9999  # cosine similarity from which two texts mean the same
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson, 1927); 95 % by default.
+def wilson_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson, 1927).
 
     Unlike the normal approximation it stays within [0, 1], and has a width without successes too.
 
     Raises:
         ValueError: no trials, or successes outside 0 to `trials`.
     """
-    level = 2 * norm.cdf(z) - 1
     interval = binomtest(successes, trials).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
