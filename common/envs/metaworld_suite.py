@@ -183,13 +183,7 @@ def set_env_state(env, state: dict[str, Any]) -> None:
 def make_draw(env, camera: Camera) -> Draw:
     """The picture of any environment of this one's task."""
     renderer = Renderer(env.model, camera)
-
-    def draw(env) -> np.ndarray:
-        # A reset moves things, which the simulator has not seen yet. After a step it does nothing.
-        mujoco.mj_kinematics(env.model, env.data)
-        return renderer.render(env.model, env.data)
-
-    return draw
+    return lambda env: renderer.render(env.model, env.data)
 
 
 # ------------------------------------------------------------------------ goal image

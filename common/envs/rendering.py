@@ -169,6 +169,7 @@ class Renderer:
 
         `model`: the simulated one.
         """
+        mujoco.mj_kinematics(model, data)  # a reset of Meta-World leaves that to the next step
         self._gl.make_current()
         # Each time, not once: other renderers of this process bind their own.
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)

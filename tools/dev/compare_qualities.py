@@ -9,7 +9,6 @@ simplification's; and `fast`.
 from dataclasses import dataclass
 from pathlib import Path
 
-import mujoco
 import numpy as np
 import tyro
 from PIL import Image
@@ -41,7 +40,6 @@ def draw_task(env_id: str, size: int) -> np.ndarray:
         camera = rendering.Camera(size, quality=kind.split(",")[0])
         renderers.append(rendering.Renderer(env.model, camera))
     obs, _ = env.reset()
-    mujoco.mj_kinematics(env.model, env.data)  # a reset moves things last
     pictures = []
     for step in range(max(TIMES) + 1):
         if step in TIMES:
@@ -67,6 +65,9 @@ def main(args: Args) -> None:
     differences = np.array([row[1:] for row in rows])
     lines = [
         "# Drawing: `fast` against `paper`", "",
+        "`--quality fast` draws no shadows, multisampling and reflections, and 5 % of the faces of "
+        f"meshes. It differs from `paper` by {differences[:, 0].mean():.0f} of 255 in the mean, nearly all of it "
+        "lighting.", "",
         f"`python -m tools.dev.compare_qualities`: mean absolute difference, in steps of 1/255, of "
         f"{len(TIMES)} moments of an expert's episode, {args.size} px, camera 2, over the "
         f"{len(rows)} tasks. *Lighting*: shadow map, multisampling and reflections left out, all "
