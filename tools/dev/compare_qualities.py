@@ -66,8 +66,8 @@ def main(args: Args) -> None:
     lines = [
         "# Drawing: `fast` against `paper`", "",
         "`--quality fast` draws no shadows, multisampling and reflections, and 5 % of the faces of "
-        f"meshes. It differs from `paper` by {differences[:, 0].mean():.0f} of 255 in the mean, nearly all of it "
-        "lighting.", "",
+        f"meshes. It differs from `paper` by {differences[:, 0].mean():.0f} of 255 in the mean, "
+        "nearly all of it lighting.", "",
         f"`python -m tools.dev.compare_qualities`: mean absolute difference, in steps of 1/255, of "
         f"{len(TIMES)} moments of an expert's episode, {args.size} px, camera 2, over the "
         f"{len(rows)} tasks. *Lighting*: shadow map, multisampling and reflections left out, all "
