@@ -266,7 +266,7 @@ class Run:
             self._waiting_rows.append((self.env_steps, row))
         if self._shows_returns:
             name, style, trained, evaluated = "return", ".1f", "charts/return", "eval/return"
-        else:  # while exploring any success counts, of the policy that at the last step
+        else:  # in training success at any step counts, in evaluation that at the last
             name, style = "success", ".0%"
             trained, evaluated = "charts/success_once", "eval/success_at_end"
         values = row.get(trained), self.evaluation.get(evaluated)
