@@ -109,11 +109,11 @@ class Evaluator:
 
         Returns:
             the means over the episodes: `eval/success_once`: success at any step (Meta-World's own
-            definition); `eval/success_at_end`: at the last step (the FuRL paper's); `eval/return`:
-            the sum of the task's reward, where that is sparse the number of steps in success (of
-            the policy's, if actions repeat); `eval/length`: the number of steps, where a suite's
-            episodes differ in that. `episodes` then has these of each episode, [num_episodes],
-            without `eval/`.
+            definition); `eval/success_at_end`: at the last step (that of FuRL's authors);
+            `eval/return`: the sum of the task's reward, where that is sparse the number of steps in
+            success (of the policy's, if actions repeat); `eval/length`: the number of steps, where
+            a suite's episodes differ in that. `episodes` then has these of each episode,
+            [num_episodes], without `eval/`.
         """
         self.envs.set_state(self._start)
         rounds = []

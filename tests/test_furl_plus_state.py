@@ -206,6 +206,63 @@ def test_critic_loss_is_clipped_and_discounted():
         assert_close(metrics["q_max"], q.max())
 
 
+def random_agent_and_batch() -> tuple[script.AgentState, Batch]:
+    agent = script.init_agent(jax.random.key(0), SIZES, SMALL)
+    agent = agent.replace(params=agent.params | {"log_alpha": jnp.log(0.3)})
+    rng = np.random.default_rng(0)
+    obs, action = rng.normal(size=(4, 39)), rng.uniform(-1, 1, (4, 4))
+    return agent, Batch(obs, action, obs + 1, rng.normal(size=4), np.full(4, 0.5), (-9.0, 9.0), 1.0)
+
+
+def test_actor_loss():
+    """It rises with the log-probability and falls with the smaller Q."""
+    (agent, batch), key = random_agent_and_batch(), jax.random.key(4)
+    loss, metrics = script.actor_loss(agent.params["actor"], agent, batch, key)
+    action, log_prob = script.sample_action(agent.actor, agent.params["actor"], batch.obs, key)
+    q = agent.critic.apply(agent.params["critic"], batch.obs, action).min(0)
+    assert_close(loss, (0.3 * log_prob - q).mean())
+    assert_close(metrics["entropy"], -log_prob.mean())
+
+
+def test_each_loss_moves_its_own_parameters():
+    """The gradient of the sum is, part by part, the gradient of that part's loss alone."""
+    (agent, batch), key = random_agent_and_batch(), jax.random.key(7)
+    together = jax.grad(lambda p: script.sac_loss(p, agent, batch, key)[0])(agent.params)
+    critic_key, actor_key = jax.random.split(key)
+    critic = jax.grad(script.critic_loss, has_aux=True)(
+        agent.params["critic"], agent, batch, critic_key)[0]
+    actor, metrics = jax.grad(script.actor_loss, has_aux=True)(
+        agent.params["actor"], agent, batch, actor_key)
+    jax.tree.map(assert_close, together["critic"], critic)
+    jax.tree.map(assert_close, together["actor"], actor)
+    assert_close(together["log_alpha"], 0.3 * (metrics["entropy"] + 2))  # 2: |A| / 2
+    for part in together.values():
+        assert any(np.abs(x).max() > 0.01 for x in jax.tree.leaves(part))
+
+
+def test_each_agent_learns_from_its_own_batch():
+    """Half of it from the one positive, step 4 of environment 0, the other half from any step."""
+    args, key = replace(RAW, kappa=2.0, relay_bonus=1.0, success_share=0.5), jax.random.key(9)
+    buffers, before = buffers_with(REWARDS, PHI), script.init_state(jax.random.key(3), SIZES, args)
+    success = replay.EmbeddedFrame(at_angles([0.8]), np.array([4]), np.array([True]), np.array([8]))
+    buffers = buffers._replace(positives=replay.add_rows(buffers.positives, success))
+    after, _ = script.update_once(before, buffers, TEXT, key, args, SEARCH)
+
+    sample_key, furl_key, relay_key, _ = jax.random.split(key, 4)
+    slots = replay.sample_with_successes(
+        buffers.transitions, buffers.positives, sample_key, args.batch_size, 0.5)
+    assert slots[:2].tolist() == [8, 8] and slots[2:].tolist() != [8, 8]
+    furl, relay, _ = script.make_batches({}, buffers, slots, TEXT, args, SEARCH)
+    assert np.abs(furl.reward - relay.reward).max() > 0.1
+    for agent, batch, agent_key, learned in ((before.furl, furl, furl_key, after.furl),
+                                             (before.relay, relay, relay_key, after.relay)):
+        expected, _ = script.update_agent(agent, batch, agent_key, args)
+        # Adam's first step is about the gradient's sign: moments tell one batch from another.
+        jax.tree.map(assert_close, learned.opt, expected.opt)
+        jax.tree.map(assert_close, learned.params, expected.params)
+        assert max(np.abs(x).max() for x in jax.tree.leaves(expected.opt[0].mu)) > 0.1
+
+
 def test_the_evaluated_actor_is_an_average_over_updates():
     args = replace(RAW, actor_tau=0.25)
     state, buffers = script.init_state(jax.random.key(0), SIZES, args), buffers_with(REWARDS, PHI)
@@ -257,6 +314,19 @@ def test_quiet_environments_act_as_the_evaluated_policy():
     assert np.abs(relayed).max() <= 1
 
 
+def test_the_relay_agent_gets_noise_on_its_actions():
+    """Of a standard deviation of 0.2, where its own is next to nothing."""
+    many = replace(HOLD, num_envs=4000, relay_noise=0.2)
+    state = jax.jit(script.init_state, static_argnums=(1, 2))(jax.random.key(0), SIZES, many)
+    certain = jax.tree.map(jnp.zeros_like, state.relay.params["actor"])
+    certain["params"]["MLP_0"]["Dense_1"]["bias"] = jnp.array([0.0] * 4 + [-10.0] * 4)
+    state = state._replace(relay=state.relay.replace(params={"actor": certain}))
+    action = script.act(state, jnp.zeros((4000, 39)), np.ones(4000, bool), jax.random.key(1), 0,
+                        many, True)
+    assert_close(np.std(action, 0), np.full(4, 0.2), atol=0.01)
+    assert_close(np.mean(action, 0), np.zeros(4), atol=0.02)
+
+
 @pytest.mark.parametrize("goal", ["fixed", "random-hidden"])
 def test_demonstrations_succeed_whatever_the_policy_sees(goal):
     experts = metaworld.Experts("push-v3", 2, seed=3, goal=goal)  # it looks at the goal
@@ -276,15 +346,32 @@ def test_demonstrations_succeed_whatever_the_policy_sees(goal):
 # ------------------------------------------------------------------------------- the script
 
 
-@pytest.mark.parametrize(("num_positives", "relay", "phase"), [
-    (0, True, Phase(True, True, "none")), (0, False, Phase(True, False, "none")),
-    (2500, True, Phase(False, False, "none")),
+@pytest.mark.parametrize(("changes", "num_positives", "num_negatives", "phase"), [
+    ({}, 0, 0, Phase(True, True, "none")),
+    ({}, 0, 9, Phase(True, True, "goal-image")),
+    ({}, 6, 9, Phase(True, True, "goal-image")),  # four of them after k = 2 steps
+    ({}, 7, 9, Phase(True, True, "success")),
+    ({}, 2499, 9, Phase(True, True, "success")),
+    ({}, 2500, 9, Phase(False, False, "success")),
+    ({"relay": False}, 0, 9, Phase(True, False, "goal-image")),
+    ({"relay": False}, 2500, 9, Phase(False, False, "success")),
+    ({"align": False}, 7, 9, Phase(True, True, "none")),
+    ({"goal_image": False}, 6, 9, Phase(True, True, "none")),
+    ({"goal_image": False}, 7, 9, Phase(True, True, "success")),
+    ({"stage2": False}, 2500, 9, Phase(False, False, "goal-image")),
+    ({"stage2": False, "goal_image": False}, 7, 9, Phase(True, True, "none")),
 ])
-def test_the_search_ends_with_enough_positives(num_positives, relay, phase):
-    buffers = script.init_buffers(SIZES, SMALL)
-    positives = buffers.positives._replace(total=jnp.int32(num_positives))
-    args = replace(SMALL, relay=relay)
-    assert script.choose_phase(buffers._replace(positives=positives), args) == phase
+def test_phase_table(changes, num_positives, num_negatives, phase):
+    """Five positives after k steps are enough for Eq. 4 here."""
+    buffers, args = script.init_buffers(SIZES, SMALL), replace(SMALL, stage2_after=5, **changes)
+    kept = min(num_positives, SMALL.embedding_buffer_size)
+    time = np.arange(kept, dtype=np.int32)
+    rows = replay.EmbeddedFrame(np.zeros((kept, 2)), time, np.full(kept, True), time)
+    positives = replay.add_rows(buffers.positives, rows) if kept else buffers.positives
+    positives = positives._replace(total=jnp.int32(num_positives))
+    negatives = buffers.negatives._replace(total=jnp.int32(num_negatives))
+    buffers = buffers._replace(positives=positives, negatives=negatives)
+    assert script.choose_phase(buffers, args) == phase
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -1,9 +1,9 @@
 """The success rates that the paper reports, to stand beside ours.
 
 Source: Fu et al., "FuRL: Visual-Language Models as Fuzzy Rewards for Reinforcement Learning", ICML
-2024, arXiv 2406.00645, Tables 1 to 3: percent of evaluation episodes with success at the last
-step, mean (standard deviation) over five seeds, after 1,000,000 steps; v2 tasks, LIV or CLIP. The
-rows are `common.envs.metaworld_tasks.MT10`.
+2024, arXiv 2406.00645, Tables 1 to 3: percent of evaluation episodes with success (in the authors'
+code at the last step), mean (standard deviation) over five seeds, after 1,000,000 steps; v2 tasks,
+LIV or CLIP. The rows are `common.envs.metaworld_tasks.MT10`.
 """
 
 from dataclasses import dataclass
