@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -138,6 +139,23 @@ def test_the_task_reward_is_added_only_when_asked(task_reward, shift, monkeypatc
     fuzzy = vlm_rm.cosine_similarity(vlm.text, batch.embedding.astype(jnp.float32))
     expected = fuzzy if not task_reward else batch.reward + shift + 0.5 * fuzzy
     np.testing.assert_allclose(seen["reward"], expected, atol=1e-6)
+
+
+def test_vlm_rm_learns_as_sac_does_but_may_keep_its_temperature():
+    args, key = vlm_rm.Args(**SMALL), jax.random.key(4)
+    agent = vlm_rm.init_agent(jax.random.key(0), SIZES, args)
+    batch, reward = transitions(None), np.linspace(-1, 1, 50, dtype=np.float32)
+    tuned, kept = (
+        jax.grad(vlm_rm.sac_loss, has_aux=True)(
+            agent.params, agent, batch, reward, key, replace(args, tune_temperature=tune))[0]
+        for tune in (True, False))
+    expected, _ = jax.grad(sac.sac_loss, has_aux=True)(
+        agent.params, agent, batch, reward, key, sac.Args(**SMALL))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), tuned, expected)
+    assert tuned["log_alpha"] != 0 and kept["log_alpha"] == 0
+    for part in ("actor", "critic"):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7),
+                     kept[part], expected[part])
 
 
 def test_sac_learns_from_the_shifted_task_reward(monkeypatch):

@@ -672,6 +672,8 @@ def make_logger(run_dir: Path, total_timesteps: int = 1000, **kwargs) -> Logger:
 
 
 def test_metrics_are_in_long_form(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     log = make_logger(tmp_path)
     log.log(100, {"losses/q": 0.5, "charts/relaying": True})
     # Each row is there at once, not only when the run ends.
@@ -683,7 +685,11 @@ def test_metrics_are_in_long_form(tmp_path):
     assert rows_of(tmp_path)[3:] == [
         ["200", "losses/q", "0.33333334"], ["200", "charts/num_updates", "12345678"]
     ]
-    assert list((tmp_path / "tensorboard").iterdir())
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    scalars = {key: [(x.step, x.value) for x in events.Scalars(key)]
+               for key in events.Tags()["scalars"]}
+    assert scalars["losses/q"] == [(100, 0.5), (200, pytest.approx(1 / 3))]
+    assert scalars["charts/num_updates"] == [(200, 12_345_678)]
 
 
 def test_rows_beyond_the_checkpoint_are_dropped(tmp_path):

@@ -155,6 +155,26 @@ def test_what_scripts_need_to_know(options, length):
         obs = envs.observations()
 
 
+def test_a_success_at_any_repeated_step_counts():
+    """Hands move through their goals; of some, success ends between two repeated steps."""
+    single, repeated = (VecMetaWorld("reach-v3", 6, seed=0, goal="random", num_workers=1,
+                                     action_repeat=repeat) for repeat in (1, 2))
+    obs, _ = single.reset()
+    repeated.reset()
+    found = []
+    for number in range(70):
+        action = np.zeros((6, 4), np.float32)
+        action[:, :3] = np.clip(10 * (obs[:, 36:39] - obs[:, :3]), -1, 1) if number < 50 else 1
+        both = [single.step(action) for _ in range(2)]
+        obs, step = both[1].obs, repeated.step(action)
+        np.testing.assert_array_equal(step.obs, obs)
+        np.testing.assert_array_equal(step.reward, step.success)
+        found.append((both[0].success, both[1].success, step.success))
+    first, second, either = np.swapaxes(found, 0, 1)
+    np.testing.assert_array_equal(either, first | second)
+    assert (first & ~second).any() and (second & ~first).any()
+
+
 def test_frames_show_the_state_reached_and_reset_frames_the_new_episode():
     envs = make(2, camera=Camera(48), max_episode_steps=4, draw_resets=True)
     _, first = envs.reset()

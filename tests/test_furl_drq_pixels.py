@@ -202,6 +202,12 @@ def test_each_loss_moves_its_own_parameters():
         return script.critic_loss(params, agent, batch(), reward, critic_key, SMALL)[0]
 
     features = script.encode(agent.encoder, agent.params["encoder"], batch().obs)
+    action, log_prob = script.sample_action(
+        agent.actor, agent.params["actor"], features, actor_key)
+    q = agent.critic.apply(agent.params["critic"], features, action).min(0)
+    loss, metrics = script.actor_loss(agent.params["actor"], agent, features, actor_key)
+    np.testing.assert_allclose(loss, (SMALL.init_temperature * log_prob - q).mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["entropy"], -log_prob.mean(), rtol=1e-4)
 
     def actor(params):
         return script.actor_loss(params["actor"], agent, features, actor_key)[0]
@@ -214,7 +220,43 @@ def test_each_loss_moves_its_own_parameters():
     assert not any(np.abs(x).max() > 0 for x in jax.tree.leaves(critic["actor"]))
     assert not any(np.abs(x).max() > 0 for x in jax.tree.leaves((actor["encoder"],
                                                                  actor["critic"])))
-    assert joint["log_alpha"] != 0
+    np.testing.assert_allclose(  # 2: |A| / 2
+        joint["log_alpha"], SMALL.init_temperature * (metrics["entropy"] + 2), rtol=1e-4)
+
+
+def test_each_agent_learns_from_its_own_reward(monkeypatch):
+    """furl: r_task - 1 + rho r_VLM (Eq. 1); relay: r_task - 1, and not once relaying has ended."""
+    args = replace(SMALL, align=False, rho=0.5)  # embeddings of one number: r_VLM is 1
+    state = script.init_state(jax.random.key(0), SIZES, args)
+    buffers = script.init_buffers(SIZES, args)._replace(steps=write_blocks(9))
+    learned = []
+
+    def spy(agent, batch, reward, key, args):
+        learned.append((agent, batch.reward, reward))
+        return agent, {}
+
+    monkeypatch.setattr(script, "update_agent", spy)
+    vlm = script.VLMInputs(jnp.ones(1), jnp.zeros(1))
+    script.update_once(state, buffers, vlm, jax.random.key(1), args, script.Phase(True, "none"))
+    (furl, task, shaped), (relay, _, plain) = learned
+    assert furl is state.furl and relay is state.relay
+    fuzzy = (task > 0).astype(np.float32)  # the similarity of a zero is 0
+    np.testing.assert_allclose(shaped, task - 1 + 0.5 * fuzzy, atol=1e-4)
+    np.testing.assert_array_equal(plain, task - 1)
+    script.update_once(state, buffers, vlm, jax.random.key(1), args, script.Phase(False, "none"))
+    assert len(learned) == 3 and learned[2][0] is state.furl
+
+
+def test_the_relay_agent_gets_noise_on_its_actions():
+    """Of a standard deviation of 0.2, where its own is next to nothing."""
+    state = script.init_state(jax.random.key(0), SIZES, SMALL)
+    certain = jax.tree.map(jnp.zeros_like, state.relay.params["actor"])
+    certain["params"]["MLP_0"]["Dense_1"]["bias"] = jnp.array([0.0] * 4 + [-10.0] * 4)
+    relay = state.relay.replace(params=state.relay.params | {"actor": certain})
+    pictures = jnp.zeros((400, 84, 84, 9), jnp.uint8)
+    action = script.act(state._replace(relay=relay), pictures, np.ones(400, bool),
+                        jax.random.key(1), 0, SMALL, True)
+    np.testing.assert_allclose(np.std(action, 0), 0.2, atol=0.03)
 
 
 def test_the_target_follows_encoder_and_critic_by_tau():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import furl_plus_state as script
-from common import replay
+from common import checkpoint, replay
 from common.envs import metaworld_suite as metaworld
 from common.errors import UserError
 from common.replay import Sizes, Transition
@@ -398,16 +398,52 @@ def metrics_of(folder: Path) -> list[tuple[str, str, str]]:
         return [tuple(row) for row in csv.reader(file) if not row[1].startswith("time/")]
 
 
-def test_a_run_is_resumed_to_the_last_digit(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict]:
+    """The folder of a whole run, and the rings of its last checkpoint."""
+    folder, saved = tmp_path_factory.mktemp("whole") / "run", []
+    save = checkpoint.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *a: saved.append(
+            jax.tree.map(np.asarray, a[3])) or save(*a))
+        script.main(replace(TINY, run_dir=str(folder)))
+    return folder, saved[-1]
+
+
+def test_a_run_is_resumed_to_the_last_digit(whole, tmp_path):
     """The replay wraps, episodes end, an evaluation is under way when the run is stopped."""
-    whole, half = tmp_path / "whole", tmp_path / "half"
-    script.main(replace(TINY, run_dir=str(whole)))
+    half = tmp_path / "half"
     script.main(replace(TINY, run_dir=str(half), total_timesteps=1300))
     script.main(replace(TINY, resume=str(half)))
-    rows, again = metrics_of(whole), metrics_of(half)
+    rows, again = metrics_of(whole[0]), metrics_of(half)
     assert [row for row in again if row[0] != "1300"] == [row for row in rows if row[0] != "1300"]
     steps = [int(row[0]) for row in rows[1:]]
     assert steps == sorted(steps), "rows are in order, those of evaluations too"
     evaluations = {row[0] for row in rows if row[1] == "eval/success_at_end"}
     assert evaluations == {"600", "1200", "1800", "2400"}
     assert any(row[1] == "losses/q_max" for row in rows)
+
+
+def test_the_expert_plays_the_first_episode_of_its_environments(whole):
+    """Of the first of two; what the replay still has of that episode are times 450 to 499."""
+    rows = replay.read_rows(whole[1]["transitions"], 900, 2400)
+    obs, action = (x.reshape(750, 2, -1) for x in (rows.obs, rows.action))
+    experts = metaworld.Experts(TINY.env_id, 1, seed=TINY.seed, goal=TINY.goal)
+    expected = np.stack([experts(obs[i], (450 + i) % 500)[0] for i in range(750)])
+    by_expert = np.isclose(action, expected[:, None], atol=1e-5).all(-1)
+    assert by_expert[:50, 0].all() and not by_expert[:, 1].any() and not by_expert[50:].any()
+    same_place = np.stack([experts(obs[0], time)[0] for time in range(200)])
+    assert_close(same_place.std(0).max(), 0.1, atol=0.02)
+
+
+def test_each_episodes_first_picture_is_kept(whole):
+    """It looks like what follows, not like the end of the episode before."""
+    rows = replay.read_rows(whole[1]["transitions"], 900, 2400).embedding.reshape(750, 2, -1)
+    starts = whole[1]["starts"]
+    assert starts.total == 6  # three episodes have begun
+    for episode, first in ((1, 50), (2, 550)):
+        for env in range(2):
+            start = starts.data[2 * episode + env]
+            last, followed = (np.abs(rows[i, env].astype(np.float32) - start).max()
+                              for i in (first - 1, first))
+            assert followed < 0.2 * last

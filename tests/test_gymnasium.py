@@ -418,6 +418,23 @@ def test_q_loss_against_numpy(layer_norm):
     np.testing.assert_allclose(metrics["q"], q.mean(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_dqn_learns_from_the_vlm_reward_alone(alpha):
+    """Of the environment's own there is nothing in the loss where a VLM is given."""
+    args, key = replace(ARGS, alpha=alpha), jax.random.key(3)
+    agent, buffers = dqn.init_agent(jax.random.key(0), SIZES, args), dqn.init_buffers(SIZES, args)
+    buffers = dqn.Buffers(replay.add_rows(buffers.transitions, random_batch(0)))
+    vlm = dqn.VLMInputs(jnp.arange(6.0), jnp.ones(6))
+    batch = replay.take(buffers.transitions, replay.sample_slots(buffers.transitions, key, 16))
+    images = batch.embedding.astype(jnp.float32)
+    fuzzy = (dqn.cosine_similarity(vlm.text, images) if alpha == 0
+             else dqn.goal_baseline_reward(vlm.text, vlm.baseline, images, alpha))
+    for inputs, reward in ((vlm, fuzzy), (None, batch.reward)):
+        _, metrics = dqn.update_once(agent, buffers, inputs, key, args)
+        expected, _ = dqn.q_loss(agent.params, agent, batch, reward, args)
+        np.testing.assert_allclose(metrics["losses/q_loss"], expected, rtol=1e-5)
+
+
 def test_dqn_finds_a_known_q():
     """A chain of two states: action 1 leads on (reward 0, then 1 and the end), 0 stays (0.1)."""
     args = replace(ARGS, gamma=0.5, learning_rate=1e-2, num_envs=8, target_update_every=80)

@@ -655,6 +655,7 @@ def test_offline_logging_keeps_script_and_video(tmp_path, monkeypatch):
     assert kept.read_bytes() == video.read_bytes()
     [log] = folder.glob("*.wandb")
     deadline = time.monotonic() + 60  # W&B's own process writes it
-    while b"exp_name" not in log.read_bytes() and time.monotonic() < deadline:
+    written = (b"group-of-mine", b"exp_name", b"eval/success_once", b"videos/evaluation")
+    while not all(x in log.read_bytes() for x in written) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert b"group-of-mine" in log.read_bytes() and b"exp_name" in log.read_bytes()
+    assert [x for x in written if x not in log.read_bytes()] == []

@@ -8,12 +8,15 @@ import importlib
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import ROOT, paper_scripts
 
+from common.envs.registry import METAWORLD
 from common.pixels import PICTURE_SIZE
 from common.replay import Sizes, Transition
 
@@ -197,6 +200,73 @@ def test_init_q_is_added_to_what_critics_say(script):
     if with_task:
         alone = module.init_agent(jax.random.key(0), sizes, replace(args, task_reward=False))
         assert alone.critic.init_q == 0
+
+
+class FirstActions(Exception):
+    """Ends a script's `main`; its argument: what it is raised with."""
+
+
+class Environments:
+    """What a `main` asks of its environments before the first step."""
+
+    obs_dim, action_dim, episode_length = 39, 4, 500
+
+    def __init__(self, env_id: str, num_envs: int, **settings):
+        self.num_envs, self.discrete = num_envs, "CartPole" in env_id
+
+    def reset(self):
+        size = PICTURE_SIZE
+        return jnp.zeros((self.num_envs, 39)), np.zeros((self.num_envs, size, size, 3), np.uint8)
+
+    def step_async(self, action):
+        raise FirstActions(action)
+
+
+def networks_and_first_actions(script, args, monkeypatch) -> tuple[list, np.ndarray]:
+    """What `main` makes of its seed before it takes a step, all else replaced."""
+    states = []
+
+    def begin(state, buffers, envs):
+        states.append(state)
+        return state, buffers, envs.reset()[0]
+
+    def embed(inputs):
+        return np.zeros((len(inputs), 8), np.float32)
+
+    vlm = SimpleNamespace(embed_dim=8, embed_images=embed, embed_text=embed)
+    view = SimpleNamespace(size=PICTURE_SIZE, camera=lambda *where: None)
+    run = SimpleNamespace(begin=begin, iterations=lambda: [0], check_finite=lambda *found: None)
+    for name, value in {
+        "load_vlm": vlm, "load_inputs": None, "embed_task": None, "view_for": view,
+        "Camera": None, "Evaluator": None, "start_run": run,
+    }.items():
+        monkeypatch.setattr(script, name, lambda *a, value=value, **k: value, raising=False)
+    for name in {"METAWORLD", "GYMNASIUM"} & vars(script).keys():
+        suite = replace(getattr(script, name), make_vec=Environments)
+        monkeypatch.setattr(script, name, suite)
+    suite = replace(METAWORLD, make_vec=Environments)
+    monkeypatch.setattr(script, "suite_for", lambda env_id: suite, raising=False)
+    with pytest.raises(FirstActions) as stopped:
+        script.main(args)
+    return jax.tree.leaves(states[0].params if hasattr(states[0], "params") else states[0]), (
+        stopped.value.args[0])
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "vlm_rm_dqn"])
+def test_seeds_have_networks_and_random_actions_of_their_own(script, monkeypatch):
+    module = importlib.import_module(script)
+    small = replace(module.Args(), buffer_size=40_000, hidden_features=(16,))
+    if hasattr(small, "encoder_features"):
+        small = replace(small, encoder_features=(4, 4))
+    found = [networks_and_first_actions(module, replace(small, seed=seed), monkeypatch)
+             for seed in (0, 1, 0)]
+    (networks, actions), (others, other_actions), (again, actions_again) = found
+    assert all((a == b).all() for a, b in zip(networks, again, strict=True))
+    assert any((a != b).any() for a, b in zip(networks, others, strict=True))
+    np.testing.assert_array_equal(actions, actions_again)
+    assert (actions != other_actions).any()
+    if not module.__name__.endswith("dqn"):
+        assert -1 <= actions.min() < -0.5 and 0.5 < actions.max() <= 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
