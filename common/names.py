@@ -46,6 +46,11 @@ def distinct_name(name: str, text: str, owners: dict[str, str]) -> str:
     return name
 
 
+def without_precision(vlm_id: str) -> str:
+    """A VLM's id without the number format, which is the machine's choice."""
+    return re.sub("-(fp16|bf16|fp32)$", "", vlm_id)
+
+
 def markdown(text: str) -> str:
     """`text` as a cell of a Markdown table shows it, whatever is in it."""
     escaped = re.sub(r"([\\|`*<>$\[\]~])", r"\\\1", " ".join(text.split()))

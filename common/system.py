@@ -37,6 +37,11 @@ def choose_gl() -> None:
         os.environ["PYOPENGL_PLATFORM"] = GL
 
 
+def python_path(folder: Path) -> str:
+    """PYTHONPATH for a process that also finds what is in `folder`, before the user's own."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def usable_cores() -> int:
     """Cores that the system lets this process run on."""
     if hasattr(os, "sched_getaffinity"):

@@ -602,7 +602,10 @@ def test_a_filmstrip_shows_before_and_after(trained, tmp_path, monkeypatch, caps
     real = filmstrip.last_frame
     monkeypatch.setattr(filmstrip, "last_frame", last_frame)
     folder, output = trained("furl")[0], tmp_path / "strip.png"
-    filmstrip.main(filmstrip.Args((folder, folder), output))
+    asked = []
+    monkeypatch.setattr(filmstrip, "open_run", lambda *a: asked.append(a) or open_run(*a))
+    filmstrip.main(filmstrip.Args((folder, folder), output, run_code=True))
+    assert asked == 2 * [(folder, min(kept_policies(folder)), True), (folder, None, True)]
     first, newest = min(kept_policies(folder)), checkpoint.read_newest(folder)[0]
     assert ends == [first, newest] * 2
     picture = np.asarray(Image.open(output))

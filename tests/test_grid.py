@@ -118,6 +118,11 @@ def test_commands(capsys, tmp_path):
     assert "--vlm" not in lines[0] and "--batch-size 32" in lines[0]
     assert "--batch-size 64" not in lines[0] and "--learning-rate 3e-4" in lines[0]
     assert "--rho 0.1 --vlm clip" in lines[1] and "/furl_sac_state_rho_0.1/reach-v3/0" in lines[1]
+    # A preset's VLM is for scripts as for tables' methods, unless they have one of their own.
+    lines = dry_run(capsys, "--scripts", "furl_sac_state.py", "furl_sac_state.py --vlm clip",
+                    "sac_baseline.py", "--preset", "paper", *words)[:3]
+    assert [re.findall("--vlm [a-z]+", line) for line in lines] == [["--vlm liv"], ["--vlm clip"],
+                                                                   []]
 
 
 def test_environments_of_any_suite(capsys, tmp_path):
@@ -177,6 +182,8 @@ def test_paper_page_has_the_same_commands():
     (["table1", "plus"], [], "have the presets paper and plus: choose one by --preset"),
     (["table1"], ["--nonsense", "1"], "no script of this grid has the flag --nonsense"),
     (["table1"], ["--seed", "1"], "--seed is the grid's own"),
+    (["--scripts", "sac_baseline.py --env-id CartPole-v1"], [],
+     "--env-id is the grid's own: use --env-ids"),
     (["table1", "--detach"], [], "--detach is for --engine slurm"),
     (["--scripts", "'x"], [], "is no script with flags"),
     (["table1", "--cores-per-run", "0"], [], "--cores-per-run must be 1 or more, not 0"),
@@ -235,6 +242,10 @@ def test_a_grid_of_other_runs_is_refused(tmp_path):
     seeds = [name.split("/") for name in joined["runs"]]
     assert len(seeds) == 50 and {(method, seed) for method, _, seed in seeds} == {
         ("sac", "0"), ("sac", "1"), ("furl", "0"), ("furl", "1"), ("furl", "2")}
+    args = grid.Args(names=("table1", "figure8"), seeds=1, methods=("sac", "no-align"))
+    grid.write_grid(tmp_path, grid.plan(args, [])[1])  # another table too; the name is the first's
+    joined = json.loads((tmp_path / "grid.json").read_text())
+    assert list(joined["methods"]) == ["sac", "furl", "no-align"] and joined["name"] == "table1"
     (tmp_path / "grid.json").write_text('{"name": "table1"}')
     with pytest.raises(grid.UserError, match=r"cannot be read .*: choose another --output"):
         grid.write_grid(tmp_path, first)
@@ -408,8 +419,7 @@ def test_ray_interrupted_and_killed_ends_as_by_hand(start, tmp_path):
     printed = second.communicate()[0]
     assert second.returncode == 0 and printed.endswith("2 finished\n"), printed
     assert "resumed at" in (folders[victim] / cells.LOG).read_text()
-    for seed, folder in enumerate(folders):
-        assert rows(folder) == by_hand(tmp_path / str(seed), steps, seed)
+    assert rows(folders[victim]) == by_hand(tmp_path / "by-hand", steps, victim)
 
     before = [(folder / "metrics.csv").stat().st_mtime_ns for folder in folders]
     third = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, timeout=180)

@@ -360,6 +360,85 @@ def test_what_cannot_be_in_one_table_is_one_line(tmp_path, refused, capfd):
     assert (tmp_path / "cut/furl_sac_state/push-v3.csv").read_bytes() == before
 
 
+def test_a_method_has_one_value_of_each_flag(tmp_path, capsys):
+    """Also where its first run is older than the flag, and from one call to the next."""
+    write_run(tmp_path / "old", "push-v3", 0, [0, 1])
+    write_run(tmp_path / "weak", "push-v3", 1, [0, 1], contrastive=0.0)
+    write_run(tmp_path / "strong", "push-v3", 2, [0, 1], contrastive=0.5)
+    old, weak, strong = (tmp_path / name for name in ("old", "weak", "strong"))
+    differ = r"runs of mine differ in --contrastive: 0\.0 \(.*\), 0\.5 \("
+    with pytest.raises(UserError, match=differ):
+        run_tool(old, weak, strong, output=tmp_path / "out", label="mine")
+    run_tool(old, weak, output=tmp_path / "out", label="mine")
+    assert f"not all runs of mine have the flag --contrastive: {old} is older" in (
+        capsys.readouterr().err)
+    with pytest.raises(UserError, match=differ):
+        run_tool(strong, output=tmp_path / "out", label="mine")
+
+
+def test_a_method_has_one_vlm_on_a_task(tmp_path):
+    """Its number format may differ; so may the VLMs of two tasks."""
+    ids = {("push-v3", 0): "a-fp32", ("push-v3", 1): "a-bf16", ("reach-v3", 0): "b"}
+    for number, ((task, seed), vlm_id) in enumerate([*ids.items(), (("push-v3", 2), "b")]):
+        write_run(tmp_path / str(number), task, seed, [0, 1])
+        config = json.loads((tmp_path / f"{number}/config.json").read_text())
+        (tmp_path / f"{number}/config.json").write_text(json.dumps(config | {"vlm_id": vlm_id}))
+    run_tool(*(tmp_path / n for n in "012"), output=tmp_path / "out", label="mine")
+    assert "| a-bf16, a-fp32, b |" in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(UserError, match=r"differ in the VLM on push-v3: a \(.*, b \("):
+        run_tool(tmp_path / "3", output=tmp_path / "out", label="mine")
+
+
+def test_a_budget_between_two_evaluations(tmp_path, capsys):
+    """The evaluation before it counts, a line says so, and the results can be added to."""
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), "push-v3", seed, [0, 1, 0, 0])
+    out = tmp_path / "out"
+    run_tool(tmp_path / "0", output=out, label="FuRL", budget=250)
+    assert "0 is taken as it was after 200 steps, its last evaluation within --budget 250" in (
+        capsys.readouterr().err)
+    before = (out / "furl/push-v3.csv").read_bytes()
+    run_tool(out)
+    assert (out / "furl/push-v3.csv").read_bytes() == before
+    runs = run_tool(tmp_path / "1", output=out, label="FuRL", budget=250)
+    assert [(run.seed, run.done, run.budget) for run in runs] == [(0, 200, 250), (1, 200, 250)]
+    write_run(tmp_path / "2", "push-v3", 2, [0, 1, 0, 0])
+    with pytest.raises(UserError, match=r"different budgets cannot be in one table: 250 .* 400"):
+        run_tool(tmp_path / "2", output=out, label="FuRL")
+
+
+def test_what_is_kept_stays_while_its_run_goes_on(tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), "push-v3", seed, [0, 1])
+        run_tool(tmp_path / str(seed), output=tmp_path / "out", label="FuRL")
+    before = (tmp_path / "out/furl/push-v3.csv").read_bytes()
+    config = json.loads((tmp_path / "0/config.json").read_text())
+    config["args"]["total_timesteps"] = 400
+    (tmp_path / "0/config.json").write_text(json.dumps(config))
+    run_tool(tmp_path / "0", output=tmp_path / "out", label="FuRL")
+    assert "unfinished and left out: evaluated at 200 of 400" in capsys.readouterr().err
+    assert (tmp_path / "out/furl/push-v3.csv").read_bytes() == before
+
+
+def test_a_run_is_in_a_table_once(tmp_path):
+    """Without labels another run may give a method another name."""
+    write_run(tmp_path / "a", "push-v3", 0, [0, 1])
+    write_run(tmp_path / "b", "push-v3", 0, [0, 1], rho=0.1)
+    run_tool(tmp_path / "a", output=tmp_path / "out")
+    with pytest.raises(UserError, match="a is there already, as furl_sac_state: give it that"):
+        run_tool(tmp_path / "a", tmp_path / "b", output=tmp_path / "out")
+
+
+def test_two_results_folders_are_not_written_into_the_first(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / f"run-{name}", "push-v3", 0, [0, 1])
+        run_tool(tmp_path / f"run-{name}", output=tmp_path / name, label=name)
+    with pytest.raises(UserError, match=r"b would be written into .*a: say where to write with"):
+        run_tool(tmp_path / "a", tmp_path / "b")
+    runs = run_tool(tmp_path / "a", tmp_path / "b", output=tmp_path / "both")
+    assert [run.label for run in runs] == ["a", "b"]
+
+
 def test_a_folder_without_runs_keeps_its_title(tmp_path):
     (tmp_path / "results.json").write_text('{"title": "T"}')
     assert results.kept_runs(tmp_path, 100) == ([], {"title": "T"})
@@ -567,7 +646,7 @@ def test_the_reports_specification_needs_no_network(tmp_path, no_network, capsys
     [grid] = [block["metadata"] for block in blocks if block["type"] == "panel-grid"]
     filters = {one["name"]: {f["key"]["name"]: f["value"] for f in one["filters"]["filters"]}
                for one in grid["runSets"]}
-    shared = {"env_id": "push-v3", "exp_name": "furl_sac_state"}
+    shared = {"env_id": "push-v3", "exp_name": "furl_sac_state", "goal": "fixed", "align": True}
     assert filters == {"low": shared | {"rho": 0.05}, "high": shared | {"rho": 0.1}}
     assert all(one["grouping"] for one in grid["runSets"])
     panels = [panel["config"] for panel in grid["panelBankSectionConfig"]["panels"]]

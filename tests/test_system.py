@@ -80,6 +80,16 @@ def test_gymnasiums_own_pictures_on_a_mac(mac):
     assert picture.startswith("True") and picture == run(["-c", code], dict(os.environ))
 
 
+@pytest.mark.parametrize(("users", "all_of_it"), [
+    (None, "/ours"), ("", "/ours"), ("/mine:/too", "/ours:/mine:/too"),
+])
+def test_what_processes_find_besides_the_users_own(monkeypatch, users, all_of_it):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    if users is not None:
+        monkeypatch.setenv("PYTHONPATH", users)
+    assert system.python_path(Path("/ours")) == all_of_it
+
+
 def test_the_processor_of_a_mac(monkeypatch, tmp_path):
     sysctl = tmp_path / "sysctl"
     sysctl.write_text("#!/bin/sh\necho $1.brand_string: Apple M1\n")

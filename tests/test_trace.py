@@ -49,6 +49,13 @@ def test_the_summary_by_hand():
     assert "environments step or draw 4.0 ms of it, 75% of that while updates run" in text
 
 
+@pytest.mark.parametrize("output", ["", "none/trace.json.gz"])
+def test_a_trace_that_could_not_be_written_is_not_made(tmp_path, output):
+    args = trace.Args(ROOT / "sac_baseline.py", tmp_path / output)
+    with pytest.raises(UserError, match="must be a file's name in a folder that exists"):
+        trace.main(args, [])
+
+
 @pytest.mark.parametrize(("script", "flags", "expected"), [
     ("sac_baseline.py", [], {"physics"}),
     ("sac_baseline.py", ["--engine", "envpool", "--goal", "random"], set()),  # threads of its own

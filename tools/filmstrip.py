@@ -32,6 +32,7 @@ SIZE, GAP, TOP, LEFT = 150, 8, 26, 84  # pixels: a frame, between frames, titles
 class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders, one column each
     output: Path = Path("filmstrip.png")  # the picture to write
+    run_code: bool = False  # execute the scripts in the folders: only if you trust them
 
 
 def last_frame(trained: Trained) -> tuple[np.ndarray, bool]:
@@ -82,7 +83,8 @@ def main(args: Args) -> None:
             raise UserError(f"{folder} has no policies/: it is no run, or older than these, or has "
                             "not evaluated yet")
         rows = []
-        for trained in (open_run(folder, min(kept)), open_run(folder)):
+        for env_steps in (min(kept), None):
+            trained = open_run(folder, env_steps, args.run_code)
             rows.append((trained.env_steps, *last_frame(trained)))
         columns.append((trained.args.env_id.removesuffix("-v3"), rows))
     try:

@@ -221,6 +221,8 @@ def main(args: Args, flags: list[str]) -> None:
     except Exception as error:
         raise UserError(f"{args.script} cannot be imported ({type(error).__name__}: {error})"
                         ) from None
+    if args.output.is_dir() or not args.output.absolute().parent.is_dir():  # else found too late
+        raise UserError(f"--output {args.output} must be a file's name in a folder that exists")
     missing = [name for name in ("Args", "main", "act", "update") if not hasattr(script, name)]
     if missing:
         raise UserError(f"{args.script} has no {', '.join(missing)} to trace")
@@ -245,7 +247,6 @@ def main(args: Args, flags: list[str]) -> None:
         for path in Path(folder).glob("*.json"):
             events += map(tuple, json.loads(path.read_text()))
     kept, start, end = keep_last(events, args.iterations)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(args.output, "wt", compresslevel=9) as file:
         json.dump(chrome_trace(kept, start), file)
     print(summarise(kept, start, end, args.iterations, num_cores()))

@@ -15,7 +15,7 @@ from common.cli import run_script
 from common.errors import UserError, first_line
 from common.flags import PositiveInt, check_ranges
 from tools.results.page import make_tables
-from tools.results.runs import check_runs, find_runs, name_methods
+from tools.results.runs import check_runs, find_runs, finished_runs, name_methods
 from tools.results.summary import Results
 
 CURVES_OF_RETURNS = ("eval/return", "charts/return")
@@ -57,21 +57,23 @@ def make_report(args: Args, entity: str, results: Results) -> Any:
 
 
 def what_makes(results: Results, method: str) -> dict[str, Any]:
-    """The configuration that tells a method's runs from others': its script, and the flags in which
-    the methods of that script differ."""
-    first = {run.method: run for run in results.runs}
-    mine = first[method]
-    others = [run for run in first.values() if run.script == mine.script]
-    return {"exp_name": mine.script} | {
-        key: value for key, value in mine.args.items()
-        if any(run.args.get(key) != value for run in others)}
+    """The configuration that tells a method's runs from all others in W&B: its script and flags.
+
+    Lists are left out, because W&B's filters do not compare them.
+    """
+    runs = [run for run in results.runs if run.method == method]
+    args = {key: value for run in runs for key, value in run.args.items()}
+    return {"exp_name": runs[0].script} | {
+        key: value for key, value in args.items() if isinstance(value, bool | int | float | str)}
 
 
 def main(args: Args) -> None:
     check_ranges(args)
     source = args.results or "wandb:" + "/".join(filter(None, [args.entity, args.project]))
     runs, _ = find_runs(str(source), None)
-    results = Results(check_runs(name_methods(runs), args.budget))
+    runs = finished_runs(name_methods(runs), args.budget)
+    check_runs(runs)
+    results = Results(runs)
     if args.dry_run:
         report = make_report(args, args.entity or "entity", results)
         spec = report._to_model().spec

@@ -27,7 +27,7 @@ from common.cores import ONE_THREAD, num_cores
 from common.envs.rendering import Camera
 from common.envs.suite import Suite
 from common.errors import UserError
-from common.system import memory_file
+from common.system import memory_file, python_path
 
 # Ctrl-C, and what terminals and schedulers send before they kill, to the whole job: the training
 # process saves and ends (common/run.py), the workers wait for it.
@@ -258,9 +258,8 @@ def _end(workers: list[tuple[subprocess.Popen, Connection]]) -> None:
 
 def _start_worker(memory_fd: int, options: dict) -> tuple[subprocess.Popen, Connection]:
     ours, theirs = socket.socketpair()
-    root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": python_path(Path(__file__).resolve().parents[2]),
         "SDL_VIDEODRIVER": "dummy",  # pygame, which draws classic control, opens no window
         "PYGAME_HIDE_SUPPORT_PROMPT": "1",
         "FURL_ENV_WORKER": "1",

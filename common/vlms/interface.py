@@ -10,7 +10,6 @@ that `--help` and a misspelt argument need not wait for.
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +21,7 @@ from common.cache import cached_arrays
 from common.envs.rendering import Camera, Square
 from common.errors import UserError
 from common.flags import note
+from common.names import without_precision
 
 if TYPE_CHECKING:
     import torch
@@ -176,10 +176,6 @@ def check_same_vlm(run_dir: Path, config: dict[str, Any], vlm: VLM) -> None:
         UserError: it is not. The number format, which is the machine's choice, may differ.
     """
     ours, theirs = vlm.id, str(config.get("vlm_id"))
-    if _without_precision(ours) != _without_precision(theirs):
+    if without_precision(ours) != without_precision(theirs):
         raise UserError(f"{run_dir} was trained with the VLM {theirs}, this one is {ours}: its "
                         "reward would mean nothing")
-
-
-def _without_precision(vlm_id: str) -> str:
-    return re.sub("-(fp16|bf16|fp32)$", "", vlm_id)

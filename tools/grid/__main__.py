@@ -86,6 +86,12 @@ def flag_groups(words: list[str]) -> dict[str, list[str]]:
     return groups
 
 
+def refuse_ours(groups: dict[str, list[str]]) -> None:
+    if taken := OURS & groups.keys():
+        raise UserError(f"{flags.flag_of(min(taken))} is the grid's own: use --env-ids, --seeds "
+                        "and --output")
+
+
 def fields_of(script: Path) -> set[str]:
     """The names of a script's flags, and those of their negations, read without running it.
 
@@ -157,19 +163,20 @@ def plan(args: Args, extra: list[str]) -> tuple[Path, dict[str, Any], list[Cell]
                         "one by --preset, or name them one after another")
     preset_name = presets.pop() if presets else "none"
     preset, users = PRESETS[preset_name], flag_groups(extra)
-    if taken := OURS & set(users):
-        raise UserError(f"{flags.flag_of(min(taken))} is the grid's own: use --env-ids, --seeds "
-                        "and --output")
+    refuse_ours(users)
     methods, commands, unknown = {}, {}, set(users)
     for name, (method, _) in chosen.items():
         script = Path(method.script)
         if args.names or not script.exists():
             script = ROOT / script
         fields = fields_of(script)
-        vlm = preset.vlms.get(method.vlm or "", "") if args.names else ""
+        vlm = preset.vlms.get(method.vlm or "", "") if "vlm" in fields else ""
         of_all = [flag_groups(shlex.split(preset.flags)), users]
         before, after = ({k: v for k, v in groups.items() if k in fields} for groups in of_all)
-        groups = before | flag_groups(shlex.split(f"{method.flags} {vlm}")) | after
+        own = flag_groups(shlex.split(method.flags))
+        refuse_ours(own)
+        of_vlm = flag_groups(shlex.split(vlm))
+        groups = before | own | {k: v for k, v in of_vlm.items() if k not in own} | after
         unknown -= fields
         words = [word for group in groups.values() for word in group]
         commands[name] = script.resolve(), words
@@ -214,7 +221,7 @@ def write_grid(output: Path, grid: dict[str, Any]) -> None:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error!r}): choose another --output"
                             ) from None
-        for key in ("name", "preset", "total_timesteps"):
+        for key in ("preset", "total_timesteps"):
             if before[key] != grid[key]:
                 raise UserError(f"{output} holds a grid whose {key} is {before[key]}, not "
                                 f"{grid[key]}: choose another --output")
@@ -222,7 +229,7 @@ def write_grid(output: Path, grid: dict[str, Any]) -> None:
             if before["methods"][name] != grid["methods"][name]:
                 raise UserError(f"{output} holds runs of {name} with other flags "
                                 f"({before['methods'][name]['flags']}): choose another --output")
-        grid = grid | {"methods": before["methods"] | grid["methods"],
+        grid = grid | {"name": before["name"], "methods": before["methods"] | grid["methods"],
                        "runs": list(dict.fromkeys([*before["runs"], *grid["runs"]]))}
     with written_whole(output, keep=True) as new:
         (new / "grid.json").write_text(json.dumps(grid, indent=1) + "\n")

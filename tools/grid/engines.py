@@ -21,6 +21,7 @@ from typing import Any
 
 from common.cores import OVERRIDE, num_cores
 from common.errors import UserError, first_line
+from common.system import python_path
 from tools import ROOT
 from tools.grid.cells import Cell, Job, Outcome
 from tools.shared.folders import written_whole
@@ -81,7 +82,7 @@ class RayEngine:
                                 "is the head's <host>:<port>") from None
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         quiet = {"log_to_driver": False, "configure_logging": False,
-                 "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}}}
+                 "runtime_env": {"env_vars": {"PYTHONPATH": python_path(ROOT)}}}
         settings = {"address": args.address} if args.address else {
             "address": "local", "num_cpus": num_cores(), "include_dashboard": False,
             "object_store_memory": 80 * 2**20}
@@ -172,7 +173,7 @@ class SlurmEngine:
             ntasks_per_node=1, cpus_per_task=cores, signal_delay_s=args.signal_delay,
             mem=f"{self.together * self.share.memory // 2**20}M",
             srun_args=[f"--cpus-per-task={cores}"],  # srun no longer takes it from sbatch
-            setup=[f"export PYTHONPATH={shlex.quote(str(ROOT))}"],
+            setup=[f"export PYTHONPATH={shlex.quote(python_path(ROOT))}"],
             additional_parameters={"requeue": True, **more},
             **({"gpus_per_node": gpus} if gpus else {}),
         )

@@ -27,7 +27,14 @@ from common.logger import show
 from common.names import distinct_name
 from tools.results.curves import plot_curves
 from tools.results.page import write_page
-from tools.results.runs import Run, check_runs, find_runs, name_methods, write_runs
+from tools.results.runs import (
+    Run,
+    check_runs,
+    find_runs,
+    finished_runs,
+    name_methods,
+    write_runs,
+)
 from tools.results.summary import Results
 from tools.shared.folders import written_whole
 
@@ -56,14 +63,17 @@ def main(args: Args) -> list[Run]:
     runs, output, title = [], args.output, None
     for source in args.runs:
         found, about = find_runs(source, args.label)
-        if about and output is None:
+        if about and args.output is None and args.figure is None:
+            if output is not None:
+                raise UserError(f"{source} would be written into {output}: say where to write "
+                                "with --output")
             output = Path(source) / "results" if "preset" in about else Path(source)
         if about and title is None:
             title = about.get("title") or f"{about['name']}, preset {about['preset']}"
         runs += found
-    runs = name_methods(runs)
+    runs = finished_runs(name_methods(runs), args.budget)
     if args.figure is not None:
-        runs = check_runs(runs, args.budget)
+        check_runs(runs)
         try:
             plot_curves(Results(runs), by_time=False).savefig(args.figure, dpi=200)
         except (OSError, ValueError) as error:  # no such folder, or a suffix that is no picture's
@@ -73,7 +83,8 @@ def main(args: Args) -> list[Run]:
     if output is None:
         raise UserError("say where to write: --output results/<name>")
     kept, about = kept_runs(output, args.budget)
-    runs = check_runs(merge(kept, runs), args.budget)
+    runs = merge(kept, runs)
+    check_runs(runs)
     title = about.get("title") or title or output.name
     with written_whole(output, keep=True) as folder:
         (folder / "results.json").write_text(json.dumps({"title": title}) + "\n")
@@ -113,10 +124,13 @@ def merge(kept: list[Run], given: list[Run]) -> list[Run]:
     taken as given.
 
     Raises:
-        UserError: a cell that is kept would be replaced by another run.
+        UserError: a cell that is kept would be replaced by another run, or a run would be there
+            twice.
     """
     owners = {run.method: run.label for run in kept}
     runs = {(run.method, run.task, run.seed): run for run in kept}
+    by_id = {(run.about["run_id"], run.task, run.seed): run for run in kept
+             if run.about.get("run_id")}
     added = []
     for run in given:
         method = distinct_name(run.method, run.label, owners)
@@ -125,6 +139,10 @@ def merge(kept: list[Run], given: list[Run]) -> list[Run]:
         if old and identity(old) != identity(run):
             raise UserError(f"{old.place} is another run of {run.label} than {run.place}: choose "
                             "another --output or --label")
+        same = by_id.get((run.about.get("run_id"), run.task, run.seed))
+        if same and same.method != method:
+            raise UserError(f"{run.place} is there already, as {same.label}: give it that --label, "
+                            "or choose another --output")
         added.append(run)
     return [*runs.values(), *added]
 

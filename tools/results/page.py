@@ -95,7 +95,7 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
         made.append([
             name, runs[0].about["command"],
             ", ".join(sorted({short_commit(run) for run in runs})),
-            str(runs[0].about.get("vlm_id") or "–"),
+            ", ".join(sorted({str(run.about.get("vlm_id") or "–") for run in runs})),
             "; ".join(sorted({describe_hardware(run.about["hardware"]) for run in runs})),
             "–" if math.isnan(hours) else f"{hours:.2g}"])
     found = (

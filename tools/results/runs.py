@@ -15,7 +15,7 @@ import numpy as np
 from common.envs.metaworld_tasks import ENV_IDS
 from common.errors import UserError, first_line
 from common.flags import MAY_CHANGE, flag_of
-from common.names import file_name, folder_name
+from common.names import file_name, folder_name, without_precision
 from common.run_folder import CONFIG, METRICS, read_config, read_metrics
 from tools.grid.cells import planned_runs
 
@@ -51,6 +51,7 @@ class Run:
     about: dict[str, Any]  # command, commit, versions, hardware
     place: str  # where it was read, for messages
     returns: np.ndarray | None = None  # None if they were not logged
+    published: bool = False  # read from a results folder: it was finished when that was written
 
     def __post_init__(self) -> None:
         for name in ("success_once", "success_at_end"):
@@ -202,7 +203,7 @@ def read_results(folder: Path, _about: dict[str, Any]) -> list[Run]:
                 raise ValueError(f"{path.name} and its CSV differ for seed {seed}")
             runs.append(Run(method=path.parent.name, seed=seed, env_steps=steps.astype(int),
                             success_once=once, success_at_end=at_end, seconds=seconds, about=about,
-                            place=f"{path} (seed {seed})",
+                            place=f"{path} (seed {seed})", published=True,
                             returns=returns[0] if returns else None, **shared))
     return runs
 
@@ -267,21 +268,13 @@ def tasks_of_returns(runs: Iterable[Run]) -> set[str]:
         run.returns is not None and not run.success_once.any() for run in group)}
 
 
-def check_runs(runs: list[Run], budget: int | None) -> list[Run]:
-    """The finished ones, all of one budget; each of the others is named in a line.
-
-    Args:
-        runs: with labels.
-        budget: cut all of them at this number of environment steps.
-
-    Raises:
-        UserError: their budgets differ, two are the same cell, a method has two sets of flags, or
-            none is finished.
-    """
+def finished_runs(runs: list[Run], budget: int | None) -> list[Run]:
+    """The finished ones, as they were after `budget` environment steps if that is given; each of
+    the others is named in a line."""
     finished = []
     for run in runs:
         needed = min(budget or run.budget, run.budget)
-        if run.done < needed:
+        if run.done < needed and not run.published:
             note(f"{run.place} is unfinished and left out: evaluated at {run.done:,} of "
                  f"{needed:,} steps")
         elif budget and not run.env_steps[0] <= budget <= run.budget:
@@ -289,30 +282,52 @@ def check_runs(runs: list[Run], budget: int | None) -> list[Run]:
                  f"{run.budget:,} steps, --budget is {budget:,}")
         else:
             finished.append(run.until(budget) if budget else run)
-    if not finished:
+            if budget and finished[-1].done < budget:
+                note(f"{run.place} is taken as it was after {finished[-1].done:,} steps, its last "
+                     f"evaluation within --budget {budget}")
+    return finished
+
+
+def check_runs(runs: list[Run]) -> None:
+    """That finished runs fit into one table.
+
+    Args:
+        runs: with labels.
+
+    Raises:
+        UserError: there are none, their budgets differ, two are the same cell, or a method has two
+            sets of flags or two VLMs.
+    """
+    if not runs:
         raise UserError("no finished run among those given; --budget STEPS takes each as it was "
                         "after so many, if it was evaluated by then")
-    example = {run.budget: run.place for run in finished}
+    example = {run.budget: run.place for run in runs}
     if len(example) > 1:
         listed = ", ".join(f"{steps:,} ({example[steps]})" for steps in sorted(example))
         raise UserError(f"runs of different budgets cannot be in one table: {listed} steps; give "
                         f"them apart, or cut all with --budget {min(example)}")
     cells: dict[tuple, Run] = {}
-    methods: dict[str, Run] = {}
-    for run in finished:
+    methods: dict[str, dict[str, tuple[Any, str]]] = defaultdict(dict)  # what -> (value, place)
+    for run in runs:
         other = cells.setdefault((run.method, run.task, run.seed), run)
         if other is not run:
             raise UserError(f"{other.place} and {run.place} are both {run.label} on {run.task} "
                             f"with seed {run.seed}: give one, or each its --label")
-        first = methods.setdefault(run.method, run)
-        mine, others = ({"script": r.script} | {flag_of(key): value for key, value in
-                                                r.args.items()} for r in (run, first))
-        for key in sorted(mine.keys() & others.keys()):
-            if mine[key] != others[key]:
-                raise UserError(f"runs of {run.label} differ in {key}: {others[key]} "
-                                f"({first.place}), {mine[key]} ({run.place}); give each its "
-                                "--label")
-    return finished
+        # Environments of Gymnasium have VLMs of their own, so that is compared task by task.
+        vlm = without_precision(str(run.about.get("vlm_id")))
+        made_by = {"script": run.script, f"the VLM on {run.task}": vlm}
+        for key, value in sorted((made_by | {flag_of(k): v for k, v in run.args.items()}).items()):
+            before, place = methods[run.method].setdefault(key, (value, run.place))
+            if value != before:
+                raise UserError(f"runs of {run.label} differ in {key}: {before} ({place}), {value} "
+                                f"({run.place}); give each its --label")
+    for method, found in methods.items():
+        mine = [run for run in runs if run.method == method]
+        for run in mine:
+            lacking = found.keys() - {flag_of(key) for key in run.args}
+            if flags := [flag for flag in sorted(lacking) if flag.startswith("--")]:
+                note(f"not all runs of {run.label} have the flag {flags[0]}: {run.place} is older")
+                break
 
 
 # ------------------------------------------------------------------------------ writing
@@ -336,7 +351,8 @@ def write_runs(output: Path, runs: list[Run]) -> None:
         made = [{"seed": run.seed, **run.about, "seconds": [] if np.isnan(run.seconds).any() else
                  [int(second) for second in run.seconds]} for run in group]
         data = {"label": first.label, "script": first.script, "task": task, "budget": first.budget,
-                "args": first.args, "runs": made}
+                "args": {key: value for run in group for key, value in run.args.items()},
+                "runs": made}
         text = json.dumps(data, indent=1)
         text = re.sub(r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()), text)
         (output / method / f"{name}.json").write_text(text + "\n")
