@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import drq_baseline
+import furl_drq_pixels
 import furl_drq_pixels as script
 from common import convolution, pixels, replay
 from common.cli import run_script
@@ -305,11 +306,29 @@ def metrics(run_dir: Path) -> dict[tuple[int, str], float]:
             if not row["key"].startswith("time/")}
 
 
-@pytest.mark.parametrize("script", [script, drq_baseline], ids=["furl", "drq"])
-def test_a_run_and_its_resumption(script, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("script", "flags"), [
+    pytest.param(script, ["--embed-every", "3"], id="furl"),
+    pytest.param(drq_baseline, [], id="drq"),
+])
+def test_a_run_and_its_resumption(script, flags, tmp_path, monkeypatch):
     """A run that goes on from its checkpoint half way logs what it logged before."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    run(*TINY, "--run-dir", str(whole), monkeypatch=monkeypatch, script=script)
+    embed_drawn, relay_acts = replay.embed_drawn, furl_drq_pixels.relay_acts
+    embedded, relayed = [], []
+    with monkeypatch.context() as spies:
+        spies.setattr(replay, "embed_drawn", lambda vlm, frames, drawn, steps: embedded.append(
+            (frames.shape, drawn.all())) or embed_drawn(vlm, frames, drawn, steps))
+        spies.setattr(furl_drq_pixels, "relay_acts", lambda episode, time, args: relayed.append(
+            (episode, time)) or relay_acts(episode, time, args))
+        run(*TINY, *flags, "--run-dir", str(whole), monkeypatch=monkeypatch, script=script)
+    if script is furl_drq_pixels:
+        shapes, new = zip(*embedded, strict=True)
+        assert set(shapes) == {(2, 96, 96, 3)}, "the VLM sees the middle of the picture"
+        # Of an episode's 250 pictures the first, every third and the last; 150 of the second one.
+        in_episode = [time in (0, 249) or time % 3 == 2 for time in range(250)]
+        assert list(new) == in_episode + in_episode[:150]
+        # Relay periods count physics steps, two an action: from 200 of the second episode on.
+        assert relayed == [(1, time) for time in range(100, 300, 2)]
     shutil.copytree(whole, halves)
     shutil.rmtree(halves / "checkpoints/step_0000001600")
     run("--resume", str(halves), monkeypatch=monkeypatch, script=script)
