@@ -158,6 +158,12 @@ def test_vlm_rm_learns_as_sac_does_but_may_keep_its_temperature():
                      kept[part], expected[part])
 
 
+@pytest.mark.parametrize("script", [sac, vlm_rm])
+def test_only_metaworlds_reward_is_shifted(script):
+    assert script.Args(env_id="reach-v3").reward_shift == -1
+    assert script.Args(env_id="Pendulum-v1").reward_shift == 0
+
+
 def test_sac_learns_from_the_shifted_task_reward(monkeypatch):
     args = sac.Args(**SMALL)
     empty = sac.init_buffers(SIZES._replace(embedding=0), args)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import common.run
 import furl_sac_state
@@ -672,8 +673,6 @@ def make_logger(run_dir: Path, total_timesteps: int = 1000, **kwargs) -> Logger:
 
 
 def test_metrics_are_in_long_form(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     log = make_logger(tmp_path)
     log.log(100, {"losses/q": 0.5, "charts/relaying": True})
     # Each row is there at once, not only when the run ends.
@@ -708,6 +707,9 @@ def test_rows_beyond_the_checkpoint_are_dropped(tmp_path):
         ["200", "losses/q", "0.2"], ["200", "eval/return", "1"],
         ["300", "losses/q", "0.9"],
     ]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("losses/q")
+    assert [(event.step, round(event.value, 4)) for event in events] == [
+        (100, 0.1), (200, 0.2), (300, 0.9)]
 
 
 @pytest.mark.parametrize("left", [None, "", "env_st", "env_steps,key,value\n"])
@@ -1074,6 +1076,16 @@ def test_iterations_are_those_that_are_left(tmp_path):
 def a_step(success: np.ndarray, truncated: np.ndarray) -> Step:
     no = np.zeros(len(success), bool)
     return Step(None, None, None, None, success, success.astype(np.float32), no, truncated)
+
+
+def test_returns_are_sums_until_an_episode_ends(tmp_path):
+    """However it ends: terminated or by its time."""
+    run, none, yes = start(tmp_path), np.zeros(4, bool), np.ones(4, bool)
+    run.count_episodes(a_step(np.array([1, 0, 0, 0], bool), none))
+    run.count_episodes(a_step(np.array([1, 1, 0, 0], bool), none)._replace(terminated=yes))
+    run.count_episodes(a_step(np.array([0, 0, 0, 1], bool), yes))
+    assert run._finished_returns == [2, 1, 0, 0, 0, 0, 0, 1]
+    assert run._finished == [True, True, False, False, False, False, False, True]
 
 
 def test_training_rows_and_success_of_finished_episodes(tmp_path, capsys):

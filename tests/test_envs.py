@@ -216,6 +216,13 @@ def test_a_goal_image_shows_another_scene_than_the_start_and_is_cached(tmp_path,
     )
 
 
+def test_each_seeds_goal_image_is_of_its_own_goal(tmp_path, monkeypatch):
+    monkeypatch.setenv("FURL_CACHE_DIR", str(tmp_path))
+    one, two = (goal_image("drawer-close-v3", seed=seed, goal="fixed", camera=Camera(64))
+                for seed in (1, 2))
+    assert (one != two).any()
+
+
 def test_a_goal_image_says_what_is_wrong():
     with pytest.raises(UserError, match="did you mean drawer-close-v3"):
         goal_image("drawer-closed", seed=0, goal="fixed", camera=Camera(64))

@@ -50,6 +50,15 @@ def test_a_fixed_goal_is_the_runs_own(shown, succeeds, evaluator):
     assert evaluate(lambda obs: expert(obs, next(steps)))["eval/success_once"] == succeeds
 
 
+@pytest.mark.parametrize(("env_id", "goal", "episodes"), [
+    ("reach-v3", "fixed", 1), ("reach-v3", "random", 10), ("CartPole-v1", "fixed", 10),
+])
+def test_how_many_episodes_are_played(env_id, goal, episodes, evaluator):
+    """One where all are the same, else ten (B.2 of the paper)."""
+    evaluate = evaluator(env_id, seed=0, goal=goal, num_episodes=0)
+    assert evaluate.envs.num_envs == episodes
+
+
 def test_random_goals_are_not_those_of_training(evaluator):
     """And the same in each evaluation."""
     where = {"seed": 3, "goal": "random"}

@@ -16,6 +16,7 @@ import furl_drq_pixels
 import furl_drq_pixels as script
 from common import convolution, pixels, replay
 from common.cli import run_script
+from common.envs.workers import Step
 from common.replay import Sizes, Transition
 from furl_drq_pixels import Args
 
@@ -89,6 +90,28 @@ def test_the_policy_sees_the_newest_pictures_of_the_running_episode(num_blocks):
     for env in range(SMALL.num_envs):
         expected = [[max(0, time - back), env, episode] for back in (2, 1, 0)]
         np.testing.assert_array_equal(obs[env, 0, 0].reshape(3, 3), expected)
+
+
+def test_the_policy_sees_what_the_replay_keeps():
+    """Two episodes of five steps: a picture's shade is 10 episode + time."""
+    def shade(number: int) -> np.ndarray:
+        return np.full((3, 84, 84, 3), number, np.uint8)
+
+    ring = script.init_buffers(SIZES, SMALL).steps
+    ring = pixels.add_first(ring, shade(0))
+    obs, seen = np.asarray(pixels.newest_stack(ring, SMALL.layout)), []
+    zeros = np.zeros(3, np.float32)
+    for episode, time in [(e, t) for e in (0, 1) for t in range(1, LENGTH + 1)]:
+        ended = np.full(3, time == LENGTH)
+        step = Step(None, None, shade(10 * episode + time), shade(10 * episode + 10), ended, zeros,
+                    zeros, ended)
+        obs, picture, first = pixels.observe(obs, step, 3)
+        rows = pixels.PixelStep(picture, np.zeros((3, 4)), zeros, zeros, np.zeros((3, 1)))
+        ring = pixels.add_step(ring, rows, first)
+        np.testing.assert_array_equal(obs, pixels.newest_stack(ring, SMALL.layout))
+        seen.append(obs[0, 0, 0, ::3].tolist())
+    assert seen[:6] == [[0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [10, 10, 10], [10, 10, 11]]
+    assert seen[-1] == [20, 20, 20]
 
 
 def test_scaling_down():

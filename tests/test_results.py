@@ -20,7 +20,7 @@ from tools.results import __main__ as results
 from tools.results import curves, page, runs, statistics
 from tools.results.paper_numbers import TABLES, find_column
 from tools.results.runs import Run, make_run
-from tools.results.summary import Results
+from tools.results.summary import Results, scores_of
 
 
 def a_run(method: str, task: str, seed: int, at_end, *, every: int = 100, **changes) -> Run:
@@ -160,6 +160,11 @@ def test_the_papers_percentages_give_its_averages(table):
         assert mean["runs"] == 50 and records[method, "push-v3"]["runs"] == 5
 
 
+def test_what_counts_of_a_run():
+    assert scores_of(a_run("m", "push-v3", 0, [0, 1, 0]), False) == {
+        "success_at_end": 0, "last_quarter": 0, "held": False, "success_once": 1}
+
+
 def test_the_papers_column_is_found_by_method_and_goal():
     assert find_column("furl-random", "random")[1].average == 64.6
     assert find_column("furl", "random")[0] == "Table 2" and find_column("furl", "fixed")[
@@ -181,16 +186,18 @@ def test_methods_of_one_label_are_told_apart():
 
 
 def test_means_are_over_the_tasks_that_all_methods_have():
-    runs = [a_run("sac", "reach-v3", 0, [1]), a_run("sac", "reach-v3", 1, [0]),
-            a_run("sac", "push-v3", 0, [0]),
-            a_run("furl", "reach-v3", 0, [1]), a_run("furl", "reach-v3", 1, [1])]
+    runs = [a_run("sac", "reach-v3", 0, [0, 1]), a_run("sac", "reach-v3", 1, [0, 0]),
+            a_run("sac", "push-v3", 0, [0, 0]),
+            a_run("furl", "reach-v3", 0, [0, 1]), a_run("furl", "reach-v3", 1, [0, 1])]
     found = Results(runs)
     records = found.records()
     assert found.tasks == ["push-v3", "reach-v3"] and found.common == ["reach-v3"]
     assert records["sac", "mean"]["success_at_end"] == 0.5
     assert records["sac", "mean"]["paper"] == 0.6 and records["furl", "mean"]["paper"] == 1
     assert records["sac", "mean"]["std"] == 0.5
-    assert found.improvements()["furl", "sac"][0] == 0.75
+    share, (low, high) = found.improvements()["furl", "sac"]
+    assert (share, low, high) == (0.75, 0.5, 1)
+    assert found.improvements()["sac", "furl"] == (0.25, (0, 0.5))
     text = page.make_tables(found, records, found.improvements())[0].markdown()
     assert "Means are over the tasks that every method has: reach-v3." in text and "| – |" in text
 

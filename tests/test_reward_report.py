@@ -71,6 +71,26 @@ def test_fooled_counts_sub_optimal_episodes():
     assert figures["auc_suboptimal"] == pytest.approx(23.5 / 24)
 
 
+def test_fooled_compares_with_the_median_of_success():
+    """Half of the frames in success score 1, the other half 3, but for one with 9: it is 2."""
+    d = data()
+    reward = np.zeros((4, 3, NUM))
+    reward[:, EXPERT, 4], reward[:, EXPERT, 5], reward[0, EXPERT, 5] = 1, 3, 9
+    reward[1, SUBOPTIMAL, 3], reward[2, SUBOPTIMAL, 3] = 2.1, 1.9  # the mean is 2.75
+    assert report.measure(reward, d, EVERY, seed=0)["fooled"] == 0.25
+
+
+def test_the_interval_is_of_goals():
+    """Of two goals one is ranked rightly and one wrongly: a quarter of resamples has one twice. And
+    whatever is drawn, a picture keeps its own label."""
+    d = data(2)
+    reward = d.success.astype(float)
+    reward[1] = 1 - reward[1]
+    assert report.measure(reward, d, EVERY, seed=0)["auc_95"] == [0, 1]
+    d.success[0, EXPERT, 1:] = True  # another number of pictures in success
+    assert report.measure(d.success.astype(float), d, EVERY, seed=0)["auc_95"] == [1, 1]
+
+
 def test_spearman_ends_at_the_first_success():
     """What comes after step 35 does not count: pictures of the steps 0 to 30 do."""
     d = data()
@@ -219,6 +239,8 @@ def test_a_report_of_two_prompts_and_two_runs(runs, tmp_path, capsys):
     names = {f"“{p}”" for p in prompts} | {"furl", "goal picture, mini",
                                            "goal picture, raw pixels"}
     assert set(results["rewards"]) == names
+    for what in ("mini", "raw pixels"):  # pictures near to that of success are those of success
+        assert results["rewards"][f"goal picture, {what}"]["auc"] > 0.7
     assert results["success"]["expert"] == 1 and "2 random goals" in results["setting"]
     assert results["frames"] == 2 * 3 * 11
     assert results["seed"] == 2 * EVAL_SEED_OFFSET, "goals of training would be no test"

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import furl_sac_state
 from common import vlms
+from common.envs.rendering import Square
 from common.errors import UserError
-from common.vlms import interface, load_vlm, mini, openclip_vlm
+from common.vlms import interface, load_vlm, mini, openclip_vlm, task
 from common.vlms.openclip_vlm import read_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -556,3 +560,26 @@ def test_embeddings_of_another_device_are_copied(monkeypatch):
     array = interface.to_jax(tensor)
     assert array.unsafe_buffer_pointer() != tensor.data_ptr()
     np.testing.assert_array_equal(array, tensor.numpy())
+
+
+def test_a_runs_prompt_and_goal_picture_are_embedded(monkeypatch):
+    """Of its own seed, goal, camera and quality; a text as its length, a picture as its colour."""
+    asked = []
+
+    def goal_image(env_id, **where):
+        asked.append((env_id, where))
+        return np.full((192, 192, 3), 7, np.uint8)
+
+    monkeypatch.setattr(task, "goal_image", goal_image)
+    vlm = types.SimpleNamespace(
+        view=None, frame_size=224, embed_text=lambda texts: np.array([[len(texts[0]), 1]]),
+        embed_images=lambda pictures: np.array([[pictures[0, 0, 0, 0], 2]]))
+    args = furl_sac_state.Args(env_id="reach-v3", seed=7, goal="random", camera_id=1,
+                               quality="paper", prompt="Go.")
+    text, goal = task.load_inputs(vlm, args)
+    assert text.tolist() == [3, 1] and goal.tolist() == [7, 2]
+    camera = interface.View(256, Square(32, 32, 192)).camera(1, "paper")
+    assert asked == [("reach-v3", {"seed": 7, "goal": "random", "camera": camera})]
+    for without in ({"goal_image": False}, {"align": False}):
+        assert task.load_inputs(vlm, replace(args, **without)).goal.tolist() == [0, 0]
+    assert len(asked) == 1, "no picture is drawn for nothing"

@@ -79,7 +79,7 @@ class Deaths:
     @property
     def pause(self) -> float:
         """Seconds to wait now, ever longer: a full disk or memory may pass."""
-        return min(FIRST_PAUSE * 10 ** (self.count - 1), LONGEST_PAUSE)
+        return min(FIRST_PAUSE * 10.0 ** min(self.count - 1, 9), LONGEST_PAUSE)
 
 
 def last_words(folder: Path) -> str:
