@@ -104,7 +104,7 @@ def test_arguments_are_possible_or_refused_by_name(name, folder, monkeypatch):
     content = sorted(folder.rglob("*"))
     outcomes = {"accepted": 0, "refused": 0, "rounded": 0}
 
-    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=200, deadline=None, derandomize=True, database=None)
     @given(command_lines(script.Args))
     @example(["--num-envs", "12"])
     def check(argv):

@@ -485,6 +485,7 @@ def test_a_command_without_its_place(command, kept):
 # --------------------------------------------------------------------- names and returns
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # the font lacks some
 def test_labels_that_differ_stay_two_methods(tmp_path):
     """Also when they come one by one, and whatever is in them."""
     labels = ["方法 一", "方法 二", "a b", "a_b", "A|b", "$x_1$ \\frac", "_hidden", "w/o $",
