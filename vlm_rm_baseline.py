@@ -366,7 +366,8 @@ def prompts_of(args: Args) -> tuple[str, str]:
 def embed_task(vlm: VLM, args: Args) -> VLMInputs:
     """What the reward compares pictures with; the heads of LIV-Proj are drawn from the seed."""
     prompts = prompts_of(args)
-    text, baseline = (jnp.asarray(x) for x in vlm.embed_text(prompts))
+    embedded = jnp.asarray(vlm.embed_text([prompt for prompt in prompts if prompt]))
+    text, baseline = embedded[0], embedded[-1]  # the same where nothing looks at the baseline
     if args.alpha > 0 and cosine_similarity(text, baseline[None])[0] > 0.9999:
         raise UserError(f"--baseline-prompt {prompts[1]!r} means the same as the prompt "
                         f"{prompts[0]!r} to this VLM: there is no line through both")

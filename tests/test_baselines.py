@@ -17,6 +17,7 @@ import furl_sac_state as furl
 import relay_baseline as relay
 import sac_baseline as sac
 import vlm_rm_baseline as vlm_rm
+import vlm_rm_dqn
 from common import replay
 from common.cli import run_script
 from common.envs.metaworld_suite import VecMetaWorld
@@ -257,6 +258,21 @@ def test_the_reward_that_tools_show_is_that_of_training(projection):
     np.testing.assert_allclose(shown, vlm_rm.vlm_reward(images, vlm, args), atol=1e-5)
     other = vlm_rm.load_reward(None, FakeVLM(), replace(args, seed=1))(images)
     assert (np.abs(other - shown).max() > 0.05) == projection
+
+
+@pytest.mark.parametrize("script", [vlm_rm, vlm_rm_dqn])
+@pytest.mark.parametrize(("alpha", "asked"), [(0.0, 1), (0.5, 2)])
+def test_only_prompts_that_are_looked_at_are_embedded(script, alpha, asked):
+    """Of an empty one a VLM would say that it knows none of its words."""
+    seen = []
+
+    class Listening(FakeVLM):
+        def embed_text(self, prompts: list[str]) -> np.ndarray:
+            seen.extend(prompts)
+            return super().embed_text(prompts)
+
+    script.embed_task(Listening(), script.Args(env_id="CartPole-v1", alpha=alpha))
+    assert len(seen) == asked and all(seen)
 
 
 # ------------------------------------------------------------------------------ end to end

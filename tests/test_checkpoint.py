@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import paper_scripts
 
 import sac_baseline as sac
 from common import checkpoint, replay, run_folder
@@ -440,9 +441,9 @@ def resume_and_check(script, args) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="nothing else tells a peak of memory anew")
-@pytest.mark.parametrize("name", ["sac_baseline", "furl_plus_state", "furl_drq_pixels"])
+@pytest.mark.parametrize("name", [*paper_scripts(), "vlm_rm_dqn"])
 def test_resuming_takes_no_more_memory_than_training(tmp_path, name):
-    """A full replay of 64 MiB, saved by one checkpoint and loaded: one ring, four, and pictures.
+    """A full replay of 64 MiB, saved by one checkpoint and loaded, for the buffers of each script.
 
     Counted is what is taken from the making of the buffers on; the rest is the same in both.
     """

@@ -37,7 +37,7 @@ TINY = [
     "--embedding-buffer-size", "500", "--eval-every", "1200", "--checkpoint-every", "40",
     "--log-every", "80", "--draw-every", "4",
 ]
-NUM_KILLS = 9
+NUM_KILLS = 12
 
 
 @pytest.fixture(scope="module")
@@ -275,13 +275,15 @@ def test_a_worker_that_dies_ends_the_run_which_can_be_resumed(whole_run, tmp_pat
     assert metrics(run_dir) == metrics(whole_run, until=1200)
 
 
-def test_a_run_that_diverges_stops_and_says_what_did(tmp_path, environment):
-    """Such steps overflow float32 within a few updates, far from any row of metrics: it shows as an
-    action would be taken. (test_cli.py has what shows as a checkpoint would be saved.)
+@pytest.mark.parametrize("learning_rate", ["1e3", "1e10"])
+def test_a_run_that_diverges_stops_and_says_what_did(tmp_path, environment, learning_rate):
+    """Such steps overflow float32 within a few updates, far from any row of metrics.
+
+    The first shows as a checkpoint would be saved, the second as an action would be taken.
     """
     run_dir = tmp_path / "run"
     script = Script(environment, tmp_path / "log", *TINY, "--run-dir", str(run_dir),
-                    "--learning-rate", "1e10", "--log-every", "1200")
+                    "--learning-rate", learning_rate, "--log-every", "1200")
     assert script.end() == 2
     culprit = r"error: ((furl|relay)/\S+ is not finite|losses/\S+ is (nan|-?inf)) at step"
     assert re.match(culprit, script.errors), script.errors

@@ -18,7 +18,7 @@ from common.envs.metaworld_suite import (
     make_env,
     set_env_state,
 )
-from common.envs.metaworld_tasks import expert_action, expert_policy
+from common.envs.metaworld_tasks import MT10, expert_action, expert_policy
 from common.envs.rendering import Camera
 from common.envs.workers import STOP_SIGNALS, WorkerError
 from common.errors import UserError
@@ -184,9 +184,8 @@ def test_frames_show_the_state_reached_and_reset_frames_the_new_episode():
     assert np.abs(step.frames.astype(int) - first).mean() > 0.3
 
 
-@pytest.mark.parametrize("task", ["drawer-open-v3", "pick-place-v3"])
+@pytest.mark.parametrize("task", MT10)
 def test_scripted_experts_succeed_through_these_environments(task):
-    """test_envpool_envs.py has all ten tasks of MT10."""
     envs = VecMetaWorld(task, 2, seed=1, goal="random", show_goal=True)
     obs, _ = envs.reset()
     policy = expert_policy(task)

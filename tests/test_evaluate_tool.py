@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -30,6 +31,7 @@ from common.envs.rendering import Square
 from common.envs.workers import WorkerError
 from common.errors import UserError
 from common.evaluate import EVAL_SEED_OFFSET
+from common.replay import Sizes
 from common.run_folder import kept_policies
 from common.vlms import View, view_for
 from tools import filmstrip
@@ -409,6 +411,17 @@ def test_the_folders_own_code_runs_only_when_told(trained, tmp_path, capsys):
         open_run(other, run_code=True)
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_every_script_has_what_the_tools_use(name):
+    script, args = RUNS[name]
+    assert {"env_id", "seed", "goal"} <= {f.name for f in dataclasses.fields(script.Args)}
+    state = jax.eval_shape(
+        lambda key: script.init_state(key, Sizes(39, 4, 8), args), jax.random.key(0))
+    assert jax.tree.leaves(state)
+    assert callable(script.main) and callable(script.policy)
+    assert hasattr(script, "load_reward") == hasattr(args, "vlm")
+
+
 def test_another_vlm_gives_no_reward(trained, tmp_path):
     folder = copy_of(trained("furl")[0], tmp_path)
     change_config(folder, lambda c: c.update(vlm_id="mini-0000-112px"))
@@ -522,6 +535,18 @@ def test_a_video_that_cannot_be_made_costs_only_itself(
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(evaluate.Args(trained("furl")[0], output=tmp_path / "stopped"))
     assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["evaluation.json"]
+
+
+def test_a_run_with_random_goals_is_played_on_new_ones(trained, tmp_path):
+    """The run's sparse reward is what its video shows; without videos none is drawn."""
+    folder, _ = trained("sac")
+    args = evaluate.Args(folder, episodes=3, videos=0, output=tmp_path / "one")
+    one = evaluate.main(args)
+    assert one["goal"] == "random" and one["episodes"] == 3
+    assert one["seed"] not in (0, EVAL_SEED_OFFSET)
+    assert one["success_once"]["wilson_95"] == pytest.approx(
+        wilson_interval(one["success_once"]["successes"], 3))
+    assert [f.name for f in (tmp_path / "one").iterdir()] == ["evaluation.json"]
 
 
 def expert(env_id: str) -> Trained:

@@ -712,6 +712,11 @@ def test_the_two_agents_explore_with_different_noise(agent):
     assert np.abs(relay - furl).min() > 1e-4
 
 
+def test_updates_per_iteration():
+    assert Args().updates_per_iteration == 8
+    assert replace(SMALL, num_envs=4, utd=0.5).updates_per_iteration == 2
+
+
 def test_randomness_is_a_function_of_the_step(agent):
     """Another step acts with other noise, the same step with the same."""
     actor = fixed_actor(agent, np.zeros(4), np.zeros(4))

@@ -59,7 +59,7 @@ def make_report(args: Args, entity: str, results: Results) -> Any:
 def what_makes(results: Results, method: str) -> dict[str, Any]:
     """The configuration that tells a method's runs from all others in W&B: its script and flags.
 
-    Lists are left out, because W&B's filters do not compare them.
+    Lists are left out: whether W&B's filters compare them has not been tried.
     """
     runs = [run for run in results.runs if run.method == method]
     args = {key: value for run in runs for key, value in run.args.items()}

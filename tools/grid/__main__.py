@@ -87,6 +87,7 @@ def flag_groups(words: list[str]) -> dict[str, list[str]]:
 
 
 def refuse_ours(groups: dict[str, list[str]]) -> None:
+    """UserError if a flag that the grid gives itself is among the user's."""
     if taken := OURS & groups.keys():
         raise UserError(f"{flags.flag_of(min(taken))} is the grid's own: use --env-ids, --seeds "
                         "and --output")
