@@ -41,6 +41,7 @@ RELAY_STREAM = 1  # with the seed: name of a stream of random numbers on the hos
 class Args(flags.RunArgs):  # env_id, seed, total_timesteps, num_envs, utd, logs: common/flags.py
     total_timesteps: flags.PositiveInt = 80_000  # environment steps, summed over the environments
     eval_every: flags.PositiveInt = 2_000  # environment steps between evaluations
+    checkpoint_every: flags.NotNegativeInt = 10_000  # steps between checkpoints; 0: only at the end
     # --- environment
     goal: flags.Goal = "fixed"  # fixed: hidden, one per seed
     quality: Literal["fast", "paper"] = "fast"  # of frames; paper: MuJoCo's default, slow

@@ -237,25 +237,26 @@ def _load(root: Path, folder: Path, tree: Any, rings: dict[str, Ring]):
     if manifest["totals"].keys() != rings.keys():
         raise MisfitError(f"the rings are {', '.join(manifest['totals'])}, this script's "
                           f"{', '.join(rings)}")
-    # All files are checked before a row is written: if one is damaged, the rings are filled from
-    # the checkpoint before, and must still be empty.
-    for file, digest in manifest["files"].items():
-        _read(root / file, digest)
     restored_rings = {}
     for name, ring in rings.items():
-        files = [root / file for file in manifest["files"] if _rows_in(file)[0] == name]
+        files = {root / file: digest for file, digest in manifest["files"].items()
+                 if _rows_in(file)[0] == name}
         restored_rings[name] = _fill(ring, files, manifest["totals"][name])
     return manifest["env_steps"], restored_tree, restored_rings, structure["host"]
 
 
-def _fill(ring: Ring, files: list[Path], total: int) -> Ring:
-    """The empty `ring` with the newest rows of `files` up to row number `total`; it is donated."""
-    if any(x.is_deleted() for x in jax.tree.leaves(ring.data)):  # by a checkpoint that failed late
+def _fill(ring: Ring, files: dict[Path, str], total: int) -> Ring:
+    """The empty `ring` with the newest rows of `files` up to row number `total`.
+
+    `ring` is donated; `files` are paths and their sha256.
+    """
+    # A newer checkpoint has begun to fill it, and then a file of it was found to be damaged.
+    if any(x.is_deleted() for x in jax.tree.leaves(ring.data)):
         ring = Ring(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ring.data), ring.total)
-    for file in files:
+    for file, digest in files.items():
         _, start, stop = _rows_in(file)
         first = max(start, total - ring.capacity)
-        with np.load(file) as stored:
+        with np.load(io.BytesIO(_read(file, digest))) as stored:
             leaves = [stored[str(i)][first - start:] for i in range(len(stored.files))]
         shapes = [(stop - first, *x.shape[1:]) for x in jax.tree.leaves(ring.data)]
         if [x.shape for x in leaves] != shapes:

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.envs.registry import suite_for
 from common.envs.rendering import Camera
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.flags import Goal
 
 # Evaluation goals of random-goal runs come from another seed than the goals of training.
@@ -32,17 +32,20 @@ class Evaluator:
         num_envs: environments side by side, which with the seed decide what is drawn for an
             episode; default: one for each episode, of Meta-World's `SIDE_BY_SIDE` at most.
         camera: what draws the frames; a video of a policy that sees states has its own size.
-        capture_video: draw, so that the first episode can be written as a video.
+        capture_video: draw the first episode, for `write_video`.
         frame_stack: 0: the policy sees states; K: the last K frames, the newest last.
         action_repeat: physics steps per action.
         seed_offset: added to the seed where episodes are drawn, so that training has not seen them.
 
     Attributes:
         steps: actions in each environment in a whole evaluation, at most.
-        settings: what a policy must be shown to be evaluated in the same way elsewhere.
+        settings: how pictures are drawn and stacked for the policy, in config.json so that
+            tools.evaluate shows it the same.
         episodes: the measures of each episode of the last call, see `play`.
         actions: the policy's in the first episode of each environment in the last call, a list of
             [num_envs, action_dim], or of [num_envs]; `episodes["length"]` says how many count.
+        pictures: of the first episode of the last call, uint8 [size, size, 3] at a video's pace;
+            empty if nothing is drawn.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Evaluator:
             seed=seed if same else seed + seed_offset,
             goal=goal,
             camera=camera if capture_video or frame_stack else None,
+            num_drawn=None if frame_stack else 1,
             action_repeat=action_repeat,
         )
         self._rounds = -(-self._num_episodes // num_envs)
@@ -85,11 +89,9 @@ class Evaluator:
         }
         self._frame_stack, self._action_repeat = frame_stack, action_repeat
 
-    def __call__(
-        self, policy: Callable[[np.ndarray], np.ndarray], video_path: Path | None = None
-    ) -> dict[str, float]:
+    def __call__(self, policy: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
         """Play all episodes at once; see `play`."""
-        playing = self.play(policy, video_path)
+        playing = self.play(policy)
         while True:
             try:
                 next(playing)
@@ -97,7 +99,7 @@ class Evaluator:
                 return end.value
 
     def play(
-        self, policy: Callable[[np.ndarray], np.ndarray], video_path: Path | None = None
+        self, policy: Callable[[np.ndarray], np.ndarray]
     ) -> Generator[None, None, dict[str, float]]:
         """Play the episodes, step by step: while the environments take a step, the caller has its
         turn, and decides when they take the next one.
@@ -105,7 +107,6 @@ class Evaluator:
         Args:
             policy: mean action [n, action_dim], or best one [n], for observations [n, obs_dim],
                 or with a frame stack for pictures uint8 [n, size, size, 3 K].
-            video_path: where to write the first episode (.mp4), if frames are drawn.
 
         Returns:
             the means over the episodes: `eval/success_once`: success at any step (Meta-World's own
@@ -116,16 +117,15 @@ class Evaluator:
             [num_episodes], without `eval/`.
         """
         self.envs.set_state(self._start)
-        rounds = []
+        self.pictures, rounds = [], []  # those of the last call are freed first
         for _ in range(self._rounds):
             rounds.append((yield from self._play_round(policy)))
         measures, (self.actions, *_), (pictures, *_) = zip(*rounds, strict=True)
+        self.pictures = pictures[:: 1 if self._action_repeat > 1 else 2]
         self.episodes = {
             name: np.concatenate([measured[name] for measured in measures])[: self._num_episodes]
             for name in measures[0]
         }
-        if pictures and video_path is not None:
-            write_video(video_path, pictures[:: 1 if self._action_repeat > 1 else 2])
         means = {f"eval/{name}": values.mean() for name, values in self.episodes.items()}
         if not self._lengths_differ:
             del means["eval/length"]
@@ -171,12 +171,12 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
     """
     import imageio
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     # JAX warns of every fork; the encoder's is followed by exec at once.
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with imageio.get_writer(path, fps=VIDEO_FPS, macro_block_size=4) as writer:
             for frame in frames:
                 writer.append_data(frame)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write the video {path}: {error}") from error
+        raise UserError(f"cannot write the video {path}: {first_line(error)}") from error

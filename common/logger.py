@@ -103,13 +103,14 @@ class Logger:
             self._line_width = 0
         show(text)
 
-    def close(self) -> None:
+    def close(self, finished: bool = True) -> None:
+        """End the records. W&B calls a run that is not `finished` failed."""
         if self._line_width:
             show()
         self._file.close()
         self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=0 if finished else 1)
 
 
 def show(text: str = "", end: str = "\n") -> None:
@@ -140,11 +141,13 @@ def start_wandb(run_dir: Path, config: dict[str, Any], args: RunArgs):
     holds is below `facts`. The script is kept as W&B's code of the run.
     """
     facts = {key: value for key, value in config.items() if key not in ("args", "script")}
+    # A grid's folders are <method>/<task>/<seed>: a seed alone would be no name.
+    name = "/".join(run_dir.parts[-3:]) if run_dir.name.isdecimal() else run_dir.name
     import wandb
 
     try:
         run = wandb.init(
-            entity=args.wandb_entity, project=args.wandb_project, name=run_dir.name,
+            entity=args.wandb_entity, project=args.wandb_project, name=name,
             id=config["run_id"], resume="allow", dir=str(run_dir), save_code=True,
             config={"exp_name": config["script"], **config["args"], "facts": facts},
         )

@@ -1,4 +1,4 @@
-"""The policies of a run's evaluations, kept so that one that is lost again is not lost.
+"""The policies of a run's evaluations, kept: a good one stays if later training spoils it.
 
 `policies/<env_steps>.npz` holds the arrays of the state that the script's `policy` acts by, under
 their names in the state, such as `furl/params/actor/params/MLP_0/Dense_0/kernel`. What else is in a

@@ -152,8 +152,8 @@ def embed_drawn(vlm: VLM, frames: np.ndarray, drawn: np.ndarray, steps: Ring) ->
     Args:
         vlm: what embeds frames.
         frames: uint8 [N, size, size, 3], what it sees.
-        drawn: where a frame is new, bool [N]; elsewhere the embedding of the step before stands
-            for this one too. So it comes from the replay, and a resumed run has it.
+        drawn: where this step has a new frame, bool [N]. Elsewhere the embedding of the step before
+            is used again; it is read from the replay, so that a resumed run has it too.
         steps: the replay, whose newest rows are the step before.
     """
     if drawn.all():

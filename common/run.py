@@ -23,7 +23,7 @@ from common.envs.registry import suite_for
 from common.envs.rendering import gl_info
 from common.envs.workers import STOP_SIGNALS, Step
 from common.errors import UserError
-from common.evaluate import Evaluator
+from common.evaluate import Evaluator, write_video
 from common.logger import Logger, first_not_finite, show
 from common.replay import Sizes
 from common.run_folder import (
@@ -61,7 +61,6 @@ class Run:
         self._pending: Generator | None = None  # plays and logs the evaluation that has begun
         self._steps_each_time = 0  # of its episodes in each iteration of training
         self._policy_names: list[str] = []  # of the arrays that the policy acts by
-        self._waiting_rows: list[tuple[int, dict[str, float]]] = []  # for the pending evaluation's
         self._logger: Logger | None = None
         self.env_steps = 0  # done when the current iteration ends
         self._succeeded = np.zeros(args.num_envs, bool)  # in the running episodes
@@ -83,7 +82,8 @@ class Run:
         """One of STOP_SIGNALS: the iteration, or evaluation, is finished and saved first.
 
         What a checkpoint holds is consistent only between two iterations. A second Ctrl-C ends at
-        once; not within a second of the first signal, which a process and its group may both get.
+        once. One within a second of the first signal is ignored: a scheduler may send the same
+        signal to the process and to its group.
         """
         if self._stopped_by is None:
             self._stopped_by, self._stopped_at = number, time.monotonic()
@@ -199,12 +199,13 @@ class Run:
         """Evaluate `policy(state, obs)`, as it is now, while training goes on, and keep it.
 
         The episodes are played on in each of the following iterations, and have ended before the
-        next evaluation begins and before a checkpoint is saved. Rows of metrics that come in
-        between wait until then, so that rows stay in order.
+        next evaluation begins and before a checkpoint is saved. So the rows of an evaluation come
+        after those of training steps that were done meanwhile.
         """
         self._finish_evaluation()
         iterations = max(1, self.args.eval_every // self.args.steps_per_iteration)
-        # One step more than it has ends the evaluation, and so before the next one is due.
+        # `_pending` is asked once more than the evaluation has steps. Rounded up, so that it ends
+        # before the next one is due.
         self._steps_each_time = -(-(self._evaluator.steps + 1) // iterations)
         state = copy_arrays(state)  # because an update takes its memory for the next one
         self._pending = self._evaluation(policy, state, self.env_steps, self.video_path())
@@ -212,20 +213,25 @@ class Run:
     def _evaluation(
         self, policy: Callable, state: Any, env_steps: int, video_path: Path | None
     ) -> Generator[None, None, None]:
-        """Play an evaluation, then write its rows and those that waited."""
+        """Play an evaluation, then write its rows, its video and its policy."""
         def act(obs: np.ndarray) -> jax.Array:
             if not self._policy_names:
                 self._policy_names = policies.names_used(policy, state, obs)
             return policy(state, obs)
 
-        evaluation = yield from self._evaluator.play(act, video_path)
+        evaluation = yield from self._evaluator.play(act)
         self.evaluation = {key: float(value) for key, value in evaluation.items()}
         self.logger.log(env_steps, self.evaluation)
-        self.logger.log_video(env_steps, video_path)
+        if video_path is not None:
+            try:
+                write_video(video_path, self._evaluator.pictures)
+                self.logger.log_video(env_steps, video_path)
+            except UserError as error:  # training goes on without
+                self.logger.say(f"warning: {error}")
         arrays = policies.named_arrays(state)
         arrays = {name: arrays[name] for name in self._policy_names}
         policies.save(self.dir, env_steps, arrays, self.args.eval_every)
-        self._write_waiting_rows()
+        self._pending = None
 
     def _play_on(self, steps: int | None) -> None:
         """Play `steps` more of the evaluation that has begun; None: all that is left."""
@@ -235,12 +241,6 @@ class Run:
     def _finish_evaluation(self) -> None:
         if self._pending is not None:
             self._play_on(None)
-
-    def _write_waiting_rows(self) -> None:
-        self._pending = None
-        for env_steps, row in self._waiting_rows:
-            self.logger.log(env_steps, row)
-        self._waiting_rows = []
 
     def log_training(self, phase: str, metrics: dict[str, Any]) -> None:
         """Write a row of metrics and refresh the live line.
@@ -260,10 +260,7 @@ class Run:
                 row["charts/return"] = float(np.mean(self._finished_returns))
         row["time/steps_per_second"] = self.logger.speed(self.env_steps)
         self._finished, self._finished_returns = [], []
-        if self._pending is None:
-            self.logger.log(self.env_steps, row)
-        else:
-            self._waiting_rows.append((self.env_steps, row))
+        self.logger.log(self.env_steps, row)
         if self._shows_returns:
             name, style, trained, evaluated = "return", ".1f", "charts/return", "eval/return"
         else:  # in training success at any step counts, in evaluation that at the last
@@ -300,12 +297,11 @@ class Run:
     def close(self, finished: bool = True) -> None:
         """End the records and the environments.
 
-        `finished`: the last evaluation is that of the final policy.
+        `finished`: the last evaluation is that of the final policy. Else one that has not ended is
+        left out.
         """
         if finished:
             self._finish_evaluation()
-        else:  # as it failed: an evaluation that has not ended is left out
-            self._write_waiting_rows()
         while self._handlers:
             signal.signal(*self._handlers.popitem())
         if finished and self.evaluation:
@@ -317,7 +313,7 @@ class Run:
             self.logger.say(f"final policy: {measured}; run folder: {self.dir}")
         if finished and self.args.drop_replay:
             checkpoint.drop_replay(self.dir)
-        self.logger.close()
+        self.logger.close(finished)
         unlock_run_dir(self.dir)
         for envs in self._environments:
             envs.close()
@@ -370,7 +366,7 @@ def start_run(
     config = write_config(
         run_dir, args, script=script, sizes=sizes._asdict(), evaluation=evaluate.settings, **facts
     )
-    if source:
+    if source and source != (run_dir / source.name).resolve():
         shutil.copy(source, run_dir / source.name)
     run = Run(args, run_dir, config, envs, evaluate)
     run.logger.say(f"run folder: {run_dir}")

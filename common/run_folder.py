@@ -315,8 +315,8 @@ def checkpoint_folder(run_dir: Path, env_steps: int) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The folders of a run's checkpoints, the newest first."""
-    return sorted((run_dir / CHECKPOINTS).glob("step_*"), reverse=True)
+    """The folders of a run's checkpoints, the newest first; not copies with another name."""
+    return sorted((run_dir / CHECKPOINTS).glob("step_" + "[0-9]" * 10), reverse=True)
 
 
 def steps_of(checkpoint: Path) -> int:
@@ -330,7 +330,8 @@ def policy_file(run_dir: Path, env_steps: int) -> Path:
 
 def kept_policies(run_dir: Path) -> dict[int, Path]:
     """The files of the policies that a run has kept, by their environment steps, ascending."""
-    return {int(path.stem): path for path in sorted((run_dir / POLICIES).glob("*.npz"))}
+    found = sorted((run_dir / POLICIES).glob("[0-9]" * 10 + ".npz"))
+    return {int(path.stem): path for path in found}
 
 
 def saved_steps(run_dir: Path) -> int | None:
@@ -358,7 +359,7 @@ def read_progress(run_dir: Path) -> Progress:
     except OSError:
         rows = []
     values = {key: value for _, key, value in rows}
-    steps = rows[-1][0] if rows else 0
+    steps = max((row[0] for row in rows), default=0)
     return Progress(max(steps, saved_steps(run_dir) or 0), planned_steps(run_dir),
                     values.get("time/steps_per_second"), values.get("eval/success_at_end"),
                     values.get("eval/return"))

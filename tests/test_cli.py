@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -879,7 +880,7 @@ def at(run: Run, env_steps: int) -> Run:
 
 def log_evaluation(run: Run, env_steps: int, evaluation: dict) -> None:
     """Evaluate the policy of `env_steps` with this outcome."""
-    def play(policy, video_path):
+    def play(policy):
         policy(0)
         yield
         return evaluation
@@ -1022,11 +1023,12 @@ def test_args_without_a_file(tmp_path):
 
 def test_wandb_gets_an_id_that_is_the_runs_own(tmp_path, monkeypatch):
     """Folders of one name in two places are two runs; a resumed run goes on with its curve."""
-    begun = []
+    begun, ended = [], []
 
     def init(**kwargs):
         begun.append(kwargs)
-        return types.SimpleNamespace(define_metric=lambda *a, **k: None, finish=lambda: None)
+        return types.SimpleNamespace(define_metric=lambda *a, **k: None,
+                                     finish=lambda exit_code: ended.append(exit_code))
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for parent in ("a", "b"):
@@ -1035,11 +1037,14 @@ def test_wandb_gets_an_id_that_is_the_runs_own(tmp_path, monkeypatch):
         run.close()
     resumed = resume(run.dir)
     begin(resumed)
-    resumed.close()
+    resumed.close(finished=False)
     first, second, third = (kwargs["id"] for kwargs in begun)
     assert [kwargs["name"] for kwargs in begun] == ["run"] * 3
+    assert ended == [0, 0, 1], "what has stopped is not to be taken for finished"
     assert first != second and second == third == run_folder.read_config(run.dir)["run_id"]
     assert all(kwargs["resume"] == "allow" and kwargs["save_code"] for kwargs in begun)
+    begin(start_with(replace(GOOD, run_dir=str(tmp_path / "furl/reach-v3/0"), track=True)))
+    assert begun[-1]["name"] == "furl/reach-v3/0", "in a grid, not 0"
     # Flat, as CleanRL's filters want it; the facts that have a flag's name do not hide the flag.
     config = dict(begun[0]["config"])
     assert config.pop("facts")["versions"] == versions.versions()
@@ -1115,11 +1120,12 @@ class SlowEvaluator:
     """Evaluations of 20 steps; the policy's answers are noted."""
 
     settings, steps = SETTINGS, 20
+    pictures = [np.zeros((16, 16, 3), np.uint8)] * 8
 
     def __init__(self):
         self.seen = []
 
-    def play(self, policy, video_path):
+    def play(self, policy):
         for _ in range(20):
             self.seen.append(float(policy(0.5)))
             yield
@@ -1138,7 +1144,7 @@ def evaluating(tmp_path: Path, **changes) -> tuple[Run, SlowEvaluator]:
 
 def test_training_goes_on_beside_an_evaluation(tmp_path):
     """An iteration has 4 steps, an evaluation comes every 40: three steps of it in each iteration.
-    Rows are in order, and the policy is that of the step at which it was asked for."""
+    The policy is that of the step at which it was asked for."""
     run, evaluator = evaluating(tmp_path, eval_every=40)
     state = {"w": jnp.ones(3), "optimizer": jnp.ones(3)}
     add = jax.jit(partial(jax.tree.map, lambda x: x + 1), donate_argnums=0)
@@ -1150,14 +1156,12 @@ def test_training_goes_on_beside_an_evaluation(tmp_path):
             run.log_training("relay", {"losses/q": 0.0})
         if run.env_steps == 60:
             assert len(evaluator.seen) == 15, "3 in each of 5 iterations: 21 have to fit into 10"
-            assert not [row for row in rows_of(run.dir) if row[0] in ("40", "48")], "it waits"
         if run.env_steps == 80:
             break
     run.save(state, Rings(small_ring()), Envs())  # the evaluation at 80 ends before
     run.close()
     assert evaluator.seen == [11.5] * 20 + [21.5] * 20
     rows = [(int(row[0]), row[1]) for row in rows_of(run.dir)[1:]]
-    assert rows == sorted(rows, key=lambda row: row[0])
     assert [row[0] for row in rows if row[1] == "eval/success_once"] == [40, 80]
     assert [row[0] for row in rows if row[1] == "losses/q"] == [16, 32, 48, 64, 80]
     assert run.evaluation == {"eval/success_once": 21.5, "eval/success_at_end": 21.5}
@@ -1168,14 +1172,28 @@ def test_training_goes_on_beside_an_evaluation(tmp_path):
             np.testing.assert_array_equal(kept["w"], [weight] * 3)
 
 
-def test_a_run_that_fails_keeps_the_rows_that_waited(tmp_path):
+def test_a_run_that_fails_keeps_its_rows_but_for_an_evaluation_that_has_not_ended(tmp_path):
     run, _ = evaluating(tmp_path)
     at(run, 100).evaluate(lambda state, x: state + x, jnp.ones(()))
     at(run, 200).log_training("relay", {"losses/q": 0.25})
-    assert len(rows_of(run.dir)) <= 1
+    assert "200,losses/q,0.25" in (run.dir / "metrics.csv").read_text(), "at once"
+    assert run_folder.read_progress(run.dir).steps == 200
     run.close(finished=False)
-    assert "200,losses/q,0.25" in (run.dir / "metrics.csv").read_text()
     assert "eval/" not in (run.dir / "metrics.csv").read_text()
+
+
+def test_a_video_that_cannot_be_written_ends_no_run(tmp_path, capsys):
+    run, _ = evaluating(tmp_path, capture_video=True)
+    for env_steps in (100, 200):
+        at(run, env_steps).evaluate(lambda state, x: state["w"] + x, {"w": jnp.ones(())})
+        run._finish_evaluation()
+        shutil.rmtree(run.dir / "videos", ignore_errors=True)
+        (run.dir / "videos").write_text("no folder")
+        (said,) = [line for line in capsys.readouterr().out.splitlines() if "video" in line] or [""]
+        assert said.startswith("warning: cannot write the video") == (env_steps == 200), said
+    run.close()
+    assert [row[0] for row in rows_of(run.dir) if row[1] == "eval/success_once"] == ["100", "200"]
+    assert list(kept_policies(run.dir)) == [100, 200]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -1185,6 +1203,32 @@ def test_a_diverged_run_ends_with_the_metrics_name(tmp_path, value):
         at(run, 100).log_training("relay", {"losses/alpha": 1.0, "losses/q": value})
     run.close()
     assert len(rows_of(run.dir)) <= 1, "nothing of that row is written"
+
+
+def test_what_users_put_beside_checkpoints_and_policies_is_left_alone(tmp_path):
+    run = start(tmp_path)
+    begin(run)
+    kept = run.dir / "checkpoints/step_0000000000_good", run.dir / "policies/best.npz"
+    shutil.copytree(run.dir / "checkpoints/step_0000000000", kept[0])
+    log_evaluation(run, 100, {"eval/success_once": 0.0, "eval/success_at_end": 0.0})
+    shutil.copy(run.dir / "policies/0000000100.npz", kept[1])
+    for env_steps in (100, 200, 300):
+        save(run, env_steps, {"w": jnp.ones(2)}, Rings(small_ring()))
+    run.close()
+    assert run_folder.saved_steps(run.dir) == 300 and list(kept_policies(run.dir)) == [100]
+    resumed = resume(run.dir)
+    begin(resumed)
+    resumed.close()
+    assert all(path.exists() for path in kept)
+    assert list(map(run_folder.steps_of, run_folder.checkpoints(run.dir))) == [300, 200]
+
+
+def test_a_script_in_its_own_run_folder(tmp_path, monkeypatch):
+    script = tmp_path / "my_idea.py"
+    shutil.copy(furl_sac_state.__file__, script)
+    monkeypatch.setattr(common.run, "source_file", lambda args_type: script)
+    start_with(replace(GOOD, run_dir=str(tmp_path))).close()
+    assert script.read_bytes() == Path(furl_sac_state.__file__).read_bytes()
 
 
 def test_a_run_begins_with_a_checkpoint(tmp_path):

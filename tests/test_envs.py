@@ -184,6 +184,22 @@ def test_frames_show_the_state_reached_and_reset_frames_the_new_episode():
     assert np.abs(step.frames.astype(int) - first).mean() > 0.3
 
 
+def test_only_the_first_environments_are_drawn_if_asked():
+    """Also where a worker has none to draw."""
+    envs, all_drawn = (make(3, camera=Camera(48), max_episode_steps=4, draw_resets=True,
+                            num_workers=2, num_drawn=n) for n in (1, None))
+    (_, frames), (_, expected) = envs.reset(), all_drawn.reset()
+    np.testing.assert_array_equal(frames[0], expected[0])
+    assert expected.any((1, 2, 3)).all() and not frames[1:].any()
+    for step, other in zip(*(play(e, actions(5, 3)) for e in (envs, all_drawn)), strict=True):
+        np.testing.assert_array_equal(step.obs, other.obs)
+        np.testing.assert_array_equal(step.frames[0], other.frames[0])
+        np.testing.assert_array_equal(step.reset_frames[0], other.reset_frames[0])
+        assert step.drawn.tolist() == [True, False, False] and not step.frames[1:].any()
+    envs.close()
+    all_drawn.close()
+
+
 @pytest.mark.parametrize("task", MT10)
 def test_scripted_experts_succeed_through_these_environments(task):
     envs = VecMetaWorld(task, 2, seed=1, goal="random", show_goal=True)

@@ -73,6 +73,17 @@ def test_random_goals_are_not_those_of_training(evaluator):
     assert len(np.unique(goals, axis=0)) == 4
 
 
+def test_the_first_episode_is_drawn_for_a_video(evaluator):
+    """Every second step of it; with repeated actions all. Nothing else is drawn."""
+    for repeat, pictures in ((50, 1 + 10), (1, 251)):
+        evaluate = evaluator("drawer-close-v3", seed=0, goal="random", num_episodes=2,
+                             action_repeat=repeat, capture_video=True)
+        evaluate(lambda obs: NOTHING)
+        assert np.shape(evaluate.pictures) == (pictures, 256, 256, 3)
+        assert all(picture.any() for picture in evaluate.pictures)
+        assert not evaluate.envs.reset()[1][1].any()
+
+
 def test_a_stack_holds_the_last_frames_the_newest_last(evaluator):
     """It begins with the first one, repeated. Two actions of 250 steps are an episode."""
     evaluate = evaluator("drawer-close-v3", seed=0, goal="fixed", num_episodes=1, frame_stack=3,

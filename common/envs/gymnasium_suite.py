@@ -94,7 +94,7 @@ class VecGymnasium(VecEnv):
         goal: Meta-World's; here `fixed`.
         camera: draws the frames; None: none are drawn. Frames are the environment's own pictures,
             scaled to the camera's size by `square`.
-        options: `num_workers`, `action_repeat`, `draw_resets` and `draw_every` of `VecEnv`.
+        options: those of `VecEnv`.
 
     Attributes:
         resumes_episodes: whether an episode's state can be saved: that of MuJoCo's and of classic

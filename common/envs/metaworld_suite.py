@@ -49,7 +49,7 @@ class VecMetaWorld(VecEnv):
         show_goal: put the goal into the observation whatever `goal` says (scripted experts need
             it).
         max_episode_steps: 1 to 500, physics steps.
-        options: `num_workers`, `action_repeat`, `draw_resets` and `draw_every` of `VecEnv`.
+        options: those of `VecEnv`.
 
     Raises:
         UserError, WorkerError: as `VecEnv`; UserError for an unknown task or goal mode too.

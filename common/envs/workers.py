@@ -93,6 +93,7 @@ class VecEnv:
         num_workers: processes; default: one per core, at most N.
         action_repeat: physics steps per call of `step`, all with the same action; only the last
             state is drawn and observed, and success at any of them counts.
+        num_drawn: only the first so many environments are drawn; default: all.
         draw_resets: also draw the first state of new episodes.
         draw_every: K; drawn are the state after an episode's first step, after every K-th, and
             after its last, counted in calls of `step`.
@@ -124,6 +125,7 @@ class VecEnv:
         camera: Camera | None = None,
         num_workers: int | None = None,
         action_repeat: int = 1,
+        num_drawn: int | None = None,
         draw_resets: bool = False,
         draw_every: int = 1,
     ):
@@ -157,7 +159,7 @@ class VecEnv:
             options = dict(
                 suite=suite, env=env, indices=indices.tolist(), camera=camera, layout=layout,
                 max_episode_steps=max_episode_steps, action_repeat=action_repeat,
-                draw_every=draw_every,
+                draw_every=draw_every, num_drawn=num_envs if num_drawn is None else num_drawn,
             )
             self._workers.append(_start_worker(memory_fd, options))
         os.close(memory_fd)
@@ -288,12 +290,13 @@ def _work(connection: Connection, memory_fd: int) -> None:
     arrays = _map_arrays(memory_fd, options["layout"])
     indices = options["indices"]
     envs = [suite.make_env(index=i, **options["env"]) for i in indices]
-    draw = suite.make_draw(envs[0], options["camera"]) if options["camera"] else None
+    to_draw = [i for i in indices if i < options["num_drawn"]] if options["camera"] else []
+    draw = suite.make_draw(envs[0], options["camera"]) if to_draw else None
     connection.send(("ok", None))
 
     def reset(i: int, env, frames: str) -> None:
         arrays["obs"][i] = env.reset()[0]
-        if frames in arrays:
+        if frames in arrays and i in to_draw:
             arrays[frames][i] = draw(env)
 
     while True:
@@ -314,7 +317,7 @@ def _work(connection: Connection, memory_fd: int) -> None:
                 arrays["reward"][i] = success if suite.sparse_reward else rewards
                 arrays["terminated"][i], arrays["truncated"][i] = terminated, truncated
                 ended = terminated or truncated
-                if draw is not None:
+                if i in to_draw:
                     time = -(-suite.elapsed_steps(env) // options["action_repeat"])
                     drawn = ended or time == 1 or time % options["draw_every"] == 0
                     arrays["drawn"][i] = drawn
