@@ -652,10 +652,14 @@ def test_the_reports_specification_needs_no_network(tmp_path, no_network, capsys
     texts = [block["content"] for block in blocks if block["type"] == "markdown-block"]
     assert "| push-v3 | 100 (21 to 100) | 100 (21 to 100) |" in texts[0]
     [grid] = [block["metadata"] for block in blocks if block["type"] == "panel-grid"]
-    filters = {one["name"]: {f["key"]["name"]: f["value"] for f in one["filters"]["filters"]}
-               for one in grid["runSets"]}
-    shared = {"env_id": "push-v3", "exp_name": "furl_sac_state", "goal": "fixed", "align": True}
-    assert filters == {"low": shared | {"rho": 0.05}, "high": shared | {"rho": 0.1}}
+    shown = {}
+    for run_set in grid["runSets"]:
+        [shown[run_set["name"]]] = run_set["filters"]["filters"]
+    for name, one in shown.items():  # W&B's filters call a run's id its name
+        run_id = json.loads((tmp_path / name / "config.json").read_text())["run_id"]
+        assert one["key"] == {"section": "run", "name": "name"}
+        assert (one["op"], one["value"]) == ("IN", [run_id])
+    assert shown.keys() == {"low", "high"}
     assert all(one["grouping"] for one in grid["runSets"])
     panels = [panel["config"] for panel in grid["panelBankSectionConfig"]["panels"]]
     assert [panel["metrics"] for panel in panels] == [[key] for key in wandb_report.CURVES]

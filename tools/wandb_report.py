@@ -43,8 +43,7 @@ def make_report(args: Args, entity: str, results: Results) -> Any:
         # A run set that names no project shows the runs of the report's own.
         run_sets = [wr.Runset(
             name=name, groupby=["config.exp_name"],
-            filters=expr.And(*(expr.Config(key) == value for key, value in
-                               {"env_id": task, **what_makes(results, method)}.items())),
+            filters=[expr.Metric("ID").isin(run_ids(results, method, task))],
         ) for method, name in results.names.items()]
         of_returns = task in results.return_tasks
         panels = [wr.LinePlot(
@@ -56,15 +55,11 @@ def make_report(args: Args, entity: str, results: Results) -> Any:
                      title=args.title or f"{args.project}: methods compared")
 
 
-def what_makes(results: Results, method: str) -> dict[str, Any]:
-    """The configuration that tells a method's runs from all others in W&B: its script and flags.
-
-    Lists are left out: whether W&B's filters compare them has not been tried.
-    """
-    runs = [run for run in results.runs if run.method == method]
-    args = {key: value for run in runs for key, value in run.args.items()}
-    return {"exp_name": runs[0].script} | {
-        key: value for key, value in args.items() if isinstance(value, bool | int | float | str)}
+def run_ids(results: Results, method: str, task: str) -> list[str]:
+    """W&B's ids of the runs in a cell of the table."""
+    ids = [run.about.get("run_id") for run in results.runs
+           if run.method == method and run.task == task]
+    return [run_id for run_id in ids if run_id]
 
 
 def main(args: Args) -> None:

@@ -222,7 +222,8 @@ def read_wandb(path: str, label: str | None) -> list[Run]:
             logged = [(row, key) for keys in (EVALUATION, (RETURN,), (SPEED,))
                       for row in run.scan_history(keys=["env_steps", *keys])
                       for key in keys if key in row]
-            config = {**run.config.get("facts", {}), "script": run.config["exp_name"], "args": args}
+            config = {**run.config.get("facts", {}), "run_id": run.id,
+                      "script": run.config["exp_name"], "args": args}
             try:
                 rows = [(int(row["env_steps"]), key, float(row[key])) for row, key in logged]
                 runs.append(make_run(config, rows, label, f"wandb:{path}/{run.id}"))
