@@ -708,7 +708,7 @@ def test_runs_of_wandb_are_read_as_folders_are(tmp_path, monkeypatch, capsys):
     facts = {key: value for key, value in config.items() if key not in ("args", "script")}
     ours = types.SimpleNamespace(
         config={"exp_name": config["script"], **config["args"], "facts": facts},
-        name="a", id="1", scan_history=scan_history)
+        name="a", id=config["run_id"], scan_history=scan_history)
     others = types.SimpleNamespace(config={"lr": 1}, name="another's", id="2")
     broken = types.SimpleNamespace(
         config={"exp_name": "mine", "env_id": "push-v3"}, name="broken", id="3",
