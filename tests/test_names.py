@@ -4,19 +4,20 @@ import pytest
 
 from common import names
 from tools.grid import __main__ as grid
+from tools.shared import names as labels
 
 
 @pytest.mark.parametrize("label", [
     "", "_", "..", "/", "方法", "🤖", "$", "\\", "|", "x" * 1000, "a\nb", "\udcff", "é" * 300,
 ])
 def test_folder_names_are_plain(label):
-    name = names.folder_name(label)
-    assert name.isascii() and 0 < len(name) <= names.LONGEST
+    name = labels.folder_name(label)
+    assert name.isascii() and 0 < len(name) <= labels.LONGEST
     assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-") and name[0] not in "._"
 
 
 def test_names_that_are_in_use_stay_as_they_are():
-    assert names.folder_name("FuRL w/o goal-image") == "furl_w_o_goal-image"
+    assert labels.folder_name("FuRL w/o goal-image") == "furl_w_o_goal-image"
     for env_id in ("drawer-open-v3", "CartPole-v1", "mine:Own-v0"):
         assert names.file_name(env_id) == env_id
 
@@ -29,9 +30,9 @@ def test_environments_that_differ_have_files_that_differ():
 
 def test_a_name_that_is_taken_is_marked():
     owners = {"a_b": "a b"}
-    assert names.distinct_name("a_b", "a b", owners) == "a_b"
-    other = names.distinct_name("a_b", "a_b", owners)
-    assert other.startswith("a_b-") and names.distinct_name("a_b", "a_b", owners) == other
+    assert labels.distinct_name("a_b", "a b", owners) == "a_b"
+    other = labels.distinct_name("a_b", "a_b", owners)
+    assert other.startswith("a_b-") and labels.distinct_name("a_b", "a_b", owners) == other
 
 
 @pytest.mark.parametrize(("text", "escaped"), [
@@ -40,7 +41,7 @@ def test_a_name_that_is_taken_is_marked():
     ("a\nb", "a b"), ("\\frac", r"\\frac"), ("<b>[c]", r"\<b\>\[c\]"),
 ])
 def test_markdown_shows_the_text(text, escaped):
-    assert names.markdown(text) == escaped
+    assert labels.markdown(text) == escaped
 
 
 def test_scripts_of_a_grid_that_differ_have_folders_that_differ():

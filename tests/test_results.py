@@ -14,13 +14,13 @@ from scipy.stats import binom
 
 from common.envs.metaworld_tasks import MT10
 from common.errors import UserError
-from common.names import folder_name
 from tools import wandb_report
 from tools.results import __main__ as results
 from tools.results import curves, page, runs, statistics
 from tools.results.paper_numbers import TABLES, find_column
 from tools.results.runs import Run, make_run
 from tools.results.summary import Results, scores_of
+from tools.shared.names import folder_name
 
 
 def a_run(method: str, task: str, seed: int, at_end, *, every: int = 100, **changes) -> Run:

@@ -11,6 +11,7 @@ a PNG, a CSV and prints how well the reward leads to the goal.
 
 import csv
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,6 @@ import numpy as np
 from annotated_types import MinLen
 
 from common.cli import run_script
-from common.envs import vlm_rm_tasks
 from common.envs.gymnasium_suite import make_env, square
 from common.envs.registry import GYMNASIUM
 from common.errors import UserError
@@ -28,6 +28,42 @@ from common.vlms import load_vlm, view_for
 from tools.shared.folders import writable_folder, written_whole
 from tools.shared.measures import check_baseline, check_finite, goal_baseline_reward, spearman
 from tools.shared.plots import plt
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A number of the state over which the reward is drawn (Figure 2).
+
+    Attributes:
+        name: what it is, with its unit.
+        values: [n].
+        goal: the value that the task is about.
+        near: distance from it within which a policy works.
+        state: (a value, a generator for the rest of the state) -> the environment's `state`.
+    """
+
+    name: str
+    values: np.ndarray
+    goal: float
+    near: float
+    state: Callable[[float, np.random.Generator], np.ndarray]
+
+
+POLE_ANGLE = Axis(
+    "angle of the pole, degrees", np.linspace(-180, 180, 121), goal=0, near=12,
+    state=lambda degrees, rng: np.array([rng.uniform(-2, 2), 0, np.deg2rad(degrees), 0]),
+)
+CAR_POSITION = Axis(
+    "position of the car", np.linspace(-1.2, 0.6, 91), goal=0.45, near=0.5,
+    state=lambda position, rng: np.array([position, 0]),
+)
+AXES = {  # by environment
+    "CartPole-v1": POLE_ANGLE,
+    "CartPoleEndless-v1": POLE_ANGLE,
+    "MountainCarContinuous-v0": CAR_POSITION,
+    "MountainCarAbsorbing-v0": CAR_POSITION,
+    "MountainCarTextured-v0": CAR_POSITION,
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +88,7 @@ class Args:
     """folder"""
 
 
-def pictures(env_id: str, axis: vlm_rm_tasks.Axis, size: int, args: Args) -> np.ndarray:
+def pictures(env_id: str, axis: Axis, size: int, args: Args) -> np.ndarray:
     """uint8 [values, repeats, size, size, 3]."""
     rng = np.random.default_rng(args.seed)
     env = make_env(env_id, seed=args.seed, index=0, frame_size=size)
@@ -70,11 +106,10 @@ def main(args: Args) -> None:
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame opens no window
     axes, prompts = [], []
     for env_id in args.env_id:
-        task = vlm_rm_tasks.TASKS.get(GYMNASIUM.resolve_env_id(env_id))
-        if task is None or task.axis is None:
-            known = [name for name, task in vlm_rm_tasks.TASKS.items() if task.axis]
-            raise UserError(f"{env_id} has no axis to draw over; these have: {', '.join(known)}")
-        axes.append(task.axis)
+        axis = AXES.get(GYMNASIUM.resolve_env_id(env_id))
+        if axis is None:
+            raise UserError(f"{env_id} has no axis to draw over; these have: {', '.join(AXES)}")
+        axes.append(axis)
         prompts.append([GYMNASIUM.prompt_for(env_id, args.prompt),
                         GYMNASIUM.baseline_prompt_for(env_id, args.baseline_prompt)])
     vlm = load_vlm(args.vlm, weights=args.vlm_weights)

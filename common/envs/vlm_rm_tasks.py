@@ -8,7 +8,6 @@ where those have a reward.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,25 +22,6 @@ from common.envs import humanoid
 
 
 @dataclass(frozen=True)
-class Axis:
-    """A number of the state over which the reward is drawn (Figure 2).
-
-    Attributes:
-        name: what it is, with its unit.
-        values: [n].
-        goal: the value that the task is about.
-        near: distance from it within which a policy works.
-        state: (a value, a generator for the rest of the state) -> the environment's `state`.
-    """
-
-    name: str
-    values: np.ndarray
-    goal: float
-    near: float
-    state: Callable[[float, np.random.Generator], np.ndarray]
-
-
-@dataclass(frozen=True)
 class Task:
     """An environment with the paper's prompts (Table 3).
 
@@ -49,25 +29,14 @@ class Task:
         prompt, baseline_prompt: goal l and baseline b; None in environments that are not the
             paper's.
         evaluated_on: the id of the environment whose return counts: the original of a changed one.
-        axis: what Figure 2 draws the reward over.
         vlm: the embedded VLM that knows the pictures, or `toy`, which knows the least.
     """
 
     prompt: str | None
     baseline_prompt: str | None
     evaluated_on: str
-    axis: Axis | None = None
     vlm: str = "toy"
 
-
-POLE_ANGLE = Axis(
-    "angle of the pole, degrees", np.linspace(-180, 180, 121), goal=0, near=12,
-    state=lambda degrees, rng: np.array([rng.uniform(-2, 2), 0, np.deg2rad(degrees), 0]),
-)
-CAR_POSITION = Axis(
-    "position of the car", np.linspace(-1.2, 0.6, 91), goal=0.45, near=0.5,
-    state=lambda position, rng: np.array([position, 0]),
-)
 
 CARTPOLE = ("pole vertically upright on top of the cart", "pole and cart")
 MOUNTAIN_CAR = (
@@ -75,11 +44,11 @@ MOUNTAIN_CAR = (
 )
 
 TASKS = {
-    "CartPole-v1": Task(*CARTPOLE, "CartPole-v1", POLE_ANGLE),
-    "CartPoleEndless-v1": Task(*CARTPOLE, "CartPole-v1", POLE_ANGLE),
-    "MountainCarContinuous-v0": Task(*MOUNTAIN_CAR, "MountainCarContinuous-v0", CAR_POSITION),
-    "MountainCarAbsorbing-v0": Task(*MOUNTAIN_CAR, "MountainCarContinuous-v0", CAR_POSITION),
-    "MountainCarTextured-v0": Task(*MOUNTAIN_CAR, "MountainCarContinuous-v0", CAR_POSITION),
+    "CartPole-v1": Task(*CARTPOLE, "CartPole-v1"),
+    "CartPoleEndless-v1": Task(*CARTPOLE, "CartPole-v1"),
+    "MountainCarContinuous-v0": Task(*MOUNTAIN_CAR, "MountainCarContinuous-v0"),
+    "MountainCarAbsorbing-v0": Task(*MOUNTAIN_CAR, "MountainCarContinuous-v0"),
+    "MountainCarTextured-v0": Task(*MOUNTAIN_CAR, "MountainCarContinuous-v0"),
 } | {
     env_id: Task(pose.prompt, humanoid.BASELINE_PROMPT, env_id, vlm="poses")
     for name, pose in humanoid.POSES.items()

@@ -32,13 +32,13 @@ from common.cores import OVERRIDE
 from common.envs.metaworld_tasks import ENV_IDS, MT10
 from common.errors import UserError
 from common.logger import format_duration, show
-from common.names import LONGEST, distinct_name, folder_name
 from common.run_folder import Progress, is_finished, is_in_use, read_progress, saved_steps
 from tools import ROOT
 from tools.grid.cells import Cell, Deaths, Outcome, planned_runs
 from tools.grid.engines import RayEngine, SlurmEngine, share_of
 from tools.grid.paper_tables import METHODS, PRESETS, TABLES, Method
 from tools.shared.folders import writable_folder, written_whole
+from tools.shared.names import LONGEST, distinct_name, folder_name
 
 OURS = {"env_id", "seed", "run_dir", "resume"}  # flags that the grid gives
 

@@ -24,7 +24,6 @@ from common.cli import run_script
 from common.errors import UserError
 from common.flags import PositiveInt, check_ranges
 from common.logger import show
-from common.names import distinct_name
 from tools.results.curves import plot_curves
 from tools.results.page import write_page
 from tools.results.runs import (
@@ -37,6 +36,7 @@ from tools.results.runs import (
 )
 from tools.results.summary import Results
 from tools.shared.folders import written_whole
+from tools.shared.names import distinct_name
 
 
 @dataclass(frozen=True)

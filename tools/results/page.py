@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from common.names import markdown
 from tools.results.curves import plot_curves, save_figure
 from tools.results.runs import Run
 from tools.results.statistics import NONE, Interval
 from tools.results.summary import Results
+from tools.shared.names import markdown
 from tools.shared.plots import fill
 
 

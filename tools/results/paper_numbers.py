@@ -9,7 +9,7 @@ LIV or CLIP. The rows are `common.envs.metaworld_tasks.MT10`.
 from dataclasses import dataclass
 
 from common.flags import Goal
-from common.names import folder_name
+from tools.shared.names import folder_name
 
 
 @dataclass(frozen=True)

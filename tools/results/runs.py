@@ -15,9 +15,10 @@ import numpy as np
 from common.envs.metaworld_tasks import ENV_IDS
 from common.errors import UserError, first_line
 from common.flags import MAY_CHANGE, flag_of
-from common.names import file_name, folder_name, without_precision
+from common.names import file_name, without_precision
 from common.run_folder import CONFIG, METRICS, read_config, read_metrics
 from tools.grid.cells import planned_runs
+from tools.shared.names import folder_name
 
 HEADER = "seed,env_steps,success_once,success_at_end"
 EVALUATION = ("eval/success_once", "eval/success_at_end")
