@@ -22,7 +22,7 @@ from common.run_folder import read_config
 ArgsT = TypeVar("ArgsT")
 
 # Of the disk: what a user must mend, and what may be otherwise when the run is tried again.
-DISK_ERRORS = {errno.EROFS, errno.EACCES, errno.EFBIG}
+DISK_ERRORS = {errno.EROFS, errno.EACCES, errno.EFBIG, errno.ENAMETOOLONG}
 PASSING_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 

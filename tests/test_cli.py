@@ -462,6 +462,8 @@ FULL = "error: out of memory: choose smaller batches, buffers or networks\n"
     (ShortageError("no memory now"), "error: no memory now\n", 1),
     (OSError(errno.EROFS, "Read-only file system"),
      "error: Read-only file system: the run folder; what was saved is safe\n", 2),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "aa"),
+     "error: File name too long: aa; what was saved is safe\n", 2),
     (MemoryError(), FULL, 1),
     (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), FULL, 1),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), FULL, 1),

@@ -174,6 +174,7 @@ def test_an_episode_goes_on_bit_by_bit(env_id, camera, close):
     ("CartPole-v7", {}, "unknown environment 'CartPole-v7'; did you mean CartPole-v"),
     ("Pendulum-v2", {}, "unknown environment 'Pendulum-v2'"),
     ("nowhere:Own-v0", {}, "unknown environment 'nowhere:Own-v0'; No module named"),
+    (".own:Own-v0", {}, "unknown environment '.own:Own-v0'; its module needs its full name"),
     ("CartPole-v1", {"goal": "random"}, "--goal random is for Meta-World's tasks"),
     ("environments:Blind-v0", {"camera": Camera(32, 0, "fast")}, "draws no frames"),
     ("environments:Unbounded-v0", {}, "have no bounds"),

@@ -7,6 +7,7 @@ import socket
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -346,6 +347,7 @@ def test_what_cannot_be_in_one_table_is_one_line(tmp_path, refused, capfd):
     check("empty", "not a run folder (it has no config.json)")
     check("nowhere", "no such folder")
     check("a", "is no results folder: choose another --output", output="notes")
+    check("a", "notes/below cannot be written", output="notes/below")
     check("a", "--budget must be 1 or more, not 0", "--budget", "0")
     refused(results, [str(tmp_path / "a")], "say where to write")
     with pytest.raises(UserError, match="no finished run"):
@@ -620,6 +622,10 @@ def test_one_figure_of_several_folders(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "curves.png"}
     with pytest.raises(UserError, match="cannot be written: Format 'foo' is not"):
         run_tool(tmp_path / "a", figure=tmp_path / "curves.foo")
+    with pytest.MonkeyPatch.context() as patch:  # as matplotlib does where LaTeX is missing
+        patch.setattr("matplotlib.figure.Figure.savefig", mock.Mock(side_effect=RuntimeError("x")))
+        with pytest.raises(UserError, match=r"curves\.pgf cannot be written: x"):
+            run_tool(tmp_path / "a", figure=tmp_path / "curves.pgf")
     for wrong in ({"figure": tmp_path / "curves"}, {"figure": figure, "output": tmp_path / "out"}):
         with pytest.raises(UserError, match="is all that is written then, without --output"):
             run_tool(tmp_path / "a", **wrong)

@@ -45,6 +45,8 @@ def resolve_env_id(name: str) -> str:
     Raises:
         UserError: no such environment; names the closest ones.
     """
+    if name.startswith("."):  # a relative import
+        raise UserError(f"unknown environment {name!r}; its module needs its full name")
     try:
         _spec(name)
     except ImportError as error:

@@ -21,7 +21,7 @@ from typing import Annotated
 import tyro
 
 from common.cli import run_script
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.flags import PositiveInt, check_ranges
 from common.logger import show
 from tools.results.curves import plot_curves
@@ -35,7 +35,7 @@ from tools.results.runs import (
     write_runs,
 )
 from tools.results.summary import Results
-from tools.shared.folders import written_whole
+from tools.shared.folders import writable_folder, written_whole
 from tools.shared.names import distinct_name
 
 
@@ -76,13 +76,16 @@ def main(args: Args) -> list[Run]:
         check_runs(runs)
         try:
             plot_curves(Results(runs), by_time=False).savefig(args.figure, dpi=200)
-        except (OSError, ValueError) as error:  # no such folder, or a suffix that is no picture's
-            raise UserError(f"--figure {args.figure} cannot be written: {error}") from None
+        # No such folder, a suffix that is no picture's, or one that needs LaTeX.
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"--figure {args.figure} cannot be written: {first_line(error)}"
+                            ) from None
         show(f"written: {args.figure}")
         return runs
     if output is None:
         raise UserError("say where to write: --output results/<name>")
     kept, about = kept_runs(output, args.budget)
+    writable_folder(output)
     runs = merge(kept, runs)
     check_runs(runs)
     title = about.get("title") or title or output.name
