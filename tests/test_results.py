@@ -347,7 +347,7 @@ def test_what_cannot_be_in_one_table_is_one_line(tmp_path, refused, capfd):
     check("empty", "not a run folder (it has no config.json)")
     check("nowhere", "no such folder")
     check("a", "is no results folder: choose another --output", output="notes")
-    check("a", "notes/below cannot be written", output="notes/below")
+    check("a", "cannot be written (Not a directory)", output="notes/README.md/below")
     check("a", "--budget must be 1 or more, not 0", "--budget", "0")
     refused(results, [str(tmp_path / "a")], "say where to write")
     with pytest.raises(UserError, match="no finished run"):
