@@ -195,6 +195,7 @@ def check_args(args: ArgsT, suite: "Suite") -> ArgsT:
     if args.resume and whole < (done := saved_steps(Path(args.resume)) or 0):
         raise UserError(f"--total-timesteps {whole} is less than the {done} steps that "
                         f"{args.resume} has done")
+    note_idle(args, track="wandb_project wandb_entity")
     if suite.all_same(getattr(args, "goal", "")) and args.eval_episodes > 1:
         print(f"note: with --goal fixed all {args.eval_episodes} evaluation episodes are the same")
     if whole != args.total_timesteps:

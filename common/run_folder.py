@@ -113,8 +113,9 @@ def make_free_folder(path: Path) -> Path:
 
 
 def holds_run(path: Path) -> bool:
-    """Whether there is anything in a run folder that a new run would destroy."""
-    return (path / CONFIG).exists() and (bool(checkpoints(path)) or any(read_metrics(path)))
+    """Whether there is anything in a folder that a new run would destroy or be taken for."""
+    return path.is_dir() and bool(
+        checkpoints(path) or kept_policies(path) or any(read_metrics(path)))
 
 
 def lock_run_dir(path: Path) -> None:

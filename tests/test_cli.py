@@ -597,6 +597,16 @@ def test_a_run_that_died_before_its_first_checkpoint_leaves_its_folder_free(tmp_
     assert run_folder.create_run_dir(str(tmp_path), "reach-v3", "s", 0) == path
 
 
+@pytest.mark.parametrize("left", [
+    "checkpoints/step_0000000100/manifest.json", "policies/0000000100.npz", "metrics.csv"])
+def test_what_another_run_left_is_not_taken_for_the_new_ones(left, tmp_path):
+    """Also where its config.json is gone."""
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).write_text("env_steps,key,value\n100,eval/return,1\n")
+    with pytest.raises(UserError, match="already holds a run"):
+        run_folder.create_run_dir(str(tmp_path), "reach-v3", "s", 0)
+
+
 def test_of_two_runs_started_at_once_one_gets_the_folder(tmp_path):
     run_folder.create_run_dir(str(tmp_path), "reach-v3", "s", 0)
     code = ("import sys; from common.run_folder import create_run_dir;"

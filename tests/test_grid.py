@@ -197,6 +197,14 @@ def test_refusals(capsys, words, extra, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_script_whose_flags_are_not_all_in_it_is_refused(capsys, tmp_path):
+    """Else it would run without the preset's, beside others that have them."""
+    script = tmp_path / "my_sub.py"
+    script.write_text("import sac_baseline\nclass Args(sac_baseline.Args):\n    x: int = 0\n")
+    with pytest.raises(grid.UserError, match=r"subclass of flags\.RunArgs itself"):
+        dry_run(capsys, "--scripts", str(script))
+
+
 @pytest.mark.parametrize("engine", ["ray", "slurm"])
 def test_a_missing_package_says_how_to_install_it(monkeypatch, tmp_path, engine):
     monkeypatch.setitem(sys.modules, {"ray": "ray", "slurm": "submitit"}[engine], None)

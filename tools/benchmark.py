@@ -10,6 +10,7 @@ come last and so replace any of these. `tools.trace` shows what an iteration spe
 """
 
 import contextlib
+import os
 import platform
 import re
 import shlex
@@ -22,10 +23,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import jax
 import psutil
+from annotated_types import MinLen
 
 from common.cli import run_script
 from common.cores import num_cores
@@ -34,7 +36,8 @@ from common.errors import UserError
 from common.flags import PositiveInt, check_ranges
 from common.logger import show
 from common.run_folder import read_metrics
-from common.system import cpu_description
+from common.system import cpu_description, python_path
+from tools import ROOT
 
 Row = tuple[str, str, str]  # what, figure, remark
 T = TypeVar("T")
@@ -42,7 +45,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Args:
-    scripts: tuple[str, ...]
+    scripts: Annotated[tuple[str, ...], MinLen(1)]
     """scripts to run, in turns; in quotes also with flags"""
     rounds: PositiveInt = 5
     """runs of each script, of which the median is taken"""
@@ -90,7 +93,8 @@ def time_run(command: list[str], steps: int) -> tuple[float, int]:
             sys.executable, script, "--env-id", "drawer-close-v3", "--learning-starts", "1000",
             "--eval-every", "1000000", "--checkpoint-every", "0", "--log-every", "500",
             "--total-timesteps", str(steps), *flags, "--run-dir", f"{folder}/run",
-        ], stdout=subprocess.DEVNULL, stderr=errors)
+        ], stdout=subprocess.DEVNULL, stderr=errors,
+            env=os.environ | {"PYTHONPATH": python_path(ROOT)})
         peak = 0
         while process.poll() is None:
             peak = max(peak, memory_of_tree(process.pid))

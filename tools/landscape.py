@@ -78,7 +78,7 @@ class Args:
     """default: Table 3's"""
     baseline_prompt: str | None = None
     """default: Table 3's"""
-    alpha: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    alpha: Annotated[tuple[Share, ...], MinLen(1)] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """strengths of goal-baseline regularisation, a line each"""
     repeats: PositiveInt = 8
     """states for each value on the axis"""

@@ -106,6 +106,9 @@ def fields_of(script: Path) -> set[str]:
     for node in body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
             names = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
+            if node.bases and ast.unparse(node.bases[0]).split(".")[-1] != "RunArgs":
+                raise UserError(f"{script}: its Args must be a subclass of flags.RunArgs itself, "
+                                "so that all its flags are found")
             if node.bases:
                 names += [field.name for field in dataclasses.fields(flags.RunArgs)]
             return {*names, *(f"no_{name}" for name in names)}
