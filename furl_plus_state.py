@@ -588,10 +588,8 @@ def main(args: Args) -> dict[str, float]:
         args.env_id, args.num_envs, seed=args.seed, goal=args.goal, camera=camera,
         draw_resets=True, draw_every=args.draw_every,
     )
-    evaluate = Evaluator(
-        args.env_id, seed=args.seed, goal=args.goal, num_episodes=args.eval_episodes,
-        camera=camera, capture_video=args.capture_video,
-    )
+    evaluate = Evaluator(args.env_id, seed=args.seed, goal=args.goal, camera=camera,
+                         num_episodes=args.eval_episodes, capture_video=args.capture_video)
     sizes = Sizes(envs.obs_dim, envs.action_dim, vlm.embed_dim)
     init_key, random_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 4)
     state, buffers = init_state(init_key, sizes, args), init_buffers(sizes, args)
