@@ -93,7 +93,7 @@ class VecEnv:
         num_workers: processes; default: one per core, at most N.
         action_repeat: physics steps per call of `step`, all with the same action; only the last
             state is drawn and observed, and success at any of them counts.
-        num_drawn: only the first so many environments are drawn; default: all.
+        num_drawn: only the first so many environments are drawn, and have frames; default: all.
         draw_resets: also draw the first state of new episodes.
         draw_every: K; drawn are the state after an episode's first step, after every K-th, and
             after its last, counted in calls of `step`.
@@ -137,6 +137,7 @@ class VecEnv:
             else gymnasium.spaces.Box(-1, 1, (num_envs, action_dim), np.float32)
         )
         self.draws = camera is not None
+        num_drawn = num_envs if num_drawn is None else num_drawn
         layout = {
             "obs": ((num_envs, obs_dim), np.float32),
             "final_obs": ((num_envs, obs_dim), np.float32),
@@ -145,7 +146,7 @@ class VecEnv:
         }
         layout |= {name: ((num_envs,), np.bool_) for name in ("success", "terminated", "truncated")}
         if camera:
-            layout["frames"] = ((num_envs, camera.drawn_size, camera.drawn_size, 3), np.uint8)
+            layout["frames"] = ((num_drawn, camera.drawn_size, camera.drawn_size, 3), np.uint8)
             layout["drawn"] = ((num_envs,), np.bool_)
             if draw_resets:
                 layout["reset_frames"] = layout["frames"]
@@ -159,7 +160,7 @@ class VecEnv:
             options = dict(
                 suite=suite, env=env, indices=indices.tolist(), camera=camera, layout=layout,
                 max_episode_steps=max_episode_steps, action_repeat=action_repeat,
-                draw_every=draw_every, num_drawn=num_envs if num_drawn is None else num_drawn,
+                draw_every=draw_every, num_drawn=num_drawn,
             )
             self._workers.append(_start_worker(memory_fd, options))
         os.close(memory_fd)
