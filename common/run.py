@@ -31,7 +31,7 @@ from common.run_folder import (
     create_run_dir,
     lock_run_dir,
     read_config,
-    store_total,
+    store_continuation,
     unlock_run_dir,
     write_config,
 )
@@ -115,7 +115,8 @@ class Run:
                 self.dir, state, buffers._asdict()
             )
             # The grid and tools go by it. Now, not sooner: a refused --resume changes nothing.
-            store_total(self.dir, self.config, self.args.total_timesteps)
+            store_continuation(self.dir, self.config, self.args, self.env_steps,
+                               source_file(type(self.args)), jax_devices=devices())
             buffers = type(buffers)(**rings)
             self._succeeded, self._finished = host["run"]["succeeded"], host["run"]["finished"]
             self._returns = host["run"]["returns"]
@@ -319,6 +320,11 @@ class Run:
             envs.close()
 
 
+def devices() -> list[str]:
+    """JAX's, as config.json names them."""
+    return [str(device) for device in jax.devices()]
+
+
 def start_run(
     args: Any, buffers: Any, sizes: Sizes, envs: Any, evaluate: Evaluator, *,
     vlm: VLM | None = None, view: View | None = None, **facts: Any,
@@ -361,10 +367,11 @@ def start_run(
         facts["view"] = view._asdict()
     if envs.draws:
         facts["gl"] = gl_info()
-    facts["jax_devices"] = [str(device) for device in jax.devices()]
+    facts["jax_devices"] = devices()
     run_dir = create_run_dir(args.run_dir, args.env_id, script, args.seed)
     config = write_config(
-        run_dir, args, script=script, sizes=sizes._asdict(), evaluation=evaluate.settings, **facts
+        run_dir, args, source, script=script, sizes=sizes._asdict(), evaluation=evaluate.settings,
+        **facts
     )
     if source and source != (run_dir / source.name).resolve():
         shutil.copy(source, run_dir / source.name)

@@ -13,6 +13,7 @@ loads neither JAX nor torch.
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -165,31 +166,58 @@ def is_in_use(run_dir: Path) -> bool:
 # ------------------------------------------------------------------------------ config.json
 
 
-def write_config(run_dir: Path, args: Any, **facts: Any) -> dict[str, Any]:
-    """Write `config.json`: the arguments and the facts that a reader needs to trust the run."""
+def write_config(
+    run_dir: Path, args: Any, source: Path | None = None, **facts: Any
+) -> dict[str, Any]:
+    """Write `config.json`: the arguments and the facts that a reader needs to trust the run.
+
+    `source` is the script's file.
+    """
     config = {
         "args": dataclasses.asdict(args),
         "command": _command(),
         "run_id": secrets.token_hex(4),  # of W&B: folders' names are not unique
-        "commit": git_commit(),
-        "versions": versions(),
-        "cpu_count": os.cpu_count(),
-        "num_cores": num_cores(),
+        **_made_by(source),
         **facts,
     }
     _store(run_dir, config)
     return config
 
 
+def _made_by(source: Path | None) -> dict[str, Any]:
+    """The code and the machine."""
+    facts = {"commit": git_commit(), "versions": versions(), "cpu_count": os.cpu_count(),
+             "num_cores": num_cores()}
+    if source:  # the commit does not tell two versions of a copy apart that git does not track
+        facts["script_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
+    return facts
+
+
 def _command() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def store_total(run_dir: Path, config: dict[str, Any], total_timesteps: int) -> None:
-    """Note in `config`, and in `config.json`, that a run is continued up to so many steps."""
-    if config["args"].get("total_timesteps") != total_timesteps:
-        config["args"]["total_timesteps"] = total_timesteps
+def store_continuation(
+    run_dir: Path, config: dict[str, Any], args: Any, env_steps: int, source: Path | None = None,
+    **facts: Any,
+) -> None:
+    """Note in `config`, and in `config.json`, that a run goes on after `env_steps`: up to where,
+    and below `continued` which code or machine is another one than before.
+
+    `args` are the script's arguments; `source` and `facts` are as for `write_config`.
+    """
+    before = dict(config)
+    for change in config.get("continued", []):
+        before |= change
+    now = _made_by(source) | facts
+    changes = {key: value for key, value in now.items() if before.get(key) != value}
+    if changes:
+        config.setdefault("continued", []).append({"env_steps": env_steps, **changes})
+    further = config["args"].get("total_timesteps") != args.total_timesteps
+    if further:
+        config["args"]["total_timesteps"] = args.total_timesteps
         config["command"] = f"{config['command']} && {_command()}"
+    if changes or further:
         _store(run_dir, config)
 
 

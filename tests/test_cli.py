@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import hashlib
 import importlib
 import json
 import math
@@ -1005,21 +1006,31 @@ def test_the_script_is_the_file_that_defines_args(tmp_path, monkeypatch, capsys)
     run = start_with(my_idea.Args(run_dir=str(tmp_path / "run"), num_envs=4))
     begin(run)
     run.close()
-    assert run_folder.read_config(run.dir)["script"] == "my_idea"
+    config = run_folder.read_config(run.dir)
+    assert config["script"] == "my_idea"
+    assert config["script_sha256"] == hashlib.sha256(script.read_bytes()).hexdigest()
     kept = run.dir / "my_idea.py"
     assert kept.read_bytes() == script.read_bytes()
     with pytest.raises(UserError, match=r"is my_idea\.py's, this is furl_sac_state\.py"):
         cli.parse_args(Args, ["--resume", str(run.dir)])
 
-    capsys.readouterr()
-    resume(run.dir, my_idea.Args).close()
-    assert "has changed" not in capsys.readouterr().out
+    def go_on() -> str:
+        resumed = resume(run.dir, my_idea.Args)
+        begin(resumed)
+        resumed.close()
+        return capsys.readouterr().out
+
+    assert "has changed" not in go_on()
+    assert run_folder.read_config(run.dir) == config
     before = kept.read_bytes()
     script.write_text(script.read_text() + "# new\n")
-    resume(run.dir, my_idea.Args).close()
-    [line] = [x for x in capsys.readouterr().out.splitlines() if "has changed" in x]
+    [line] = [x for x in go_on().splitlines() if "has changed" in x]
     assert line == f"note: my_idea.py has changed since this run began; {kept} is what it was"
     assert kept.read_bytes() == before, "the run folder keeps what the run began with"
+    go_on()  # as the last time, which is no other change
+    changed = hashlib.sha256(script.read_bytes()).hexdigest()
+    assert run_folder.read_config(run.dir) == config | {
+        "continued": [{"env_steps": 0, "script_sha256": changed}]}
 
 
 def test_args_without_a_file(tmp_path):

@@ -257,17 +257,26 @@ def test_a_run_that_was_continued_further(tmp_path):
 
 
 def test_a_continued_run_takes_the_place_of_its_first_part(tmp_path):
-    """Continuing it has added a command; a run with another id is another run."""
+    """Continuing it has added a command, here with other code on another machine; a run with
+    another id is another run."""
     write_run(tmp_path / "a", "reach-v3", 0, [0, 1])
     run_tool(tmp_path / "a", output=tmp_path / "out", label="FuRL")
     config = json.loads((tmp_path / "a/config.json").read_text())
     config["command"] += " && furl_sac_state.py --resume a --total-timesteps 300"
     config["args"]["total_timesteps"] = 300
+    config |= {"script_sha256": "a" * 64, "continued": [
+        {"env_steps": 200, "commit": "fedcba987654+dirty", "script_sha256": "b" * 64},
+        {"env_steps": 250, "num_cores": 2, "jax_devices": ["cuda:0"]}]}
     (tmp_path / "a/config.json").write_text(json.dumps(config))
     with open(tmp_path / "a/metrics.csv", "a") as file:
         file.write("300,eval/success_once,1\n300,eval/success_at_end,1\n")
     [run] = run_tool(tmp_path / "a", output=tmp_path / "out", label="FuRL")
     assert run.budget == 300
+    run_tool(tmp_path / "out")  # from the CSVs and JSON files
+    [made] = [line for line in (tmp_path / "out/README.md").read_text().splitlines()
+              if "--resume" in line]
+    assert "| 0123456, fedcba9+dirty (2 versions of furl_sac_state.py) |" in made.replace("\\", "")
+    assert "| cpu; 1 of 2 cores; cuda; 2 of 2 cores |" in made
     (tmp_path / "a/config.json").write_text(json.dumps(config | {"run_id": "another"}))
     with pytest.raises(UserError, match="is another run of FuRL"):
         run_tool(tmp_path / "a", output=tmp_path / "out", label="FuRL")

@@ -92,11 +92,14 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
     for method, name in names.items():
         runs = [run for run in results.runs if run.method == method]
         hours = np.median([run.seconds[-1] for run in runs]) / 3600
+        parts = [facts for run in runs for facts in parts_of(run)]
+        scripts = {facts["script_sha256"] for facts in parts if "script_sha256" in facts}
         made.append([
             name, runs[0].about["command"],
-            ", ".join(sorted({short_commit(run) for run in runs})),
+            ", ".join(sorted({short_commit(facts) for facts in parts}))
+            + f" ({len(scripts)} versions of {runs[0].script}.py)" * (len(scripts) > 1),
             ", ".join(sorted({str(run.about.get("vlm_id") or "–") for run in runs})),
-            "; ".join(sorted({describe_hardware(run.about["hardware"]) for run in runs})),
+            "; ".join(sorted({describe_hardware(facts) for facts in parts})),
             "–" if math.isnan(hours) else f"{hours:.2g}"])
     found = (
         Table("Success at the last step",
@@ -137,8 +140,17 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
     return [table for table in found if table.rows]
 
 
-def short_commit(run: Run) -> str:
-    commit, _, dirty = str(run.about.get("commit")).partition("+")
+def parts_of(run: Run) -> list[dict[str, Any]]:
+    """The code and the machine of each part of a run: of the first, and of those by which it was
+    continued with other code or elsewhere."""
+    parts = [run.about | run.about["hardware"]]
+    for change in run.about.get("continued", []):
+        parts.append(parts[-1] | change)
+    return parts
+
+
+def short_commit(facts: dict[str, Any]) -> str:
+    commit, _, dirty = str(facts.get("commit")).partition("+")
     return commit[:7] + ("+" + dirty if dirty else "")
 
 

@@ -26,7 +26,8 @@ RETURN = "eval/return"
 SPEED = "time/steps_per_second"
 # Flags that do not make a method: which task, which seed, and how the run is kept and watched.
 NO_METHOD = MAY_CHANGE | {"env_id", "seed", "run_dir", "eval_episodes", "vlm_weights"}
-ABOUT = ("run_id", "command", "commit", "versions", "engine", "vlm_id")
+ABOUT = ("run_id", "command", "commit", "script_sha256", "versions", "engine", "vlm_id",
+         "continued")
 HARDWARE = ("cpu_count", "num_cores", "jax_devices", "gl")
 
 
