@@ -293,6 +293,8 @@ def test_a_kept_policy_is_that_of_its_checkpoint(name, trained, tmp_path):
     if kept.has_vlm:
         reward = kept.vlm_reward(kept.vlm)(np.ones((1, kept.vlm.embed_dim)))
         assert np.isfinite(reward) == (name == "vlm-rm"), "which learns none"
+    shutil.rmtree(folder / "checkpoints")
+    assert open_run(folder).env_steps == env_steps
 
 
 @pytest.fixture

@@ -47,7 +47,8 @@ class Args:
     episodes: PositiveInt = 100
     """episodes to play; with a fixed goal one is, as all would be the same"""
     step: int | None = None
-    """which of the kept policies, by its environment steps; default: the newest checkpoint's"""
+    """which of the kept policies, by its environment steps; default: the newest checkpoint's, or
+    the newest where the checkpoints are deleted"""
     best: bool = False
     """the kept policy that did best in the run's own evaluations: success_at_end, then return"""
     best_reward: bool = False

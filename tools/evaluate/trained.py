@@ -181,7 +181,7 @@ def open_run(folder: Path, env_steps: int | None = None, run_code: bool = False)
 
     Args:
         folder: the run folder.
-        env_steps: which of them; None: the newest checkpoint.
+        env_steps: which of them; None: the newest checkpoint, without any the newest policy.
         run_code: execute the copy of the script that the folder keeps, instead of this checkout's
             script of that name.
 
@@ -219,14 +219,16 @@ def open_run(folder: Path, env_steps: int | None = None, run_code: bool = False)
 
 
 def read_networks(folder: Path, env_steps: int | None) -> tuple[int, Callable[[Any], Any]]:
-    """The environment steps that were asked for, or those of the newest checkpoint; and what makes
-    the state of a template of it.
+    """The environment steps that were asked for, or those of the newest checkpoint, else policy;
+    and what makes the state of a template of it.
 
     Raises:
         UserError: nothing is there of that step, or it cannot be used; says what is there.
     """
-    saved, kept = map(steps_of, checkpoints(folder)), kept_policies(folder)
-    if env_steps is not None and env_steps not in (saved := {*saved}):
+    saved, kept = {*map(steps_of, checkpoints(folder))}, kept_policies(folder)
+    if env_steps is None and not saved:  # deleted, to save space
+        env_steps = max(kept, default=None)
+    if env_steps is not None and env_steps not in saved:
         if env_steps in kept:
             return env_steps, partial(policies.unflatten, policies.read(folder, env_steps))
         steps = sorted(saved | kept.keys())
