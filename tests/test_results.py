@@ -322,6 +322,8 @@ def test_a_grid_gives_names_and_where_to_write(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "grid/results/README.md").read_text()
     assert text.startswith("# table2, preset laptop\n") and "| 40 (40 to 40) ± 0 | 6 ± 8 |" in text
     assert "grid: 1 of 3 runs have not begun" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--label mine is for run folders: the methods in grid"):
+        run_tool("grid", label="mine")
 
 
 def test_methods_are_named_by_the_flags_in_which_they_differ(tmp_path):
