@@ -37,6 +37,8 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter
 
         self.total_timesteps = args.total_timesteps
+        # First, as it may be refused, and a refused --resume drops no rows.
+        self._wandb = start_wandb(run_dir, config, args) if args.track else None
         if resume_from is not None:
             keep_metrics_until(run_dir, resume_from)
         self._file: TextIO = open(run_dir / METRICS, "a", newline="")
@@ -44,7 +46,6 @@ class Logger:
             self._file.write(METRICS_HEADER)
         purge = None if resume_from is None else resume_from + 1
         self._tensorboard = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=purge)
-        self._wandb = start_wandb(run_dir, config, args) if args.track else None
         self._last_time, self._last_steps = time.monotonic(), resume_from or 0
         self._seconds_per_step: float | None = None  # lately: phases differ a lot in speed
         self._line_width = 0

@@ -30,8 +30,9 @@ from common.run_folder import (
     VIDEOS,
     create_run_dir,
     lock_run_dir,
+    note_continuation,
     read_config,
-    store_continuation,
+    store_config,
     unlock_run_dir,
     write_config,
 )
@@ -49,15 +50,16 @@ class Run:
         config: what its config.json holds.
         envs: the environments of training, which `close` closes.
         evaluator: what plays evaluations; `close` closes it too.
+        facts: what `config` has too, and may be another one where the run is continued.
     """
 
     def __init__(
         self, args: Any, run_dir: Path, config: dict[str, Any], envs: Any = None,
-        evaluator: Evaluator | None = None,
+        evaluator: Evaluator | None = None, facts: dict[str, Any] | None = None,
     ):
         self.args, self.dir, self.config = args, run_dir, config
         self._environments = [x for x in (evaluator, envs) if x is not None]
-        self._evaluator = evaluator
+        self._evaluator, self._facts = evaluator, facts or {}
         self._pending: Generator | None = None  # plays and logs the evaluation that has begun
         self._steps_each_time = 0  # of its episodes in each iteration of training
         self._policy_names: list[str] = []  # of the arrays that the policy acts by
@@ -114,9 +116,8 @@ class Run:
             self.env_steps, state, rings, host = checkpoint.load_newest(
                 self.dir, state, buffers._asdict()
             )
-            # The grid and tools go by it. Now, not sooner: a refused --resume changes nothing.
-            store_continuation(self.dir, self.config, self.args, self.env_steps,
-                               source_file(type(self.args)), jax_devices=devices())
+            note_continuation(self.config, self.dir, self.args, self.env_steps,
+                              source_file(type(self.args)), self._facts)
             buffers = type(buffers)(**rings)
             self._succeeded, self._finished = host["run"]["succeeded"], host["run"]["finished"]
             self._returns = host["run"]["returns"]
@@ -125,8 +126,10 @@ class Run:
             obs = envs.set_state(host["envs"])
             if not envs.resumes_episodes:
                 self._succeeded[:], self._returns[:] = False, 0
-            policies.drop_after(self.dir, self.env_steps)
+            # Until W&B has been started --resume may be refused, and then has changed nothing.
             self._logger = Logger(self.dir, self.config, self.args, resume_from=self.env_steps)
+            policies.drop_after(self.dir, self.env_steps)
+            store_config(self.dir, self.config)  # by which grids and tools go
             self._logger.say(f"resumed at {self.env_steps:,} steps")
             if not envs.resumes_episodes:
                 self._logger.say(f"note: episodes begin anew: the state of {self.args.env_id} "
@@ -320,11 +323,6 @@ class Run:
             envs.close()
 
 
-def devices() -> list[str]:
-    """JAX's, as config.json names them."""
-    return [str(device) for device in jax.devices()]
-
-
 def start_run(
     args: Any, buffers: Any, sizes: Sizes, envs: Any, evaluate: Evaluator, *,
     vlm: VLM | None = None, view: View | None = None, **facts: Any,
@@ -346,12 +344,17 @@ def start_run(
             the resumed run's VLM was another one.
     """
     source = source_file(type(args))
+    here = {"engine": envs.engine, "jax_devices": [str(device) for device in jax.devices()]}
+    if vlm is not None:
+        here["vlm_id"] = vlm.id
+    if envs.draws:
+        here["gl"] = gl_info()
     if args.resume:
         run_dir = Path(args.resume)
         config = read_config(run_dir)
         if vlm is not None:
             check_same_vlm(run_dir, config, vlm)
-        run = Run(args, run_dir, config, envs, evaluate)
+        run = Run(args, run_dir, config, envs, evaluate, here)
         kept = source and run_dir / source.name
         if kept and kept.exists() and kept.read_bytes() != source.read_bytes():
             show(f"note: {source.name} has changed since this run began; {kept} is what it was")
@@ -360,14 +363,11 @@ def start_run(
         Path(args.run_dir or "runs"), buffers._asdict(), args.total_timesteps
     )
     script = script_name(type(args))
-    facts = {"engine": envs.engine, **facts}
+    facts |= here
     if vlm is not None:
-        facts |= {"vlm": vlm.settings, "vlm_id": vlm.id}
+        facts["vlm"] = vlm.settings
     if view is not None:
         facts["view"] = view._asdict()
-    if envs.draws:
-        facts["gl"] = gl_info()
-    facts["jax_devices"] = devices()
     run_dir = create_run_dir(args.run_dir, args.env_id, script, args.seed)
     config = write_config(
         run_dir, args, source, script=script, sizes=sizes._asdict(), evaluation=evaluate.settings,

@@ -1,6 +1,7 @@
 """The run folder: what is where in it, who may write to it, its settings, and how far its run is.
 
-    config.json     what the run was started with: arguments, versions, engine, VLM, commit
+    config.json     what the run was started with: arguments, versions, engine, VLM, commit; and
+                    where it was continued with another of these
     <script>.py     the script as it was then
     metrics.csv     env_steps,key,value
     lock            held by the process that writes to the folder
@@ -180,7 +181,7 @@ def write_config(
         **_made_by(source),
         **facts,
     }
-    _store(run_dir, config)
+    store_config(run_dir, config)
     return config
 
 
@@ -189,39 +190,47 @@ def _made_by(source: Path | None) -> dict[str, Any]:
     facts = {"commit": git_commit(), "versions": versions(), "cpu_count": os.cpu_count(),
              "num_cores": num_cores()}
     if source:  # the commit does not tell two versions of a copy apart that git does not track
-        facts["script_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
+        facts["script_sha256"] = _digest(source)
     return facts
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _command() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def store_continuation(
-    run_dir: Path, config: dict[str, Any], args: Any, env_steps: int, source: Path | None = None,
-    **facts: Any,
+def note_continuation(
+    config: dict[str, Any], run_dir: Path, args: Any, env_steps: int, source: Path | None,
+    facts: dict[str, Any],
 ) -> None:
-    """Note in `config`, and in `config.json`, that a run goes on after `env_steps`: up to where,
-    and below `continued` which code or machine is another one than before.
+    """Note in `config` that a run goes on after `env_steps`: up to where, and below `continued`
+    which code, machine or other of `facts` is another one than before. `store_config` writes it.
 
-    `args` are the script's arguments; `source` and `facts` are as for `write_config`.
+    `args` are the script's arguments, `source` is its file.
     """
-    before = dict(config)
-    for change in config.get("continued", []):
-        before |= change
-    now = _made_by(source) | facts
-    changes = {key: value for key, value in now.items() if before.get(key) != value}
-    if changes:
-        config.setdefault("continued", []).append({"env_steps": env_steps, **changes})
-    further = config["args"].get("total_timesteps") != args.total_timesteps
-    if further:
+    if config["args"].get("total_timesteps") != args.total_timesteps:
         config["args"]["total_timesteps"] = args.total_timesteps
         config["command"] = f"{config['command']} && {_command()}"
-    if changes or further:
-        _store(run_dir, config)
+    kept = source and run_dir / source.name
+    if kept and kept.exists():  # a run of an older version
+        config.setdefault("script_sha256", _digest(kept))
+    # What was done beyond these steps, after an earlier continuation, is lost.
+    continued = [x for x in config.pop("continued", []) if x["env_steps"] < env_steps]
+    before = dict(config)
+    for earlier in continued:
+        before |= earlier
+    now = _made_by(source) | facts
+    changes = {key: value for key, value in now.items() if before.get(key) != value}
+    if changes and env_steps < args.total_timesteps:
+        continued.append({"env_steps": env_steps, **changes})
+    if continued:
+        config["continued"] = continued
 
 
-def _store(run_dir: Path, config: dict[str, Any]) -> None:
+def store_config(run_dir: Path, config: dict[str, Any]) -> None:
     write_file(run_dir / CONFIG, (json.dumps(config, indent=2, default=str) + "\n").encode())
 
 

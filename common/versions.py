@@ -14,8 +14,8 @@ PACKAGES = ("metaworld", "mujoco", "gymnasium", "jax", "jaxlib", "flax", "optax"
 def git_commit() -> str:
     """The checked-out commit; 'unknown' outside git.
 
-    With '+dirty' when tracked files differ, or when code that runs here is not tracked, e.g. a new
-    copy of a script.
+    With '+dirty' when tracked code or weights differ, or when code that runs here is not tracked,
+    e.g. a new copy of a script.
     """
     # GIT_DIR and the like, which a hook of another repository sets, would name that one's commit.
     environment = {key: x for key, x in os.environ.items() if key not in OF_ANOTHER_REPOSITORY}
@@ -33,7 +33,7 @@ def git_commit() -> str:
         root = Path(git("rev-parse", "--show-toplevel"))
         code = [str(x) for x in files if x.is_relative_to(root) and not x.is_relative_to(installed)]
         untracked = code and git("ls-files", "--others", "--", *code)
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ".")
         return git("rev-parse", "HEAD") + ("+dirty" if untracked or changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -943,8 +943,11 @@ def test_a_run_that_is_continued_further_says_so(tmp_path, monkeypatch):
     stored = run_folder.read_config(run.dir)
     args = cli.parse_args(Args, ["--resume", str(run.dir), "--total-timesteps", "800"])
     monkeypatch.setattr(sys, "argv", ["a/script.py", "--resume", "r", "--total-timesteps", "800"])
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=None))
+    with pytest.raises(UserError, match="W&B could not start"):
+        begin(start_with(replace(args, track=True)))
+    assert run_folder.read_config(run.dir) == stored, "a refused --resume changes nothing"
     run = start_with(args)
-    assert run_folder.read_config(run.dir) == stored  # it may still be refused
     begin(run)
     run.close()
     stored["args"]["total_timesteps"] = 800
@@ -1029,8 +1032,21 @@ def test_the_script_is_the_file_that_defines_args(tmp_path, monkeypatch, capsys)
     assert kept.read_bytes() == before, "the run folder keeps what the run began with"
     go_on()  # as the last time, which is no other change
     changed = hashlib.sha256(script.read_bytes()).hexdigest()
-    assert run_folder.read_config(run.dir) == config | {
-        "continued": [{"env_steps": 0, "script_sha256": changed}]}
+    continued = {"continued": [{"env_steps": 0, "script_sha256": changed}]}
+    assert run_folder.read_config(run.dir) == config | continued
+    older = {key: value for key, value in config.items() if key != "script_sha256"}
+    run_folder.store_config(run.dir, older)
+    go_on()
+    assert run_folder.read_config(run.dir) == config | continued, "it is the kept copy's"
+    script.write_bytes(before)
+    go_on()
+    assert run_folder.read_config(run.dir) == config, "nothing was done in between"
+    resumed = at(resume(run.dir, my_idea.Args), run.args.total_timesteps)
+    script.write_text("# new\n" + script.read_text())
+    resumed.save({"w": jnp.zeros(2)}, Rings(small_ring()), Envs())
+    resumed.close()
+    go_on()
+    assert run_folder.read_config(run.dir) == config, "nor after the end"
 
 
 def test_args_without_a_file(tmp_path):

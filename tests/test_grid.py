@@ -241,7 +241,7 @@ def test_a_grid_of_other_runs_is_refused(tmp_path):
     args = grid.Args(names=("table1",), seeds=2, output=tmp_path, methods=("sac",))
     first, second = (grid.plan(args, extra)[1] for extra in ([], ["--utd", "0.5"]))
     grid.write_grid(tmp_path, first)
-    with pytest.raises(grid.UserError, match="holds runs of sac with other flags"):
+    with pytest.raises(grid.UserError, match="holds other runs of sac "):
         grid.write_grid(tmp_path, second)
     more = grid.plan(grid.Args(names=("table1",), seeds=3, methods=("furl",)), [])[1]
     grid.write_grid(tmp_path, more)  # more seeds and methods join
@@ -257,6 +257,18 @@ def test_a_grid_of_other_runs_is_refused(tmp_path):
     (tmp_path / "grid.json").write_text('{"name": "table1"}')
     with pytest.raises(grid.UserError, match=r"cannot be read .*: choose another --output"):
         grid.write_grid(tmp_path, first)
+
+
+def test_two_scripts_of_one_name_are_two(tmp_path):
+    def content(folder: str, script: str) -> dict:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        copy = shutil.copy(ROOT / "sac_baseline.py", tmp_path / folder / script)
+        return grid.plan(grid.Args(scripts=(str(copy),), output=tmp_path / "grid"), [])[1]
+
+    grid.write_grid(tmp_path / "grid", content("a", "mine.py"))
+    grid.write_grid(tmp_path / "grid", content("a", "mine.py"))
+    with pytest.raises(grid.UserError, match=r"holds other runs of mine \(.*/a/mine\.py \)"):
+        grid.write_grid(tmp_path / "grid", content("b", "mine.py"))
 
 
 def test_slurm_that_does_not_answer_gets_no_job_twice(tmp_path):

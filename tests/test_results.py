@@ -272,6 +272,9 @@ def test_a_continued_run_takes_the_place_of_its_first_part(tmp_path):
         file.write("300,eval/success_once,1\n300,eval/success_at_end,1\n")
     [run] = run_tool(tmp_path / "a", output=tmp_path / "out", label="FuRL")
     assert run.budget == 300
+    run_tool(tmp_path / "a", output=tmp_path / "cut", label="FuRL", budget=200)
+    text = (tmp_path / "cut/README.md").read_text()
+    assert "| 0123456 |" in text and "cuda" not in text, "what came later is not in it"
     run_tool(tmp_path / "out")  # from the CSVs and JSON files
     [made] = [line for line in (tmp_path / "out/README.md").read_text().splitlines()
               if "--resume" in line]
@@ -324,6 +327,10 @@ def test_a_grid_gives_names_and_where_to_write(tmp_path, monkeypatch, capsys):
     assert "grid: 1 of 3 runs have not begun" in capsys.readouterr().err
     with pytest.raises(UserError, match="--label mine is for run folders: the methods in grid"):
         run_tool("grid", label="mine")
+    (tmp_path / "unfinished/a").mkdir(parents=True)
+    (tmp_path / "unfinished/a/config.json").touch()
+    with pytest.raises(UserError, match="no finished run among those given"):
+        run_tool("unfinished", label="mine", output=tmp_path / "out")
 
 
 def test_methods_are_named_by_the_flags_in_which_they_differ(tmp_path):

@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import shutil
 import types
 from pathlib import Path
 
@@ -318,6 +319,15 @@ def test_bad_input_ends_with_one_line_and_status_2(
     flags = [str(runs[0]) if f == "RUN" else f for f in flags]
     refused(report, flags, message)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_its_checkpoints_has_no_reward(runs, tmp_path):
+    """Its kept policies hold no projection heads."""
+    folder = shutil.copytree(runs[0], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UserError, match="which is in checkpoints"):
+        report.main(report.Args(**SMALL, checkpoints=(folder,), workers=1,
+                                output=tmp_path / "out"))
 
 
 def test_runs_of_one_name_are_told_apart():

@@ -67,8 +67,8 @@ def measure_scripts(commands: list[list[str]], steps: int, rounds: int) -> Itera
     runs = {shlex.join(command): partial(time_run, command, steps) for command in commands}
     for name, results in in_turns(runs, rounds).items():
         speeds, peaks = zip(*results, strict=True)
-        yield (name, f"{median(speeds):,.3g} steps/s",
-               f"{min(speeds):,.3g} to {max(speeds):,.3g} in {rounds} runs, in turns; peak "
+        yield (name, f"{median(speeds):,.1f} steps/s",
+               f"{min(speeds):,.1f} to {max(speeds):,.1f} in {rounds} runs, in turns; peak "
                f"memory {max(peaks) / 2**30:.1f} GiB with its workers")
 
 
@@ -108,7 +108,7 @@ def time_run(command: list[str], steps: int) -> tuple[float, int]:
     speeds = [value for env_steps, value in rows[:-1] if env_steps > rows[-1][0] // 3]
     if not speeds:
         raise UserError("the run logged too few rows: more steps, or a smaller --log-every")
-    print(f"{shlex.join(command)}: {median(speeds):,.3g} steps/s", file=sys.stderr)
+    print(f"{shlex.join(command)}: {median(speeds):,.1f} steps/s", file=sys.stderr)
     return median(speeds), peak
 
 

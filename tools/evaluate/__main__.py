@@ -37,7 +37,8 @@ from tools.evaluate.video import film
 from tools.shared.folders import new_folder, writable_folder, written_whole
 from tools.shared.measures import standard_error, wilson_interval, without_nan
 
-RUN_FACTS = ("script", "args", "command", "commit", "versions", "engine", "vlm_id", "prompt")
+RUN_FACTS = ("script", "args", "command", "commit", "script_sha256", "versions", "engine", "vlm_id",
+             "prompt", "continued")
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,9 @@ def plan(args: Args, extra: list[str]) -> tuple[Path, dict[str, Any], list[Cell]
         unknown -= fields
         words = [word for group in groups.values() for word in group]
         commands[name] = script.resolve(), words
-        methods[name] = {"script": script.name, "flags": shlex.join(words), "label": method.label}
+        place = script.resolve()
+        place = place.relative_to(ROOT) if place.is_relative_to(ROOT) else place
+        methods[name] = {"script": str(place), "flags": shlex.join(words), "label": method.label}
     if unknown:
         raise UserError(f"no script of this grid has the flag {flags.flag_of(min(unknown))}")
     budgets = {re.search(r"--total[-_]timesteps[ =]([\d_]+)|$", method["flags"])[1]
@@ -231,8 +233,9 @@ def write_grid(output: Path, grid: dict[str, Any]) -> None:
                                 f"{grid[key]}: choose another --output")
         for name in before["methods"].keys() & grid["methods"].keys():
             if before["methods"][name] != grid["methods"][name]:
-                raise UserError(f"{output} holds runs of {name} with other flags "
-                                f"({before['methods'][name]['flags']}): choose another --output")
+                script, flags = (before["methods"][name][key] for key in ("script", "flags"))
+                raise UserError(f"{output} holds other runs of {name} ({script} {flags}): choose "
+                                "another --output")
         grid = grid | {"name": before["name"], "methods": before["methods"] | grid["methods"],
                        "runs": list(dict.fromkeys([*before["runs"], *grid["runs"]]))}
     with written_whole(output, keep=True) as new:

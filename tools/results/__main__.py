@@ -71,7 +71,7 @@ def main(args: Args) -> list[Run]:
         if about and title is None:
             title = about.get("title") or f"{about['name']}, preset {about['preset']}"
         runs += found
-    if args.label is not None and args.label not in {run.label for run in runs}:
+    if runs and args.label is not None and args.label not in {run.label for run in runs}:
         raise UserError(f"--label {args.label} is for run folders: the methods in "
                         f"{', '.join(args.runs)} have their names")
     runs = finished_runs(name_methods(runs), args.budget)

@@ -98,7 +98,7 @@ def make_tables(results: Results, records: dict, improvements: dict) -> list[Tab
             name, runs[0].about["command"],
             ", ".join(sorted({short_commit(facts) for facts in parts}))
             + f" ({len(scripts)} versions of {runs[0].script}.py)" * (len(scripts) > 1),
-            ", ".join(sorted({str(run.about.get("vlm_id") or "–") for run in runs})),
+            ", ".join(sorted({str(facts.get("vlm_id") or "–") for facts in parts})),
             "; ".join(sorted({describe_hardware(facts) for facts in parts})),
             "–" if math.isnan(hours) else f"{hours:.2g}"])
     found = (
@@ -145,7 +145,8 @@ def parts_of(run: Run) -> list[dict[str, Any]]:
     continued with other code or elsewhere."""
     parts = [run.about | run.about["hardware"]]
     for change in run.about.get("continued", []):
-        parts.append(parts[-1] | change)
+        if change["env_steps"] < run.budget:  # `--budget` may end the run sooner
+            parts.append(parts[-1] | change)
     return parts
 
 

@@ -379,6 +379,9 @@ def main(args: Args) -> dict[str, Any]:
     for run in runs.values():
         if run.has_vlm:
             run.check_vlm(vlm)
+            if not np.isfinite(run.vlm_reward(vlm)(np.ones((1, vlm.embed_dim)))).all():
+                raise UserError(f"{run.folder}: what is left of the run does not hold the reward "
+                                "that it learned, which is in checkpoints")
             if (seen := run.view_of(vlm)) != view:
                 raise UserError(f"{run.folder} was trained on another part of the picture "
                                 f"({seen}) than a report shows ({view})")
