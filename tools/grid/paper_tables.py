@@ -114,8 +114,8 @@ TABLES = {
     ),
     "plus-demos": Table(("plus-demos", "plus-demos-no-vlm", "plus-one-demo", "plus"), GRASPING,
                         "plus"),
-    "plus-random": Table(("plus-random",), ("reach-v3", "window-close-v3", "drawer-open-v3"),
-                         "plus"),
+    "plus-random": Table(("plus-random",), ("reach-v3", "window-close-v3", "drawer-close-v3",
+                                            "drawer-open-v3"), "plus"),
 }
 
 PRESETS = {
