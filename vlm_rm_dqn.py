@@ -217,7 +217,8 @@ def update(
 
 
 def epsilon(env_steps: int, args: Args) -> float:
-    """Share of random actions: 1 before learning; falls linearly to --epsilon, then stays."""
+    """Share of random actions: falls linearly from 1 at the first step to --epsilon, then stays;
+    but 1 before learning."""
     if env_steps < args.learning_starts:
         return 1.0
     progress = env_steps / max(args.exploration * args.total_timesteps, 1)
