@@ -215,8 +215,8 @@ def note_continuation(
         config["args"]["total_timesteps"] = args.total_timesteps
         config["command"] = f"{config['command']} && {_command()}"
     kept = source and run_dir / source.name
-    if kept and kept.exists():  # a run of an older version
-        config.setdefault("script_sha256", _digest(kept))
+    if kept and kept.exists():
+        config.setdefault("script_sha256", _digest(kept))  # older runs have none
     # What was done beyond these steps, after an earlier continuation, is lost.
     continued = [x for x in config.pop("continued", []) if x["env_steps"] < env_steps]
     before = dict(config)

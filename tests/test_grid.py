@@ -241,7 +241,8 @@ def test_a_grid_of_other_runs_is_refused(tmp_path):
     args = grid.Args(names=("table1",), seeds=2, output=tmp_path, methods=("sac",))
     first, second = (grid.plan(args, extra)[1] for extra in ([], ["--utd", "0.5"]))
     grid.write_grid(tmp_path, first)
-    with pytest.raises(grid.UserError, match="holds other runs of sac "):
+    with pytest.raises(grid.UserError, match=r"holds other runs of sac "
+                       r"\(sac_baseline\.py --total-timesteps 1000000\): choose"):
         grid.write_grid(tmp_path, second)
     more = grid.plan(grid.Args(names=("table1",), seeds=3, methods=("furl",)), [])[1]
     grid.write_grid(tmp_path, more)  # more seeds and methods join

@@ -183,9 +183,9 @@ def plan(args: Args, extra: list[str]) -> tuple[Path, dict[str, Any], list[Cell]
         groups = before | own | {k: v for k, v in of_vlm.items() if k not in own} | after
         unknown -= fields
         words = [word for group in groups.values() for word in group]
-        commands[name] = script.resolve(), words
-        place = script.resolve()
-        place = place.relative_to(ROOT) if place.is_relative_to(ROOT) else place
+        script = script.resolve()
+        commands[name] = script, words
+        place = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
         methods[name] = {"script": str(place), "flags": shlex.join(words), "label": method.label}
     if unknown:
         raise UserError(f"no script of this grid has the flag {flags.flag_of(min(unknown))}")
